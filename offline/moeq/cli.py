@@ -1,0 +1,212 @@
+"""The ``moeq`` command."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeq.checkpoint import CheckpointReader
+    from moeq.families import MoELayer
+    from vllm_moeq.format import BitPlan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 done, 1 failed, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    from moeq.errors import MoeqError
+    from vllm_moeq.format import FormatError
+
+    try:
+        status: int = options.run(options)
+    except (MoeqError, FormatError) as error:
+        print(f"moeq {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"moeq {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moeq",
+        description="Quantize Mixture-of-Experts models, each expert to its own bit-width.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="write a packed checkpoint for vLLM")
+    quantize.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
+    quantize.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
+    quantize.add_argument("--plan", type=Path, help="use this plan.json instead of making a plan")
+    quantize.add_argument("--method", default="rtn", choices=["rtn"], help="rounding method")
+    quantize.add_argument(
+        "--dry-run", action="store_true", help="print plan, sizes and memory; write nothing"
+    )
+    quantize.add_argument(
+        "--max-shard-size",
+        default="2GB",
+        metavar="SIZE",
+        help="largest file of the result, which is also held in memory (default 2GB)",
+    )
+    _add_plan_options(quantize)
+    quantize.set_defaults(run=_quantize)
+
+    plan = commands.add_parser("plan", help="decide the width of every expert; write plan.json")
+    plan.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
+    plan.add_argument("-o", "--output", type=Path, help="file to create; default: only print")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_plan_options(plan)
+    plan.set_defaults(run=_plan)
+
+    inspect = commands.add_parser("inspect", help="show the plan of a checkpoint or plan.json")
+    inspect.add_argument("path", metavar="OUT|plan.json", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check that a packed checkpoint is undamaged")
+    verify.add_argument("path", metavar="OUT", type=Path)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plan")
+    group.add_argument("--bits", type=float, help="average width of the expert weights, as in 2.5")
+    group.add_argument(
+        "--levels", type=_levels, help="widths to use, as in 3,2 (default: those next to --bits)"
+    )
+    group.add_argument(
+        "--strategy",
+        default="combined",
+        help="combined (default), router-norm, maxvar, uniform or random:SEED",
+    )
+    group.add_argument(
+        "--base-router",
+        metavar="SOURCE",
+        help="router before training: a checkpoint, or a safetensors file as written by "
+        "moeq.RouterNormTracker; without it the final router norm stands in",
+    )
+    group.add_argument(
+        "--group-size", type=int, default=128, help="weights per scale: 32, 64 or 128 (default)"
+    )
+    group.add_argument(
+        "--zeta", type=float, default=3.0, help="MaxVar factor that lets an expert overtake"
+    )
+    group.add_argument(
+        "--maxvar",
+        default="max-row",
+        choices=["max-row", "highest-norm-row"],
+        help="MaxVar as in the paper (default) or as in its published code for Mixtral",
+    )
+    group.add_argument(
+        "--reorder",
+        default="stable",
+        choices=["stable", "one-pass"],
+        help="repeat the MaxVar re-order until stable (default) or run it once, as published",
+    )
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of widths such as 3,2") from None
+
+
+def _read_model(model: str) -> tuple["CheckpointReader", list["MoELayer"]]:
+    from moeq.checkpoint import CheckpointReader, resolve_model
+
+    reader = CheckpointReader(resolve_model(model))
+    return reader, reader.moe_layers()
+
+
+def _make_plan(
+    options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
+) -> "BitPlan":
+    from moeq.allocation import PlanOptions, make_plan
+    from moeq.errors import MoeqError
+
+    if options.bits is None:
+        raise MoeqError("--bits is needed, as in --bits 2.5")
+    return make_plan(
+        reader,
+        layers,
+        PlanOptions(
+            bits=options.bits,
+            levels=options.levels,
+            strategy=options.strategy,
+            group_size=options.group_size,
+            base_router=options.base_router,
+            zeta=options.zeta,
+            maxvar=options.maxvar,
+            reorder=options.reorder,
+        ),
+        options.model,
+    )
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from moeq.convert import Conversion, check_output_is_free
+    from moeq.report import describe_conversion, describe_plan, load_plan
+
+    output = options.output.absolute()
+    check_output_is_free(output)
+    reader, layers = _read_model(options.model)
+    if options.plan is not None:
+        plan = load_plan(options.plan)
+    else:
+        plan = _make_plan(options, reader, layers)
+    conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
+    print(describe_plan(plan))
+    print(describe_conversion(conversion), flush=True)
+    if not options.dry_run:
+        conversion.run(output, options.model, options.method)
+        print(f"wrote {options.output}")
+        print(f"serve it with: vllm serve {options.output} --quantization moeq")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from moeq.report import describe_plan, plan_summary, write_plan
+
+    plan = _make_plan(options, *_read_model(options.model))
+    if options.output is not None:
+        write_plan(plan, options.output)
+    print(json.dumps(plan_summary(plan)) if options.json else describe_plan(plan))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from moeq.report import describe_plan, plan_of, plan_summary
+
+    plan = plan_of(options.path)
+    print(json.dumps(plan_summary(plan)) if options.json else describe_plan(plan))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from moeq.verify import verify_checkpoint
+
+    problems = verify_checkpoint(options.path)
+    for problem in problems:
+        print(f"moeq verify: {options.path}: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{options.path} is complete and undamaged")
+    return 1 if problems else 0
+
+
+def _size(text: str) -> int:
+    from moeq.errors import MoeqError
+
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.isdecimal() or int(number) == 0:
+        raise MoeqError(f"--max-shard-size {text} is no size such as 2GB or 500MB")
+    return int(number) * units[unit]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Writes the packed checkpoint, tensor by tensor, and makes it appear all at once."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from moeq.checkpoint import INDEX_NAME, CheckpointReader
+from moeq.errors import MoeqError
+from moeq.families import MoELayer, check_plan_fits
+from moeq.model_card import write_model_card
+from moeq.rounding import QuantizedWeight, quantize_rtn
+from vllm_moeq.format import (
+    BitPlan,
+    CheckpointConfig,
+    LayerBits,
+    packed_bytes,
+    write_manifest,
+)
+
+Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
+METHODS: dict[str, Rounding] = {"rtn": quantize_rtn}
+"""Rounding methods by the name that ``--method`` takes."""
+DEFAULT_SHARD_BYTES = 2 << 30
+_WORKING_BYTES_PER_WEIGHT = 5
+"""Copies of one weight while it is quantized: codes, packed codes and float chunks."""
+
+
+class _Job(NamedTuple):
+    """One source tensor: what becomes of it and the bytes that it takes in the output."""
+
+    name: str
+    bits: int | None
+    output_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A checked conversion, ready to run.
+
+    Attributes:
+        reader: The source checkpoint.
+        layers: Its MoE layers.
+        plan: Widths that fit them.
+        shards: Source tensors in the order of the output, split into output files.
+    """
+
+    reader: CheckpointReader
+    layers: list[MoELayer]
+    plan: BitPlan
+    shards: list[list[_Job]]
+
+    @classmethod
+    def prepare(
+        cls,
+        reader: CheckpointReader,
+        layers: list[MoELayer],
+        plan: BitPlan,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> "Conversion":
+        """Check the plan and decide what goes into which file, from headers alone.
+
+        Raises:
+            MoeqError: The plan does not fit the model.
+        """
+        check_plan_fits(plan, layers)
+        expert_weights = {
+            layer.tensor_name(expert, matrix): (
+                layer.shape(matrix),
+                _width(plan.expert_bits[layer.container], projection, expert),
+            )
+            for layer in layers
+            for expert, matrix, projection in layer.weights()
+        }
+        shards: list[list[_Job]] = [[]]
+        filled = 0
+        # In file order, so that each source shard is read once from start to end.
+        for name, info in reader.tensors.items():
+            if name in expert_weights:
+                (rows, columns), bits = expert_weights[name]
+                job = _Job(name, bits, packed_bytes(rows, columns, bits, plan.group_size))
+            else:
+                job = _Job(name, None, info.num_bytes)
+            if shards[-1] and filled + job.output_bytes > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(job)
+            filled += job.output_bytes
+        return cls(reader, layers, plan, shards)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(job.output_bytes for shard in self.shards for job in shard)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimate of the memory in use beyond Python and torch themselves.
+
+        One output file is collected in memory while one source tensor is quantized.
+        """
+        largest_tensor = max(
+            torch.Size(self.reader.tensors[job.name].shape).numel()
+            for shard in self.shards
+            for job in shard
+        )
+        largest_shard = max(sum(job.output_bytes for job in shard) for shard in self.shards)
+        return largest_shard + _WORKING_BYTES_PER_WEIGHT * largest_tensor
+
+    def run(self, output: Path, source: str, method: str = "rtn", progress: bool = True) -> None:
+        """Write the packed checkpoint to ``output``, which appears only when it is complete.
+
+        Everything is written to a hidden folder beside it, which is renamed at the end. A failed
+        run removes that folder; what a killed run left there is removed by the next one.
+
+        Args:
+            output: Folder to create.
+            source: The model as the user named it, for the model card.
+            method: One of :data:`METHODS`.
+            progress: Show a progress bar.
+
+        Raises:
+            MoeqError: ``output`` exists, another run is writing it, the disk is full, or a weight
+                cannot be quantized; names the file or tensor.
+        """
+        check_output_is_free(output)
+        self._check_disk(output)
+        try:
+            with _work_folder(output) as work:
+                self._write(work, source, METHODS[method], progress)
+                _sync(work)
+                check_output_is_free(output)
+                work.rename(output)
+                _sync_one(output.parent)
+        except (OSError, SafetensorError) as error:
+            raise MoeqError(f"cannot write {output}: {error}") from error
+
+    def _check_disk(self, output: Path) -> None:
+        parent = output.parent
+        if not parent.is_dir():
+            raise MoeqError(f"the folder {parent} of --output does not exist; create it first")
+        free = shutil.disk_usage(parent).free
+        if free < self.output_bytes:
+            raise MoeqError(
+                f"cannot write {output}: the result takes {self.output_bytes / 1e9:.2f} GB, "
+                f"{parent} has {free / 1e9:.2f} GB free"
+            )
+
+    def _write(self, work: Path, source: str, rounding: Rounding, progress: bool) -> None:
+        weight_map: dict[str, str] = {}
+        total = sum(info.num_bytes for info in self.reader.tensors.values())
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="quantize", disable=not progress
+        ) as bar:
+            for number, shard in enumerate(self.shards, start=1):
+                file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
+                tensors: dict[str, torch.Tensor] = {}
+                for job in shard:
+                    tensors |= self._convert(job, rounding)
+                    bar.update(self.reader.tensors[job.name].num_bytes)
+                save_file(tensors, work / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+        index = {
+            "metadata": {"total_size": self.output_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        _write_json(work / INDEX_NAME, index)
+        for path in self.reader.other_files():
+            shutil.copyfile(path, work / path.name)
+        config = {
+            **self.reader.config,
+            "quantization_config": CheckpointConfig(self.plan).to_dict(),
+        }
+        _write_json(work / "config.json", config)
+        for file in set(weight_map.values()):
+            # safetensors makes files that only their owner may read.
+            shutil.copymode(work / "config.json", work / file)
+        write_model_card(work, self.plan, source)
+        write_manifest(work)
+
+    def _convert(self, job: _Job, rounding: Rounding) -> dict[str, torch.Tensor]:
+        tensor = self.reader.tensor(job.name)
+        if job.bits is None:
+            return {job.name: tensor}
+        try:
+            quantized = rounding(tensor, job.bits, self.plan.group_size)
+        except ValueError as error:
+            raise MoeqError(f"{self.reader.folder}: cannot quantize {job.name}: {error}") from error
+        stem = job.name.removesuffix(".weight")
+        return {
+            f"{stem}.weight_packed": quantized.packed,
+            f"{stem}.weight_scale": quantized.scale,
+            f"{stem}.weight_zero_point": quantized.zero_point,
+        }
+
+
+def check_output_is_free(output: Path) -> None:
+    """Check that nothing would be overwritten.
+
+    Raises:
+        MoeqError: ``output`` exists.
+    """
+    if output.exists():
+        raise MoeqError(f"--output {output} exists already; remove it or choose another name")
+
+
+def _width(bits: LayerBits, projection: str, expert: int) -> int:
+    width: int = getattr(bits, projection)[expert]
+    return width
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """Give a hidden, empty folder beside ``output`` that no other run uses; remove it at the end.
+
+    The lock on the folder itself is freed by the system when the process dies, so a later run can
+    tell the remains of a killed run from the work of a living one.
+    """
+    busy = MoeqError(f"another `moeq quantize` is writing {output}")
+    work = output.parent / f".{output.name}.moeq-partial"
+    work.mkdir(exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        # The other run may have ended, and renamed this very folder, before we got the lock.
+        if not work.exists() or not os.path.samestat(os.fstat(descriptor), work.stat()):
+            raise busy
+        try:
+            for leftover in work.iterdir():
+                leftover.unlink()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder to disk, so that the rename cannot overtake what it contains."""
+    for path in folder.iterdir():
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""One table: how each model family names its MoE tensors on disk."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moeq.errors import MoeqError
+from vllm_moeq.format import BitPlan, Projection
+
+Matrix = Literal["gate", "up", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names of one family of per-expert checkpoints.
+
+    Attributes:
+        model_types: ``model_type`` values of ``config.json``.
+        experts: Path of the experts container inside a decoder layer.
+        router: Path of the router weight inside a decoder layer.
+        gate: Name of an expert's gate projection, the first projection of MaxVar.
+        up: Name of its up projection.
+        down: Name of its down projection.
+        num_experts: Key of the number of routed experts in ``config.json``.
+    """
+
+    model_types: tuple[str, ...]
+    experts: str
+    router: str
+    gate: str
+    up: str
+    down: str
+    num_experts: str
+
+
+def _modern(num_experts: str, *model_types: str) -> Family:
+    return Family(
+        model_types, "mlp.experts", "mlp.gate.weight", "gate_proj", "up_proj", "down_proj",
+        num_experts,
+    )  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        ("mixtral",), "block_sparse_moe.experts", "block_sparse_moe.gate.weight", "w1", "w3", "w2",
+        "num_local_experts",
+    ),
+    _modern("num_experts", "qwen2_moe", "qwen3_moe", "olmoe"),
+    _modern("n_routed_experts", "deepseek_v2", "deepseek_v3"),
+)  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a model's ``config.json``.
+
+    Raises:
+        MoeqError: The model is no supported MoE model.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = sorted(name for family in FAMILIES for name in family.model_types)
+    raise MoeqError(
+        f"model_type {model_type!r} in config.json is no supported Mixture-of-Experts family; "
+        f"supported: {', '.join(known)}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """One MoE layer of a checkpoint.
+
+    Attributes:
+        index: Decoder layer number.
+        container: On-disk path of its experts, the key in a plan's ``expert_bits``.
+        router: On-disk name of its router weight [num_experts, hidden_size].
+        family: Names of the projections.
+        num_experts: Routed experts.
+        hidden_size: Columns of gate and up.
+        intermediate_size: Rows of gate and up.
+    """
+
+    index: int
+    container: str
+    router: str
+    family: Family
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def tensor_name(self, expert: int, matrix: Matrix) -> str:
+        """Return the on-disk name of one weight."""
+        return f"{self.container}.{expert}.{getattr(self.family, matrix)}.weight"
+
+    def shape(self, matrix: Matrix) -> tuple[int, int]:
+        """Return (rows, columns) of one weight."""
+        if matrix == "down":
+            return self.hidden_size, self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def weights(self) -> Iterator[tuple[int, Matrix, Projection]]:
+        """Yield (expert, matrix, projection whose width it takes) of every routed weight."""
+        for expert in range(self.num_experts):
+            yield expert, "gate", "w13"
+            yield expert, "up", "w13"
+            yield expert, "down", "w2"
+
+
+def check_plan_fits(plan: BitPlan, layers: list[MoELayer]) -> None:
+    """Check that a plan was made for a model of these layers.
+
+    Raises:
+        MoeqError: A layer is missing, unknown or has another number of experts, or the group
+            size does not divide its rows.
+    """
+    ours = {layer.container for layer in layers}
+    planned = set(plan.expert_bits)
+    if ours != planned:
+        missing, extra = sorted(ours - planned), sorted(planned - ours)
+        parts = [f"it lacks {missing[0]}"] if missing else []
+        parts += [f"it names {extra[0]}, which the model does not have"] if extra else []
+        raise MoeqError(f"the plan belongs to another model: {' and '.join(parts)}")
+    for layer in layers:
+        listed = plan.expert_bits[layer.container].num_experts
+        if listed != layer.num_experts:
+            raise MoeqError(
+                f"the plan belongs to another model: {layer.container} has {layer.num_experts} "
+                f"experts, the plan lists {listed}"
+            )
+        for name, size in (
+            ("hidden_size", layer.hidden_size),
+            ("intermediate_size", layer.intermediate_size),
+        ):
+            if size % plan.group_size:
+                fitting = [group for group in (128, 64, 32) if size % group == 0]
+                hint = f"use --group-size {fitting[0]}" if fitting else "no group size fits"
+                raise MoeqError(
+                    f"--group-size {plan.group_size} does not divide the {name} {size} of "
+                    f"{layer.container}; {hint}"
+                )

@@ -1,0 +1,117 @@
+"""What the command line prints about plans and checkpoints."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moeq.checkpoint import CheckpointReader, read_json
+from moeq.convert import Conversion
+from moeq.errors import MoeqError
+from moeq.verify import read_plan
+from vllm_moeq.format import BitPlan, FormatError
+
+
+def load_plan(path: Path) -> BitPlan:
+    """Read ``plan.json``.
+
+    Raises:
+        MoeqError: The file is missing or no plan; names it.
+    """
+    try:
+        return BitPlan.from_dict(read_json(path))
+    except FormatError as error:
+        raise MoeqError(f"{path}: {error}") from error
+
+
+def write_plan(plan: BitPlan, path: Path) -> None:
+    """Write ``plan.json``.
+
+    Raises:
+        MoeqError: The file exists or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(plan.to_dict(), indent=2) + "\n")
+    except FileExistsError:
+        raise MoeqError(f"--output {path} exists already; remove it or choose another") from None
+    except OSError as error:
+        raise MoeqError(f"cannot write {path}: {error}") from error
+
+
+def plan_of(path: Path) -> BitPlan:
+    """Return the plan in a file or in a packed checkpoint."""
+    return read_plan(CheckpointReader(path)) if path.is_dir() else load_plan(path)
+
+
+def describe_plan(plan: BitPlan) -> str:
+    """Return a plan as text: its averages and sizes, then one line for each layer."""
+    provenance = plan.provenance
+    rows = [
+        ("strategy", provenance.strategy),
+        *((name, _text(value)) for name, value in provenance.details.items()),
+        ("source", provenance.source),
+        ("group size", str(plan.group_size)),
+        ("bits requested", _number(provenance.requested_bits)),
+        ("bits achieved", _number(provenance.achieved_bits)),
+        ("bits per weight", _number(provenance.bits_per_weight) + " with scales and zero points"),
+        ("packed experts", _bytes(provenance.expert_bytes)),
+        ("all tensors", _bytes(provenance.total_bytes)),
+    ]
+    lines = [f"{name:<16} {value}" for name, value in rows]
+    lines.append("experts at each width, per layer:")
+    for container, bits in plan.expert_bits.items():
+        text = _widths(bits.w13)
+        if bits.w2 != bits.w13:
+            text = f"w13 {text}; w2 {_widths(bits.w2)}"
+        lines.append(f"  {container}: {text}")
+    return "\n".join(lines)
+
+
+def plan_summary(plan: BitPlan) -> dict[str, Any]:
+    """Return a plan as JSON for programs: the plan itself and the counts of each layer."""
+    return {
+        **plan.to_dict(),
+        "experts_at_width": {
+            container: {
+                "w13": dict(sorted(Counter(map(str, bits.w13)).items())),
+                "w2": dict(sorted(Counter(map(str, bits.w2)).items())),
+            }
+            for container, bits in plan.expert_bits.items()
+        },
+    }
+
+
+def describe_conversion(conversion: Conversion) -> str:
+    """Return what a conversion will need: files, disk and memory."""
+    source = sum(info.num_bytes for info in conversion.reader.tensors.values())
+    return "\n".join(
+        (
+            f"{'source':<16} {_bytes(source)}",
+            f"{'result':<16} {_bytes(conversion.output_bytes)} in {len(conversion.shards)} file(s)",
+            f"{'peak memory':<16} about {_bytes(conversion.peak_memory_bytes)} "
+            "beyond Python and torch",
+        )
+    )
+
+
+def _widths(widths: tuple[int, ...]) -> str:
+    counts = sorted(Counter(widths).items(), reverse=True)
+    return ", ".join(f"{count} x {width} bit" for width, count in counts)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit} ({value:,} bytes)"
+    return f"{value} bytes"

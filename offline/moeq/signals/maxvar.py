@@ -1,0 +1,35 @@
+"""MaxVar: how unevenly an expert's first projection spreads its weights."""
+
+import torch
+
+from moeq.checkpoint import CheckpointReader
+from moeq.errors import MoeqError
+from moeq.families import MoELayer
+
+MAXVAR_VARIANTS = ("max-row", "highest-norm-row")
+
+
+def max_var(reader: CheckpointReader, layer: MoELayer, variant: str = "max-row") -> torch.Tensor:
+    """Return MaxVar of each expert, float32 [num_experts].
+
+    ``max-row`` is the paper's definition (arXiv 2604.06515, section 4): the largest biased
+    variance of a row of the first projection. ``highest-norm-row`` is what its published code
+    computes for Mixtral: the unbiased variance of the row with the highest l2 norm.
+
+    Raises:
+        MoeqError: Unknown variant, or weights that are not finite.
+    """
+    values = []
+    for expert in range(layer.num_experts):
+        name = layer.tensor_name(expert, "gate")
+        weight = reader.tensor(name).float()
+        if variant == "max-row":
+            value = weight.var(dim=1, correction=0).max()
+        elif variant == "highest-norm-row":
+            value = weight[weight.norm(dim=1).argmax()].var(correction=1)
+        else:
+            raise MoeqError(f"--maxvar {variant} is not one of {', '.join(MAXVAR_VARIANTS)}")
+        if not torch.isfinite(value):
+            raise MoeqError(f"{name} holds NaN or infinite weights")
+        values.append(value)
+    return torch.stack(values)

@@ -1,0 +1,134 @@
+"""Records routers during training, so that ``--base-router`` knows where they started."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+
+_ROUTER_NAMES = ("gate", "router")
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+class RouterNormTracker(TrainerCallback):  # type: ignore[misc]
+    """Saves the initial routers of a model and the history of their row norms.
+
+    In a plain PyTorch loop::
+
+        tracker = RouterNormTracker("routers.safetensors", model)
+        for batch in batches:
+            ...
+            tracker.step()
+        tracker.save()
+
+    With transformers: ``Trainer(..., callbacks=[RouterNormTracker("routers.safetensors")])``.
+
+    The file holds, for each router, its initial weight float32 [experts, hidden] under its own
+    name, and ``{name}.norm_history`` float32 [records, experts]; ``norm_history.steps`` int64
+    [records] are the steps of the records. It is written when training starts and again by each
+    :meth:`save`, so that a killed training still leaves the initial routers.
+
+    Args:
+        path: File to write.
+        model: The model, before its first step; may be None if transformers calls.
+        every: Steps between two records of the norms.
+
+    Raises:
+        ValueError: The model has no router: no module with ``experts`` beside a ``gate`` or
+            ``router``; or ``every`` is not positive.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], model: nn.Module | None = None, *, every: int = 100
+    ) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1")
+        self.path = Path(path)
+        self.every = every
+        self._step = 0
+        self._steps: list[int] = []
+        self._routers: dict[str, nn.Parameter] = {}
+        self._initial: dict[str, torch.Tensor] = {}
+        self._norms: dict[str, list[torch.Tensor]] = {}
+        if model is not None:
+            self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Take the model's routers as they are now for the initial ones, and write the file."""
+        self._routers = dict(_routers(model))
+        if not self._routers:
+            raise ValueError(
+                f"{type(model).__name__} has no router: no module that holds 'experts' beside a "
+                "'gate' or 'router' with a weight [experts, hidden]"
+            )
+        self._initial = {name: _snapshot(weight) for name, weight in self._routers.items()}
+        self._norms = {name: [] for name in self._routers}
+        self._steps = []
+        self._step = 0
+        self._record()
+        self.save()
+
+    def step(self) -> None:
+        """Count one optimizer step; record the norms every so many."""
+        self._require_model()
+        self._step += 1
+        if self._step % self.every == 0:
+            self._record()
+
+    def save(self) -> None:
+        """Write the file; a reader never sees a half-written one."""
+        self._require_model()
+        if self._steps[-1] != self._step:
+            self._record()
+        tensors = {"norm_history.steps": torch.tensor(self._steps)}
+        for name, initial in self._initial.items():
+            tensors[name] = initial
+            tensors[f"{name}.norm_history"] = torch.stack(self._norms[name])
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        save_file(tensors, partial, metadata={"written_by": "moeq.RouterNormTracker"})
+        partial.replace(self.path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by transformers: take the initial routers, except when training resumes."""
+        if not self._routers:
+            self.attach(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by transformers after each optimizer step."""
+        self.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by transformers: write the file."""
+        self.save()
+
+    def _record(self) -> None:
+        self._steps.append(self._step)
+        for name, weight in self._routers.items():
+            self._norms[name].append(_snapshot(weight).norm(dim=1))
+
+    def _require_model(self) -> None:
+        if not self._routers:
+            raise ValueError("RouterNormTracker has no model yet; pass it or call attach(model)")
+
+
+def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (parameter name without wrappers, weight) of every router."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "experts"):
+            continue
+        for router_name in _ROUTER_NAMES:
+            weight = getattr(getattr(module, router_name, None), "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+                full_name = f"{name}.{router_name}.weight"
+                for wrapper in _WRAPPERS:
+                    full_name = full_name.replace(wrapper, "")
+                yield full_name.removeprefix("."), weight
+
+
+def _snapshot(weight: nn.Parameter) -> torch.Tensor:
+    return weight.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,132 @@
+"""``--quantization moeq``: reads a checkpoint's config and gives each layer its method."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_moeq.compat import (
+    QUANTIZATION_METHODS,
+    LinearBase,
+    QuantizationConfig,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+    extract_layer_index,
+    init_logger,
+    model_path,
+    register_quantization_config,
+    weights_are_dummies,
+)
+from vllm_moeq.format import (
+    MANIFEST_NAME,
+    QUANT_METHOD,
+    CheckpointConfig,
+    FormatError,
+    LayerBits,
+    check_manifest,
+)
+from vllm_moeq.moe_method import MoeqMoEMethod
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
+
+_LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
+
+
+def register_config() -> None:
+    """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(MoeqConfig)
+
+
+class MoeqConfig(QuantizationConfig):
+    """Quantization config of a moeq checkpoint.
+
+    Args:
+        config: ``quantization_config`` of the model's ``config.json``.
+
+    Raises:
+        FormatError: No config at all, or one that this version cannot read.
+    """
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if config is None:
+            # vLLM calls quant_cls() when config.json has no quantization_config.
+            raise FormatError(
+                "--quantization moeq needs a checkpoint made by `moeq quantize`, but the model's "
+                "config.json has no quantization_config. Convert the model first, or serve it "
+                "without --quantization"
+            )
+        self.plan = CheckpointConfig.from_dict(config).plan
+        self._by_layer: dict[int, LayerBits] = {}
+        for container, bits in self.plan.expert_bits.items():
+            match = _LAYER_INDEX.search(f".{container}.")
+            if match is None:
+                raise FormatError(f"expert_bits[{container!r}] names no layer ('layers.N')")
+            if self._by_layer.setdefault(int(match[1]), bits) is not bits:
+                raise FormatError(f"expert_bits names layer {match[1]} twice")
+        self._files_checked = False
+
+    def get_name(self) -> str:
+        """Return the name used on the command line."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the activation types that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the lowest CUDA compute capability: the torch reference runs everywhere."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no file: the config is part of ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MoeqConfig":
+        """Build from ``quantization_config``."""
+        return cls(config)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method for a layer, or None to leave it to vLLM.
+
+        Raises:
+            FormatError: An MoE layer that the plan does not name, or damaged files.
+        """
+        if isinstance(layer, RoutedExperts):
+            self._check_files()
+            index = extract_layer_index(prefix)
+            if index not in self._by_layer:
+                raise FormatError(
+                    f"{prefix}: the checkpoint's expert_bits has no entry for layer {index}; it "
+                    f"has layers {sorted(self._by_layer)}. The plan belongs to another model"
+                )
+            return MoeqMoEMethod(layer.moe_config, self._by_layer[index], self.plan.group_size)
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        return None
+
+    def _check_files(self) -> None:
+        """Compare file sizes with the manifest before anything is loaded.
+
+        safetensors' own message about a truncated file does not name it, and vLLM does not notice
+        tensors that are missing outside the experts.
+        """
+        if self._files_checked or weights_are_dummies():
+            return
+        self._files_checked = True
+        folder = Path(model_path())
+        if not folder.is_dir():  # a hub id: the hub client has checked what it downloaded
+            return
+        if not (folder / MANIFEST_NAME).is_file():
+            logger.warning("%s has no %s: its files are not checked", folder, MANIFEST_NAME)
+            return
+        problems = check_manifest(folder, hashes=False)
+        if problems:
+            raise FormatError(
+                f"{folder} is damaged: {'; '.join(problems)}. Copy or convert the model again"
+            )

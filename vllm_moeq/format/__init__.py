@@ -1,0 +1,46 @@
+"""The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
+
+from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from vllm_moeq.format.packing import dequantize, pack, packed_columns, unpack
+from vllm_moeq.format.plan import (
+    FORMAT_VERSION,
+    GROUP_SIZES,
+    PROJECTIONS,
+    WIDTHS,
+    BitPlan,
+    LayerBits,
+    Projection,
+    Provenance,
+)
+from vllm_moeq.format.schema import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    ExpertTensor,
+    packed_bytes,
+    packed_tensors,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "GROUP_SIZES",
+    "MANIFEST_NAME",
+    "PROJECTIONS",
+    "QUANT_METHOD",
+    "WIDTHS",
+    "BitPlan",
+    "CheckpointConfig",
+    "ExpertTensor",
+    "FormatError",
+    "LayerBits",
+    "Projection",
+    "Provenance",
+    "check_manifest",
+    "dequantize",
+    "pack",
+    "packed_bytes",
+    "packed_columns",
+    "packed_tensors",
+    "unpack",
+    "write_manifest",
+]

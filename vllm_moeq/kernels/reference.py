@@ -1,0 +1,130 @@
+"""The torch reference: slow, correct everywhere, the oracle of every other kernel."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vllm_moeq.format import Projection, dequantize
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+
+
+def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    # gpt-oss: clamped, with a sigmoid of slope 1.702 and a shifted linear part.
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+_GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swigluoai": _swigluoai,
+}
+_UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu_no_mul": F.silu,
+    "gelu_no_mul": F.gelu,
+    "gelu_tanh_no_mul": lambda hidden: F.gelu(hidden, approximate="tanh"),
+    "relu_no_mul": F.relu,
+    "relu2_no_mul": lambda hidden: F.relu(hidden).square(),
+}
+ACTIVATIONS = (*_GATED, *_UNGATED)
+"""Activations by vLLM's names; ``_no_mul`` means that there is no gate."""
+
+
+def activate(hidden: torch.Tensor, activation: str) -> torch.Tensor:
+    """Apply a gated or plain activation to w13's output [tokens, rows].
+
+    Gate and up are the halves of a row, except for ``swigluoai``, where they alternate.
+
+    Raises:
+        ValueError: Unknown activation.
+    """
+    if activation in _UNGATED:
+        return _UNGATED[activation](hidden)
+    if activation not in _GATED:
+        raise ValueError(f"activation {activation!r} is not one of {list(ACTIVATIONS)}")
+    if activation == "swigluoai":
+        gate, up = hidden[..., ::2], hidden[..., 1::2]
+    else:
+        gate, up = hidden.chunk(2, dim=-1)
+    return _GATED[activation](gate, up)
+
+
+def fused_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: ExpertWeights,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    layout: ExpertLayout,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    apply_router_weight_on_input: bool,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Run each token through its experts and sum them by router weight.
+
+    Args:
+        x: Tokens [M, hidden_size], any floating type; the result has the same type and shape.
+        topk_weights: Router weights [M, top_k].
+        topk_ids: Global expert ids [M, top_k].
+        weights: Canonical weights of the local experts.
+        w13_bias: [E, w13_rows] or None.
+        w2_bias: [E, hidden_size] or None.
+        layout: Sizes, widths and offsets.
+        expert_map: Global expert id to local slot, -1 for an expert of another rank; None if all
+            experts are local.
+        activation: One of :data:`ACTIVATIONS`.
+        apply_router_weight_on_input: Scale the input of an expert instead of its output.
+        compute_dtype: Type of weights and sums inside; float64 makes the test oracle.
+    """
+    slots = topk_ids.long()
+    if expert_map is not None:
+        # Ids below zero are padding and stay so.
+        slots = torch.where(slots >= 0, expert_map.long()[slots.clamp(min=0)], slots)
+    output = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
+    tokens = x.to(compute_dtype)
+    for slot in range(len(layout.slots)):
+        router_weight = (topk_weights * (slots == slot)).sum(-1, keepdim=True).to(compute_dtype)
+        rows: torch.Tensor | slice = slice(None)
+        if not x.is_cuda:
+            # Choosing rows would wait for the device and break CUDA graphs; there, the experts
+            # see all tokens and those that are not theirs have weight zero.
+            rows = (slots == slot).any(-1).nonzero().flatten()
+            if rows.numel() == 0:
+                continue
+        router_weight = router_weight[rows]
+        inputs = tokens[rows]
+        if apply_router_weight_on_input:
+            inputs = inputs * router_weight
+        w13 = _expert_weight(weights, layout, "w13", slot, compute_dtype)
+        hidden = F.linear(inputs, w13, _bias(w13_bias, slot, compute_dtype))
+        w2 = _expert_weight(weights, layout, "w2", slot, compute_dtype)
+        result = F.linear(activate(hidden, activation), w2, _bias(w2_bias, slot, compute_dtype))
+        if apply_router_weight_on_input:
+            # Zero for tokens of other experts, whose zeroed input still meets the biases.
+            router_weight = (router_weight != 0).to(compute_dtype)
+        output[rows] += result * router_weight
+    return output.to(x.dtype)
+
+
+def _expert_weight(
+    weights: ExpertWeights,
+    layout: ExpertLayout,
+    projection: Projection,
+    slot: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    packed, scale, zero_point = weights[:3] if projection == "w13" else weights[3:]
+    offset, size = layout.span(projection, slot)
+    bits, _ = layout.bits_and_offset(projection, slot)
+    rows, _ = layout.shape(projection)
+    matrix = packed[offset : offset + size].view(rows, -1)
+    return dequantize(matrix, scale[slot], zero_point[slot], bits, dtype)
+
+
+def _bias(bias: torch.Tensor | None, slot: int, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if bias is None else bias[slot].to(dtype)
