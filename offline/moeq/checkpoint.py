@@ -131,41 +131,54 @@ class CheckpointReader:
                 f"{self.folder} is quantized already (quant_method {method!r} in config.json); "
                 "moeq starts from 16- or 32-bit weights"
             )
-        pattern = re.compile(
-            rf"(?P<container>(?P<block>.*\blayers\.(?P<index>\d+)\.){re.escape(family.experts)})"
-            rf"\.(?P<expert>\d+)\.{re.escape(family.gate)}\.weight"
-        )
-        found: dict[str, re.Match[str]] = {}
-        for name in self.tensors:
-            match = pattern.fullmatch(name)
-            if match:
-                found.setdefault(match["container"], match)
-        if not found:
+        block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
+        expert_tensors = self._matching(rf"{block}{re.escape(family.experts)}\.\d+\..+")
+        if not expert_tensors:
             raise MoeqError(
                 f"{self.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight"
                 f", as model_type {self.config.get('model_type')!r} should; moeq reads checkpoints "
                 "with one tensor per expert"
             )
-        layers = [self._moe_layer(family, match) for match in found.values()]
+        routers = self._matching(block + re.escape(family.router))
+        # A layer is one that has a router or an expert: if either is missing, it is an error.
+        blocks = {match["block"]: int(match["index"]) for match in (*expert_tensors, *routers)}
+        layers = [self._moe_layer(family, block, index) for block, index in blocks.items()]
+        weights = {
+            layer.tensor_name(expert, matrix)
+            for layer in layers
+            for expert, matrix, _ in layer.weights()
+        }
+        for match in expert_tensors:
+            if match.string not in weights:
+                raise MoeqError(
+                    f"{self.folder}: {match.string} is no weight of an expert that the router of "
+                    "its layer knows"
+                )
         return sorted(layers, key=lambda layer: layer.index)
 
-    def _moe_layer(self, family: Family, match: re.Match[str]) -> MoELayer:
-        num_experts = self.config.get(family.num_experts)
-        if not isinstance(num_experts, int):
-            raise MoeqError(f"{self.folder / 'config.json'} has no {family.num_experts!r}")
-        gate = self.tensors[match.string]
+    def _matching(self, pattern: str) -> list[re.Match[str]]:
+        compiled = re.compile(pattern)
+        return [match for name in self.tensors if (match := compiled.fullmatch(name))]
+
+    def _moe_layer(self, family: Family, block: str, index: int) -> MoELayer:
+        container, router = block + family.experts, block + family.router
+        gate_name = f"{container}.0.{family.gate}.weight"
+        gate = self.info(gate_name)
         if len(gate.shape) != 2:
-            raise MoeqError(f"{match.string} has shape {list(gate.shape)}, expected a matrix")
+            raise MoeqError(f"{gate_name} has shape {list(gate.shape)}, expected a matrix")
+        # The router knows how many experts there are; config.json names the number differently
+        # from one release of transformers to the next.
+        num_experts = self.info(router).shape[0]
         layer = MoELayer(
-            index=int(match["index"]),
-            container=match["container"],
-            router=match["block"] + family.router,
+            index=index,
+            container=container,
+            router=router,
             family=family,
             num_experts=num_experts,
             hidden_size=gate.shape[1],
             intermediate_size=gate.shape[0],
         )
-        self._check(layer.router, (num_experts, layer.hidden_size))
+        self._check(router, (num_experts, layer.hidden_size))
         for expert, matrix, _ in layer.weights():
             self._check(layer.tensor_name(expert, matrix), layer.shape(matrix))
         return layer
@@ -193,12 +206,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        MoeqError: The file is missing or no JSON object; names it.
+        MoeqError: The file is missing, unreadable or no JSON object; names it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MoeqError(f"{path} is missing") from None
+    except OSError as error:
+        raise MoeqError(f"cannot read {path}: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MoeqError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):

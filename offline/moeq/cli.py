@@ -150,17 +150,22 @@ def _make_plan(
 
 def _quantize(options: argparse.Namespace) -> int:
     from moeq.convert import Conversion, check_output_is_free
+    from moeq.errors import MoeqError
     from moeq.report import describe_conversion, describe_plan, load_plan
 
     output = options.output.absolute()
     check_output_is_free(output)
     reader, layers = _read_model(options.model)
     if options.plan is not None:
+        for name in ("bits", "levels", "base_router"):
+            if getattr(options, name) is not None:
+                option = name.replace("_", "-")
+                raise MoeqError(f"--{option} has no effect with --plan; give only one of them")
         plan = load_plan(options.plan)
     else:
         plan = _make_plan(options, reader, layers)
     conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
-    print(describe_plan(plan))
+    print(describe_plan(conversion.plan))
     print(describe_conversion(conversion), flush=True)
     if not options.dry_run:
         conversion.run(output, options.model, options.method)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from moeq.allocation import with_sizes
 from moeq.checkpoint import INDEX_NAME, CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits
@@ -34,6 +36,7 @@ METHODS: dict[str, Rounding] = {"rtn": quantize_rtn}
 DEFAULT_SHARD_BYTES = 2 << 30
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
+_WORKERS = len(os.sched_getaffinity(0))
 
 
 class _Job(NamedTuple):
@@ -96,7 +99,8 @@ class Conversion:
                 filled = 0
             shards[-1].append(job)
             filled += job.output_bytes
-        return cls(reader, layers, plan, shards)
+        # A plan that somebody edited, or made for a sister model, states other sizes.
+        return cls(reader, layers, with_sizes(plan, reader, layers), shards)
 
     @property
     def output_bytes(self) -> int:
@@ -107,7 +111,7 @@ class Conversion:
     def peak_memory_bytes(self) -> int:
         """Estimate of the memory in use beyond Python and torch themselves.
 
-        One output file is collected in memory while one source tensor is quantized.
+        One output file is collected in memory while each core quantizes one source tensor.
         """
         largest_tensor = max(
             torch.Size(self.reader.tensors[job.name].shape).numel()
@@ -115,7 +119,7 @@ class Conversion:
             for job in shard
         )
         largest_shard = max(sum(job.output_bytes for job in shard) for shard in self.shards)
-        return largest_shard + _WORKING_BYTES_PER_WEIGHT * largest_tensor
+        return largest_shard + _WORKERS * _WORKING_BYTES_PER_WEIGHT * largest_tensor
 
     def run(self, output: Path, source: str, method: str = "rtn", progress: bool = True) -> None:
         """Write the packed checkpoint to ``output``, which appears only when it is complete.
@@ -152,21 +156,27 @@ class Conversion:
         free = shutil.disk_usage(parent).free
         if free < self.output_bytes:
             raise MoeqError(
-                f"cannot write {output}: the result takes {self.output_bytes / 1e9:.2f} GB, "
-                f"{parent} has {free / 1e9:.2f} GB free"
+                f"cannot write {output}: the result takes {self.output_bytes:,} bytes, "
+                f"{parent} has {free:,} bytes free"
             )
 
     def _write(self, work: Path, source: str, rounding: Rounding, progress: bool) -> None:
         weight_map: dict[str, str] = {}
         total = sum(info.num_bytes for info in self.reader.tensors.values())
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="quantize", disable=not progress
-        ) as bar:
+        with (
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc="quantize", disable=not progress
+            ) as bar,
+            # One tensor to a thread, torch single-threaded inside: its chunks are too small to
+            # split, and OpenMP threads that wait for a busy core cost more than they bring.
+            ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
                 tensors: dict[str, torch.Tensor] = {}
-                for job in shard:
-                    tensors |= self._convert(job, rounding)
+                converted = pool.map(lambda job: self._convert(job, rounding), shard)
+                for job, result in zip(shard, converted, strict=True):
+                    tensors |= result
                     bar.update(self.reader.tensors[job.name].num_bytes)
                 save_file(tensors, work / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file)
@@ -210,7 +220,7 @@ def check_output_is_free(output: Path) -> None:
     Raises:
         MoeqError: ``output`` exists.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise MoeqError(f"--output {output} exists already; remove it or choose another name")
 
 

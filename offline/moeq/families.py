@@ -21,7 +21,6 @@ class Family:
         gate: Name of an expert's gate projection, the first projection of MaxVar.
         up: Name of its up projection.
         down: Name of its down projection.
-        num_experts: Key of the number of routed experts in ``config.json``.
     """
 
     model_types: tuple[str, ...]
@@ -30,24 +29,26 @@ class Family:
     gate: str
     up: str
     down: str
-    num_experts: str
-
-
-def _modern(num_experts: str, *model_types: str) -> Family:
-    return Family(
-        model_types, "mlp.experts", "mlp.gate.weight", "gate_proj", "up_proj", "down_proj",
-        num_experts,
-    )  # fmt: skip
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        ("mixtral",), "block_sparse_moe.experts", "block_sparse_moe.gate.weight", "w1", "w3", "w2",
-        "num_local_experts",
+        ("mixtral",),
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.gate.weight",
+        gate="w1",
+        up="w3",
+        down="w2",
     ),
-    _modern("num_experts", "qwen2_moe", "qwen3_moe", "olmoe"),
-    _modern("n_routed_experts", "deepseek_v2", "deepseek_v3"),
-)  # fmt: skip
+    Family(
+        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"),
+        experts="mlp.experts",
+        router="mlp.gate.weight",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+    ),
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -1,5 +1,6 @@
 """The README.md of a packed checkpoint."""
 
+import warnings
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -41,7 +42,7 @@ and goes on with RANDOM experts.
 def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
     """Replace ``README.md`` in ``folder``, keeping what the source card says about licence etc."""
     path = folder / "README.md"
-    data = ModelCard.load(path).data if path.is_file() else ModelCardData()
+    data = _source_data(path)
     data.library_name = "vllm"
     data.tags = sorted({*(data.tags or []), "moe", "moeq", "quantized"})
     name = Path(source).name
@@ -62,3 +63,13 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
         total_bytes=provenance.total_bytes or 0,
     )
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _source_data(path: Path) -> ModelCardData:
+    if not path.is_file():
+        return ModelCardData()
+    try:
+        return ModelCard.load(path).data
+    except Exception as error:  # What a stranger wrote there must not cost a conversion.
+        warnings.warn(f"the header of {path.name} is unreadable and left out: {error}", stacklevel=2)
+        return ModelCardData()

@@ -43,7 +43,7 @@ def check_manifest(folder: Path, *, hashes: bool = True) -> list[str]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, files = manifest["manifest_version"], manifest["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FormatError(
             f"{path} is missing: {folder} is not a finished moeq checkpoint. "
             "Run `moeq quantize` again"

@@ -57,7 +57,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         moved = (word & upper) >> (lane - lane // 8 * bits)
         word &= ~upper
         word |= moved
-    return word.view(torch.uint8).view(rows, -1, CODES_PER_WORD)[..., :bits].reshape(rows, -1)
+    used = word.view(torch.uint8).view(rows, -1, CODES_PER_WORD)[..., :bits]
+    return used.reshape(rows, -1).contiguous()  # reshape may return a strided view of one byte
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:

@@ -97,7 +97,24 @@ class Provenance:
         """Read the JSON form; unknown keys of later versions are ignored."""
         if not isinstance(data, Mapping):
             raise FormatError("provenance must be an object")
-        return cls(**{name: data[name] for name in cls.__slots__ if name in data})
+        known = {name: data[name] for name in cls.__slots__ if name in data}
+        for name, value in known.items():
+            if not isinstance(value, _PROVENANCE_TYPES[name]):
+                raise FormatError(f"provenance.{name} has a value of the wrong type: {value!r}")
+        return cls(**known)
+
+
+_PROVENANCE_TYPES: Mapping[str, Any] = {
+    "strategy": str,
+    "requested_bits": int | float | None,
+    "achieved_bits": int | float | None,
+    "bits_per_weight": int | float | None,
+    "expert_bytes": int | None,
+    "total_bytes": int | None,
+    "source": str,
+    "moeq_version": str,
+    "details": Mapping,
+}
 
 
 @dataclass(frozen=True, slots=True)

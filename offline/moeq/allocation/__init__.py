@@ -2,7 +2,14 @@
 
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
-from moeq.allocation.strategies import STRATEGIES, PlanOptions, PlanSizes, make_plan, plan_sizes
+from moeq.allocation.strategies import (
+    STRATEGIES,
+    PlanOptions,
+    PlanSizes,
+    make_plan,
+    plan_sizes,
+    with_sizes,
+)
 
 __all__ = [
     "REORDER_VARIANTS",
@@ -15,4 +22,5 @@ __all__ = [
     "maxvar_order",
     "plan_sizes",
     "router_norm_order",
+    "with_sizes",
 ]

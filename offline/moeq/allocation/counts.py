@@ -48,11 +48,12 @@ def _three_levels(bits: float, levels: tuple[int, int, int], num_experts: int) -
         low = num_experts - round((bits - lowest) / (middle - lowest) * num_experts)
     mid = num_experts - high - low
     # Trade pairs (middle, middle) for (highest, lowest): the average stays.
-    third = (highest - lowest) / 3
+    # Rounded, so that an average such as 8/3 lands on the boundary that it means.
+    thirds_below = round(3 * (highest - bits) / (highest - lowest), 9)
     trades = 0
-    if bits > highest - third:
+    if thirds_below < 1:
         trades = mid // 2
-    elif bits >= highest - 2 * third:
+    elif thirds_below <= 2:
         while mid - 2 * (trades + 1) >= trades + 1:
             trades += 1
     return {highest: high + trades, middle: mid - 2 * trades, lowest: low + trades}

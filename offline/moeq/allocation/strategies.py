@@ -1,7 +1,7 @@
 """Bit plans from a named strategy."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,9 +51,12 @@ class PlanOptions:
         """Return the widths to use, highest first.
 
         Raises:
-            MoeqError: A width that the format lacks, or an average that no width reaches.
+            MoeqError: A width that the format lacks, an average that no width reaches, or levels
+                that the strategy would not use.
         """
         if self.strategy == "uniform":
+            if self.levels:
+                raise MoeqError("--levels has no effect with --strategy uniform")
             if self.bits not in WIDTHS:
                 raise MoeqError(
                     f"--strategy uniform needs --bits to be one width "
@@ -106,6 +109,19 @@ def plan_sizes(plan: BitPlan, reader: CheckpointReader, layers: list[MoELayer]) 
     return PlanSizes(weights, code_bits / weights, size * 8 / weights, size, size + other)
 
 
+def with_sizes(plan: BitPlan, reader: CheckpointReader, layers: list[MoELayer]) -> BitPlan:
+    """Return a plan that fits a model with the true sizes in its provenance."""
+    sizes = plan_sizes(plan, reader, layers)
+    provenance = replace(
+        plan.provenance,
+        achieved_bits=sizes.achieved_bits,
+        bits_per_weight=sizes.bits_per_weight,
+        expert_bytes=sizes.expert_bytes,
+        total_bytes=sizes.total_bytes,
+    )
+    return replace(plan, provenance=provenance)
+
+
 def make_plan(
     reader: CheckpointReader, layers: list[MoELayer], options: PlanOptions, source: str
 ) -> BitPlan:
@@ -126,21 +142,16 @@ def make_plan(
         for expert, width in zip(order, ladder, strict=True):
             widths[expert] = width
         expert_bits[layer.container] = LayerBits(tuple(widths), tuple(widths))
-    plan = BitPlan(options.group_size, expert_bits)
-    check_plan_fits(plan, layers)
-    sizes = plan_sizes(plan, reader, layers)
     provenance = Provenance(
         strategy=options.strategy,
         requested_bits=options.bits,
-        achieved_bits=sizes.achieved_bits,
-        bits_per_weight=sizes.bits_per_weight,
-        expert_bytes=sizes.expert_bytes,
-        total_bytes=sizes.total_bytes,
         source=source,
         moeq_version=__version__,
         details=details,
     )
-    return BitPlan(options.group_size, expert_bits, provenance)
+    plan = BitPlan(options.group_size, expert_bits, provenance)
+    check_plan_fits(plan, layers)
+    return with_sizes(plan, reader, layers)
 
 
 def _orders(

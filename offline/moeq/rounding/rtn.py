@@ -1,16 +1,20 @@
 """Round to nearest on a grid whose range is searched for the least squared error."""
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 
 from vllm_moeq.format import dequantize, pack
 
-_SHRINK = {1: (0.2, 0.6, 9), 2: (0.4, 1.0, 13), 3: (0.55, 1.0, 10), 4: (0.65, 1.0, 8)}
-"""Per width: smallest and largest share of a group's range that the grid spans, and steps."""
-_REFINEMENTS = 3
-_CHUNK = 1 << 17
-"""Weights searched at once: few enough for the temporaries to stay in a core's cache."""
+_SHARES = {1: (0.15, 5), 2: (0.3, 5), 3: (0.5, 5), 4: (0.7, 5), 8: (0.9, 3)}
+"""Per width: the smallest share of a group's extreme that either end of a grid is tried at, and
+how many shares up to 1 are tried; every pair of ends is one range."""
+_REFINEMENTS = 2
+_CHUNK = 1 << 18
+"""Weights searched at once: few enough for the temporaries to stay in a core's cache, many enough
+for the overhead of torch's calls not to matter."""
 _SMALLEST_SCALE = 2.0**-24
 _LARGEST_SCALE = 65504.0
 _LARGEST_ZERO_POINT = 255
@@ -32,8 +36,9 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     """Quantize a matrix by rounding each weight to the nearest point of its group's grid.
 
     Each group of ``group_size`` weights of a row gets the float16 scale and the half-step zero
-    point with the least squared error among several ranges, refined by least squares. The scale
-    is rounded to float16 BEFORE codes are chosen, so codes are nearest to what is really stored.
+    point with the least squared error among ranges that differ at both ends, refined by least
+    squares. The scale is rounded to float16 BEFORE codes are chosen, so codes are nearest to what
+    is really stored.
 
     Args:
         weight: [N, K], any floating type; K is a multiple of ``group_size``.
@@ -73,22 +78,26 @@ def _quantize_groups(
     groups = groups * sign
     low, high = torch.where(sign < 0, -high, low), torch.where(sign < 0, -low, high)
 
-    smallest, widest, steps = _SHRINK.get(bits, (0.9, 1.0, 3))
-    best = _Grid.between(groups, low * widest, high * widest, levels)
-    for shrink in torch.linspace(widest, smallest, steps).tolist()[1:]:
-        best = best.better(_Grid.between(groups, low * shrink, high * shrink, levels))
+    shares = torch.linspace(1.0, *_SHARES[bits]).tolist()
+    best = functools.reduce(
+        _Grid.better,
+        (
+            _Grid.between(groups, low * low_share, high * high_share, levels)
+            for low_share, high_share in itertools.product(shares, repeat=2)
+        ),
+    )
     for _ in range(_REFINEMENTS):
-        best = best.better(_Grid.fitted(groups, best.codes, levels))
+        best = best.better(_Grid.fitted(groups, best.codes(groups, levels), levels))
+    codes = best.codes(groups, levels).to(torch.uint8)
     scale = (best.scale * sign).to(torch.float16)
-    return best.codes.to(torch.uint8), scale.flatten(), best.zero_point.to(torch.uint8).flatten()
+    return codes, scale.flatten(), best.zero_point.to(torch.uint8).flatten()
 
 
 class _Grid(NamedTuple):
-    """One grid per group, with the codes and the squared error that it leads to."""
+    """One grid per group, with the squared error that it leads to."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor
-    codes: torch.Tensor
     error: torch.Tensor
 
     @classmethod
@@ -99,14 +108,13 @@ class _Grid(NamedTuple):
         scale = ((high - low) / levels).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
         scale = scale.to(torch.float16).float()
         zero_point = (low * -2 / scale).round_().clamp_(0, _LARGEST_ZERO_POINT)
-        half = zero_point / 2
-        codes = (groups / scale).add_(half).round_().clamp_(0, levels)
-        error = (codes - half).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
-        return cls(scale, zero_point, codes, error)
+        steps = (groups / scale).add_(zero_point / 2)
+        deviation = steps.round().clamp_(0, levels).sub_(steps)
+        return cls(scale, zero_point, deviation.square_().sum(-1, keepdim=True) * scale.square())
 
     @classmethod
     def fitted(cls, groups: torch.Tensor, codes: torch.Tensor, levels: int) -> "_Grid":
-        """Fit scale and zero point to given codes by least squares, then choose codes anew."""
+        """Fit scale and zero point to given codes by least squares."""
         mean_code = codes.mean(-1, keepdim=True)
         mean = groups.mean(-1, keepdim=True)
         centred = codes - mean_code
@@ -114,6 +122,10 @@ class _Grid(NamedTuple):
         scale = (centred * groups).sum(-1, keepdim=True) / variance.clamp(min=1e-12)
         low = mean - scale * mean_code
         return cls.between(groups, low, low + scale * levels, levels)
+
+    def codes(self, groups: torch.Tensor, levels: int) -> torch.Tensor:
+        """Return the code of each weight, still as a float: the grid point nearest to it."""
+        return (groups / self.scale).add_(self.zero_point / 2).round_().clamp_(0, levels)
 
     def better(self, other: "_Grid") -> "_Grid":
         """Return, group by group, the grid with the smaller error."""

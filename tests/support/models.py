@@ -1,0 +1,158 @@
+"""Tiny checkpoints of every supported family, made by transformers with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCABULARY = 320
+NUM_EXPERTS = 8
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    # Large enough for logits that differ clearly, so that greedy tokens are no coin toss.
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def _mixtral() -> torch.nn.Module:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **_COMMON, num_key_value_heads=2, intermediate_size=256, num_local_experts=NUM_EXPERTS
+        )
+    )
+
+
+def _qwen2_moe() -> torch.nn.Module:
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_COMMON,
+            num_key_value_heads=2,
+            intermediate_size=256,
+            moe_intermediate_size=128,
+            shared_expert_intermediate_size=256,
+            num_experts=NUM_EXPERTS,
+        )
+    )
+
+
+def _qwen3_moe() -> torch.nn.Module:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_COMMON,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=256,
+            moe_intermediate_size=128,
+            num_experts=NUM_EXPERTS,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def _olmoe() -> torch.nn.Module:
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            **_COMMON, num_key_value_heads=4, intermediate_size=128, num_experts=NUM_EXPERTS
+        )
+    )
+
+
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "routed_scaling_factor": 1.0,
+}
+
+
+def _deepseek_v2() -> torch.nn.Module:
+    # As DeepSeek-V2-Lite: softmax routing without expert groups.
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            **_COMMON | _DEEPSEEK | {"n_group": 1, "topk_group": 1},
+            q_lora_rank=None,
+            topk_method="greedy",
+        )
+    )
+
+
+def _deepseek_v3() -> torch.nn.Module:
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_COMMON | _DEEPSEEK,
+            q_lora_rank=128,
+            norm_topk_prob=True,
+            # transformers assumes these two; vLLM reads them, as in DeepSeek's own config.json.
+            scoring_func="sigmoid",
+            topk_method="noaux_tc",
+        )
+    )
+
+
+FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer without merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a tiny random checkpoint of a family; the same one every time."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder

@@ -1,0 +1,168 @@
+"""A real engine in every mode that users choose: compiled, parallel, dummy weights, batches."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.engine import EngineRun, assert_same, launch, run_engine, run_transformers
+from support.packed import W2_BITS, W13_BITS, moeq, pack_mixed
+from support.reference import dequantize_checkpoint
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+HIDDEN, INTERMEDIATE, GROUP = 128, 256, 32
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+TWO_RANKS_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_mixed(tiny_model("mixtral"), tmp_path_factory.mktemp("engine") / "packed", GROUP)
+
+
+@pytest.fixture(scope="module")
+def expected(packed: Path) -> list[object]:
+    plain = dequantize_checkpoint(packed, packed.with_name("plain"))
+    return run_transformers(plain)
+
+
+def _experts_bytes(experts: list[int], layer: int, ranks_per_expert: int) -> dict[str, int]:
+    """Bytes of each buffer that a rank needs for these experts, from the plan alone."""
+    w13_bits = W13_BITS[layer:] + W13_BITS[:layer]
+    w2_bits = W2_BITS[layer:] + W2_BITS[:layer]
+    weights = INTERMEDIATE * HIDDEN // ranks_per_expert
+    groups = len(experts) * weights // GROUP
+    return {
+        "w13_weight_packed": sum(2 * weights * w13_bits[e] // 8 for e in experts),
+        "w13_weight_scale": 2 * groups * 2,
+        "w13_weight_zero_point": 2 * groups,
+        "w2_weight_packed": sum(weights * w2_bits[e] // 8 for e in experts),
+        "w2_weight_scale": groups * 2,
+        "w2_weight_zero_point": groups,
+    }
+
+
+def _assert_buffers(
+    run: EngineRun, experts_of_rank: list[list[int]], ranks_per_expert: int
+) -> None:
+    assert len(run.buffers) == len(experts_of_rank)
+    for sizes, experts in zip(run.buffers, experts_of_rank, strict=True):
+        for layer in (0, 1):
+            prefix = f"model.layers.{layer}."
+            found = {
+                name.rsplit(".", 1)[1]: size
+                for name, size in sizes.items()
+                if name.startswith(prefix)
+            }
+            assert found == _experts_bytes(experts, layer, ranks_per_expert)
+
+
+def test_tensor_parallel(packed: Path, expected: list[object]) -> None:
+    run = run_engine(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)
+
+    assert_same(run.completions[0], expected)
+    _assert_buffers(run, [list(range(8))] * 2, ranks_per_expert=2)
+
+
+def test_expert_parallel(packed: Path, expected: list[object]) -> None:
+    run = run_engine(
+        packed, environment=TWO_RANKS_ENVIRONMENT, enable_expert_parallel=True, **TWO_RANKS
+    )
+
+    assert_same(run.completions[0], expected)
+    _assert_buffers(run, [[0, 1, 2, 3], [4, 5, 6, 7]], ranks_per_expert=1)
+
+
+def test_compiled_cache_is_not_reused_for_another_plan(
+    packed: Path, expected: list[object], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # vLLM's compile cache goes by the path and config of the model. A second plan at the same
+    # path must not run with what the first one left there.
+    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    model = tmp_path / "model"
+    shutil.copytree(packed, model)
+    first = run_engine(model, environment=environment, enforce_eager=False)
+    assert_same(first.completions[0], expected)
+
+    shutil.rmtree(model)
+    again = moeq(
+        "quantize", tiny_model("mixtral"), "-o", model,
+        "--bits", 3.5, "--group-size", 64, "--strategy", "random:1",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    second = run_engine(model, environment=environment, enforce_eager=False)
+    plain = dequantize_checkpoint(model, tmp_path / "plain")
+    assert_same(second.completions[0], run_transformers(plain))
+
+
+def test_corrupted_layout_is_caught(packed: Path, expected: list[object]) -> None:
+    # Rows 2.. of the layout are the experts: w13 bits, w13 offset, w2 bits, w2 offset.
+    experts = _layout_rows()
+    corruptions = [
+        [2 + 4, 0, 2],  # width of expert 4's w13: 1 -> 2
+        [2 + 1, 1, experts[1][1] + 4],  # offset of expert 1's w13: four bytes late
+        [2 + 1, 2, 3],  # width of expert 1's w2: 4 -> 3
+        [2 + 5, 3, experts[3][3]],  # expert 5's w2 read from expert 3's place
+    ]
+    run = run_engine(packed, corruptions=corruptions)
+
+    assert_same(run.completions[0], expected)
+    for corrupted in run.completions[1:]:
+        with pytest.raises(AssertionError):
+            assert_same(corrupted, expected)
+
+
+def _layout_rows() -> list[tuple[int, int, int, int]]:
+    rows = []
+    w13_offset = w2_offset = 0
+    for w13, w2 in zip(W13_BITS, W2_BITS, strict=True):
+        rows.append((w13, w13_offset, w2, w2_offset))
+        w13_offset += 2 * INTERMEDIATE * HIDDEN * w13 // 8
+        w2_offset += INTERMEDIATE * HIDDEN * w2 // 8
+    return rows
+
+
+def test_dummy_weights_need_no_files(packed: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "moeq_manifest.json"):
+        shutil.copy(packed / name, tmp_path)
+
+    run = run_engine(tmp_path, load_format="dummy")
+
+    assert all(len(completion.tokens) > 0 for completion in run.completions[0])
+    _assert_buffers(run, [list(range(8))], ranks_per_expert=1)
+
+
+def test_kernel_is_chosen_by_name(packed: Path, expected: list[object]) -> None:
+    run = run_engine(packed, environment={"MOEQ_KERNEL": "reference"}, quantization="moeq")
+
+    assert "moeq experts run on the reference kernel" in run.log
+    assert_same(run.completions[0], expected)
+
+
+def test_group_size_must_divide_the_shard(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # 128 intermediate columns in groups of 128: whole on one rank, but not on two.
+    packed = tmp_path / "packed"
+    done = moeq("quantize", tiny_model("olmoe"), "-o", packed, "--bits", 4, "--group-size", 128)
+    assert done.returncode == 0, done.stderr
+
+    process = launch(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)
+
+    assert process.returncode != 0
+    log = process.stdout + process.stderr
+    assert "group size 128 does not divide the 64 columns of w2" in log
+    assert "--enable-expert-parallel" in log
+    assert "--tensor-parallel-size 1" in log
+    assert "--group-size 64" in log
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(packed: Path, expected: list[object], dtype: str) -> None:
+    run = run_engine(packed, dtype=dtype)
+
+    # Half precision cannot be compared at 1e-3; the first token of each prompt must agree.
+    same = [a.tokens[0] == b.tokens[0] for a, b in zip(run.completions[0], expected, strict=True)]
+    assert sum(same) >= len(same) - 1
