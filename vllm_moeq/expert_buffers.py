@@ -39,10 +39,13 @@ def check_group_fits(
     if intermediate_size % (group_size * tp_size) == 0:
         return
     shard = intermediate_size / tp_size
+    # Divisors of tp_size only: into those, attention heads divide too.
     fitting = [
-        size for size in range(tp_size - 1, 0, -1) if intermediate_size % (group_size * size) == 0
+        size
+        for size in range(tp_size - 1, 0, -1)
+        if tp_size % size == 0 and intermediate_size % (group_size * size) == 0
     ]
-    hints = ["--enable-expert-parallel"] if tp_size > 1 else []
+    hints = ["--enable-expert-parallel"] if fitting else []
     hints += [f"--tensor-parallel-size {size}" for size in fitting[:1]]
     largest = next(
         (size for size in (128, 64, 32) if intermediate_size % (size * tp_size) == 0), None
@@ -111,8 +114,11 @@ class ExpertBuffers:
             tensor_name: For messages.
 
         Raises:
-            FormatError: Type or shape differ from what the plan promises.
+            FormatError: Type or shape differ from what the plan promises, or the experts have no
+                such matrix.
         """
+        if shard not in self.shards:
+            raise FormatError(f"{self.name}: {tensor_name} is {shard} of experts without a gate")
         target = self._view(kind, shard, slot)
         axis = 1 if shard == "w2" else 0
         expected = list(target.shape)

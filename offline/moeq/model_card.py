@@ -71,5 +71,7 @@ def _source_data(path: Path) -> ModelCardData:
     try:
         return ModelCard.load(path).data
     except Exception as error:  # What a stranger wrote there must not cost a conversion.
-        warnings.warn(f"the header of {path.name} is unreadable and left out: {error}", stacklevel=2)
+        warnings.warn(
+            f"the header of {path.name} is unreadable and left out: {error}", stacklevel=2
+        )
         return ModelCardData()

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from moeq import RouterNormTracker
-from moeq.checkpoint import CheckpointReader
-from moeq.signals import load_base_routers, router_norms
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+
+from moeq import RouterNormTracker
+from moeq.checkpoint import CheckpointReader
+from moeq.signals import load_base_routers, router_norms
 
 EXPERTS, HIDDEN = 4, 16
 
@@ -114,9 +115,7 @@ def test_initial_routers_are_stored_in_float32(model: MixtralForCausalLM, tmp_pa
 def test_transformers_drives_the_tracker(model: MixtralForCausalLM, tmp_path: Path) -> None:
     path, initial = tmp_path / "routers.safetensors", _routers(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    handler = CallbackHandler(
-        [RouterNormTracker(path, every=2)], model, None, optimizer, None
-    )
+    handler = CallbackHandler([RouterNormTracker(path, every=2)], model, None, optimizer, None)
     # Training arguments need accelerate, and the tracker reads none.
     arguments = None
     state, control = TrainerState(), TrainerControl()

@@ -10,7 +10,7 @@ A weight matrix [N, K] at ``bits`` per weight is stored as three tensors:
   ``weight = scale * (code - zero_point / 2)``.
 
 Half steps let a narrow grid be symmetric around zero (at 1 bit: -s/2 and +s/2), which an integer
-zero point cannot do. They cost no byte and take 14 % off the squared error at 2 bits
+zero point cannot do. They cost no byte and take 4 to 13 % off the squared error at 2 bits
 (``examples/benchmarks/RESULTS.md``, zero-point resolution).
 """
 

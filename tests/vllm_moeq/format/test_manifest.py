@@ -48,9 +48,7 @@ def test_a_missing_file_is_named(folder: Path, hashes: bool) -> None:
 @pytest.mark.parametrize("hashes", [True, False])
 def test_another_size_is_named(folder: Path, hashes: bool) -> None:
     (folder / "model.safetensors").write_bytes(b"\x00wei")
-    assert check_manifest(folder, hashes=hashes) == [
-        "model.safetensors has 4 bytes instead of 8"
-    ]
+    assert check_manifest(folder, hashes=hashes) == ["model.safetensors has 4 bytes instead of 8"]
 
 
 def test_other_contents_of_the_same_size_are_named_if_hashes_are_compared(folder: Path) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from support import reference
 
+from support import reference
 from vllm_moeq.format import WIDTHS, FormatError, dequantize, pack, packed_columns, unpack
 
 every_width = pytest.mark.parametrize("bits", WIDTHS)
@@ -46,7 +46,7 @@ def test_unpack_reads_an_independent_bit_stream(bits: int) -> None:
 
 
 @every_width
-@pytest.mark.parametrize("shape", [(1, 8), (3, 8), (1, 128), (0, 32)])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 8), (1, 128)])
 def test_small_shapes_survive_the_round_trip(bits: int, shape: tuple[int, int]) -> None:
     packed = pack(_codes(bits, *shape), bits)
     assert packed.shape == (shape[0], shape[1] * bits // 8)
