@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeq.checkpoint import CheckpointReader
@@ -80,7 +81,6 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--strategy",
-        default="combined",
         help="combined (default), router-norm, maxvar, uniform or random:SEED",
     )
     group.add_argument(
@@ -89,23 +89,19 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="router before training: a checkpoint, or a safetensors file as written by "
         "moeq.RouterNormTracker; without it the final router norm stands in",
     )
+    group.add_argument("--group-size", type=int, help="weights per scale: 32, 64 or 128 (default)")
     group.add_argument(
-        "--group-size", type=int, default=128, help="weights per scale: 32, 64 or 128 (default)"
-    )
-    group.add_argument(
-        "--zeta", type=float, default=3.0, help="MaxVar factor that lets an expert overtake"
+        "--zeta", type=float, help="MaxVar factor that lets an expert overtake (default 3)"
     )
     group.add_argument(
         "--maxvar",
-        default="max-row",
         choices=["max-row", "highest-norm-row"],
         help="MaxVar as in the paper (default) or as in its published code for Mixtral",
     )
     group.add_argument(
         "--reorder",
-        default="stable",
         choices=["stable", "one-pass"],
-        help="repeat the MaxVar re-order until stable (default) or run it once, as published",
+        help="repeat the MaxVar re-order until stable (default), or visit each place once",
     )
 
 
@@ -123,6 +119,14 @@ def _read_model(model: str) -> tuple["CheckpointReader", list["MoELayer"]]:
     return reader, reader.moe_layers()
 
 
+def _given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the group "plan" that the user gave; the rest has its default."""
+    from moeq.allocation import PlanOptions
+
+    names = (field.name for field in fields(PlanOptions))
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 def _make_plan(
     options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
 ) -> "BitPlan":
@@ -134,16 +138,7 @@ def _make_plan(
     return make_plan(
         reader,
         layers,
-        PlanOptions(
-            bits=options.bits,
-            levels=options.levels,
-            strategy=options.strategy,
-            group_size=options.group_size,
-            base_router=options.base_router,
-            zeta=options.zeta,
-            maxvar=options.maxvar,
-            reorder=options.reorder,
-        ),
+        PlanOptions(**_given_plan_options(options)),
         options.model,
     )
 
@@ -157,10 +152,9 @@ def _quantize(options: argparse.Namespace) -> int:
     check_output_is_free(output)
     reader, layers = _read_model(options.model)
     if options.plan is not None:
-        for name in ("bits", "levels", "base_router"):
-            if getattr(options, name) is not None:
-                option = name.replace("_", "-")
-                raise MoeqError(f"--{option} has no effect with --plan; give only one of them")
+        for name in _given_plan_options(options):
+            option = name.replace("_", "-")
+            raise MoeqError(f"--{option} has no effect with --plan; give only one of them")
         plan = load_plan(options.plan)
     else:
         plan = _make_plan(options, reader, layers)

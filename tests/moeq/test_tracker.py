@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from moeq import RouterNormTracker
 from moeq.checkpoint import CheckpointReader
@@ -112,21 +111,33 @@ def test_initial_routers_are_stored_in_float32(model: MixtralForCausalLM, tmp_pa
     assert stored["model.layers.0.mlp.gate.weight"].dtype == torch.float32
 
 
-def test_transformers_drives_the_tracker(model: MixtralForCausalLM, tmp_path: Path) -> None:
+def test_trainer_drives_the_tracker(model: MixtralForCausalLM, tmp_path: Path) -> None:
     path, initial = tmp_path / "routers.safetensors", _routers(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    handler = CallbackHandler([RouterNormTracker(path, every=2)], model, None, optimizer, None)
-    # Training arguments need accelerate, and the tracker reads none.
-    arguments = None
-    state, control = TrainerState(), TrainerControl()
-    handler.on_train_begin(arguments, state, control)
+    tokens = torch.randint(32, (12, 8))
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=0.01,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        callbacks=[RouterNormTracker(path, every=2)],
+    )
+
+    trainer.train()
+
     _assert_initial(path, initial)
-    for _ in range(3):
-        _train_step(model, optimizer)
-        handler.on_step_end(arguments, state, control)
-    handler.on_train_end(arguments, state, control)
-    _assert_initial(path, initial)
-    assert load_file(path)["norm_history.steps"].tolist() == [0, 2, 3]
+    written = load_file(path)
+    assert written["norm_history.steps"].tolist() == [0, 2, 3]
+    for name, final in _routers(model).items():
+        assert not torch.equal(final, initial[name])
+        torch.testing.assert_close(written[f"{name}.norm_history"][-1], final.norm(dim=1))
 
 
 def test_base_router_reads_what_the_tracker_wrote(

@@ -36,7 +36,8 @@ def combined_order(
         change: Router norm change [E].
         variance: MaxVar [E].
         zeta: Factor that lets an expert overtake, at least 1.
-        variant: ``stable``, or ``one-pass`` as in the paper's published code.
+        variant: ``stable``; or ``one-pass``, which visits each place once, from the last to the
+            first, and so passes over an expert that slides into a place already visited.
 
     Raises:
         MoeqError: ``zeta`` below 1 (the rule would not end), or an unknown variant.
@@ -47,17 +48,22 @@ def combined_order(
         raise MoeqError(f"--reorder {variant} is not one of {', '.join(REORDER_VARIANTS)}")
     order = router_norm_order(change)
     value = variance.tolist()
+
+    def overtake(place: int) -> bool:
+        """Move the expert at ``place`` forward if it may overtake; tell whether it did."""
+        expert = order[place]
+        for target in range(place):
+            if zeta * value[order[target]] < value[expert]:
+                order.insert(target, order.pop(place))
+                return True
+        return False
+
+    if variant == "one-pass":
+        for place in reversed(range(len(order))):
+            overtake(place)
+        return order
     moved = True
     while moved:
-        moved = False
-        for expert in reversed(order.copy()):
-            place = order.index(expert)
-            target = next(
-                (i for i in range(place) if zeta * value[order[i]] < value[expert]), place
-            )
-            if target < place:
-                order.insert(target, order.pop(place))
-                moved = True
-        if variant == "one-pass":
-            break
+        moves = [overtake(order.index(expert)) for expert in reversed(order.copy())]
+        moved = any(moves)
     return order
