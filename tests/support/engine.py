@@ -55,7 +55,6 @@ def engine_environment(**extra: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # The tests ask workers about their buffers, which sends a function to them.
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
         **extra,
     }
 
@@ -89,7 +88,7 @@ def launch(
         capture_output=True,
         text=True,
         timeout=600,
-        env=engine_environment(**(environment or {})),
+        env=engine_environment(PYTHONPATH=str(Path(__file__).parents[1]), **(environment or {})),
         check=False,
     )
 

@@ -1,0 +1,70 @@
+"""Writes the sections of RESULTS.md: every benchmark replaces its own and leaves the others."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path("examples/benchmarks/RESULTS.md")
+_PREAMBLE = """# Measured results
+
+Every section is written by the command that it names; no figure is edited by hand.
+"""
+
+
+def write_section(
+    path: Path, name: str, parts: Iterable[str], packages: Sequence[str] = ("torch", "vllm-moeq")
+) -> None:
+    """Replace section ``name`` of a results file, or append it; create the file if need be.
+
+    Args:
+        path: The results file.
+        name: Heading of the section, which also identifies it.
+        parts: Markdown paragraphs: first what the figures show, then tables and notes.
+        packages: Packages whose versions matter.
+    """
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    section = "\n\n".join((begin, f"## {name}", *parts, _origin(packages), end))
+    text = path.read_text(encoding="utf-8") if path.exists() else _PREAMBLE
+    before, found, rest = text.partition(begin)
+    section = before + section + rest.partition(end)[2] if found else f"{text}\n{section}\n"
+    path.write_text(section, encoding="utf-8")
+    print(f"wrote section {name!r} of {path}")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose first column is text and whose other columns are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _origin(packages: Sequence[str]) -> str:
+    """Say when, where and how the figures were measured."""
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return (
+        f"Measured {date.today()} on {_hardware()}; Python {platform.python_version()}, {versions}."
+        f"\n\n```\n{_command()}\n```"
+    )
+
+
+def _hardware() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    processor = model[1] if model else platform.machine()
+    cores = f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} cores used"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} and {cores}"
+    return cores
+
+
+def _command() -> str:
+    """Return the command line, with paths relative to the current folder."""
+    words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv]
+    return shlex.join(["python", *words])
