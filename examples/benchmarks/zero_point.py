@@ -8,11 +8,13 @@ import torch
 from results import RESULTS, table, write_section
 
 from moeq.rounding import quantize_rtn
+from vllm_moeq.format import zero_point_unit
 
 WIDTHS = (1, 2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
-RESOLUTIONS = {"whole steps": 1, "half steps": 2, "quarter steps": 4, "1/16 steps": 16}
-STORED = "half steps"
+STORED = "stored"
+COARSER = {"whole steps": 1, "half steps": 2, "quarter steps": 4}
+"""Resolutions to compare with what the format stores, in parts of a code."""
 SHARES = torch.linspace(0.05, 1.0, 64).tolist()
 
 
@@ -34,12 +36,13 @@ def search(groups: torch.Tensor, bits: int) -> dict[str, float]:
     """
     levels = (1 << bits) - 1
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    best = {name: torch.full_like(low, torch.inf) for name in RESOLUTIONS}
+    resolutions = {STORED: round(1 / zero_point_unit(bits)), **COARSER}
+    best = {name: torch.full_like(low, torch.inf) for name in resolutions}
     for low_share, high_share in itertools.product(SHARES, repeat=2):
         start = low * low_share
         scale = ((high * high_share - start) / levels).half().float()
         steps = groups / scale
-        for name, parts in RESOLUTIONS.items():
+        for name, parts in resolutions.items():
             zero_point = torch.round(-start / scale * parts) / parts
             exact = steps + zero_point
             deviation = exact.round().clamp_(0, levels).sub_(exact)
@@ -58,7 +61,7 @@ def main() -> None:
 
     rows = []
     whole_loss: dict[int, list[float]] = {bits: [] for bits in WIDTHS}
-    finest_gain, product_loss = [], []
+    product_loss = []
     for distribution, group_size in itertools.product(("Gaussian", "Student-t(4)"), GROUP_SIZES):
         groups = sample(distribution, options.weights, group_size)
         for bits in WIDTHS:
@@ -68,7 +71,6 @@ def main() -> None:
             errors["quantize_rtn"] = (product - groups).square().mean().item()
             change = {name: error / stored - 1 for name, error in errors.items()}
             whole_loss[bits].append(stored / errors["whole steps"] - 1)
-            finest_gain.append(change["1/16 steps"])
             product_loss.append(change["quantize_rtn"])
             cells = [f"{stored:.5f}" if n == STORED else f"{c:+.1%}" for n, c in change.items()]
             rows.append([distribution, str(group_size), str(bits), *cells])
@@ -81,15 +83,13 @@ def main() -> None:
         options.results,
         "zero-point resolution",
         [
-            "How much squared error does the resolution of the zero point cost? Half steps, which "
-            "the format stores in the same byte, lower the error of whole steps by "
-            f"{savings} bits. 1/16 steps would lower it by another {-max(finest_gain):.1%} to "
-            f"{-min(finest_gain):.1%}, in the same byte at widths up to 4: half steps are not the "
-            "finest that it could hold. "
+            "How much squared error does the resolution of the zero point cost? The format stores "
+            "it in 1/256 of the code range, which takes the same byte as whole steps and lowers "
+            f"their error by {savings} bits. "
             "`quantize_rtn`, which searches 25 ranges and refines the best, is between "
             f"{min(product_loss):+.1%} and {max(product_loss):+.1%} from the best of the "
             f"{len(SHARES) ** 2} ranges tried here.",
-            "Mean squared error per weight of unit variance for half steps; the other columns "
+            "Mean squared error per weight of unit variance for the stored resolution; the others "
             "relative to it. Each group takes its best range from a search over both ends; "
             f"{options.weights} weights in each row, the same for all columns.",
             table(
@@ -97,7 +97,8 @@ def main() -> None:
                     "weights",
                     "group size",
                     "bits",
-                    *(f"{name} (stored)" if name == STORED else name for name in RESOLUTIONS),
+                    STORED,
+                    *COARSER,
                     "`quantize_rtn`",
                 ],
                 rows,

@@ -23,7 +23,7 @@ def random_matrix(rows: int, columns: int, bits: int, group_size: int, seed: int
     scale = source.uniform(0.5, 1.5, groups) * source.choice([-1, 1], groups)
     # Weights of about the same size at every width.
     scale = (scale / 2**bits / math.sqrt(columns)).astype(np.float16)
-    zero = source.integers(0, min(2 ** (bits + 1), 256), groups).astype(np.uint8)
+    zero = source.integers(0, 256, groups).astype(np.uint8)
     return torch.from_numpy(packed), torch.from_numpy(scale), torch.from_numpy(zero)
 
 

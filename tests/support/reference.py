@@ -27,7 +27,7 @@ def dequantize(
     rows, groups = scale.shape
     bits = packed.shape[1] * 8 // (groups * group_size)
     codes = unpack_bits(packed.numpy(), bits).reshape(rows, groups, group_size)
-    centred = codes - zero_point.numpy()[..., None] / 2.0
+    centred = codes - zero_point.numpy()[..., None] * 2.0**bits / 256
     weight = centred * scale.numpy().astype(np.float64)[..., None]
     return torch.from_numpy(weight.reshape(rows, -1))
 

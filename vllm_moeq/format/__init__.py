@@ -2,7 +2,7 @@
 
 from vllm_moeq.format.errors import FormatError
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
-from vllm_moeq.format.packing import dequantize, pack, packed_columns, unpack
+from vllm_moeq.format.packing import dequantize, pack, packed_columns, unpack, zero_point_unit
 from vllm_moeq.format.plan import (
     FORMAT_VERSION,
     GROUP_SIZES,
@@ -43,4 +43,5 @@ __all__ = [
     "packed_tensors",
     "unpack",
     "write_manifest",
+    "zero_point_unit",
 ]

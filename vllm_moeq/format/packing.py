@@ -6,12 +6,13 @@ A weight matrix [N, K] at ``bits`` per weight is stored as three tensors:
   consecutive codes of a row take exactly ``bits`` bytes, so a group starts on a byte and tensor
   parallelism is a plain ``narrow`` of rows or of group-aligned columns.
 * ``weight_scale`` float16 [N, K / group_size].
-* ``weight_zero_point`` uint8 [N, K / group_size], in HALF steps:
-  ``weight = scale * (code - zero_point / 2)``.
+* ``weight_zero_point`` uint8 [N, K / group_size], a fraction of the code range in 1/256:
+  ``weight = scale * (code - zero_point * 2 ** bits / 256)``.
 
-Half steps let a narrow grid be symmetric around zero (at 1 bit: -s/2 and +s/2), which an integer
-zero point cannot do. They cost no byte and take 4 to 13 % off the squared error at 2 bits
-(``examples/benchmarks/RESULTS.md``, zero-point resolution).
+At 8 bits that is the usual integer zero point, and every integer zero point of a narrower width
+has a value too. The finer steps between let a narrow grid be symmetric around zero (at 1 bit:
+-s/2 and +s/2); they fit into the same byte and lower the squared error, at 2 bits by a tenth and
+more (``examples/benchmarks/RESULTS.md``, zero-point resolution).
 """
 
 import sys
@@ -40,6 +41,11 @@ def packed_columns(columns: int, bits: int) -> int:
     if columns % CODES_PER_WORD:
         raise FormatError(f"a row of {columns} weights is not a multiple of {CODES_PER_WORD}")
     return columns * bits // 8
+
+
+def zero_point_unit(bits: int) -> float:
+    """Return the codes that one unit of a stored zero point stands for."""
+    return float(2**bits / 256)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,14 +98,15 @@ def dequantize(
     Args:
         packed: uint8 [N, K * bits / 8].
         scale: float16 [N, K / group_size].
-        zero_point: uint8 [N, K / group_size], in half steps.
+        zero_point: uint8 [N, K / group_size], in units of :func:`zero_point_unit`.
         bits: Width of a code.
         dtype: Type of the result.
     """
     rows, groups = scale.shape
     codes = unpack(packed, bits).view(rows, groups, -1)
-    # float32 holds the product of an 11-bit scale and a 9-bit code exactly.
-    centred = codes.to(torch.float32) - zero_point.to(torch.float32).unsqueeze(-1) / 2
+    zero = zero_point.to(torch.float32).unsqueeze(-1) * zero_point_unit(bits)
+    # float32 holds the product of an 11-bit scale and a 9-bit difference exactly.
+    centred = codes.to(torch.float32) - zero
     return (centred * scale.to(torch.float32).unsqueeze(-1)).view(rows, -1).to(dtype)
 
 

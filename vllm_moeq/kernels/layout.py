@@ -28,7 +28,7 @@ class ExpertWeights(NamedTuple):
 
     * packed: uint8 [sum over experts of N * K * bits / 8]
     * scale: float16 [E, N, K / group_size]
-    * zero_point: uint8 [E, N, K / group_size], in half steps
+    * zero_point: uint8 [E, N, K / group_size], in units of ``zero_point_unit(bits)``
     """
 
     w13_packed: torch.Tensor

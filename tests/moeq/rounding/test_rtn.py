@@ -50,16 +50,17 @@ def _error(weight: torch.Tensor, bits: int) -> np.ndarray:
 def _nearest_error(
     groups: np.ndarray, scale: np.ndarray, zero: np.ndarray, levels: int
 ) -> np.ndarray:
-    """Return the squared error of each group [n, G] on a given grid, nearest codes."""
+    """Return the squared error of each group [n, G] on a grid with its zero in codes."""
     scale = np.where(scale == 0, 2.0**-24, scale)[:, None]
-    codes = np.clip(np.rint(groups / scale + zero[:, None] / 2), 0, levels)
-    return np.square((codes - zero[:, None] / 2) * scale - groups).sum(1)
+    codes = np.clip(np.rint(groups / scale + zero[:, None]), 0, levels)
+    return np.square((codes - zero[:, None]) * scale - groups).sum(1)
 
 
 def _min_max_error(groups: np.ndarray, levels: int) -> np.ndarray:
     low, high = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
     scale = ((high - low) / levels).astype(np.float16).astype(np.float64)
-    zero = np.clip(np.rint(-2 * low / np.where(scale == 0, 1, scale)), 0, 255)
+    unit = (levels + 1) / 256
+    zero = np.clip(np.rint(-low / np.where(scale == 0, 1, scale) / unit), 0, 255) * unit
     return _nearest_error(groups, scale, zero, levels)
 
 
@@ -69,7 +70,7 @@ def _searched_error(groups: np.ndarray, levels: int) -> np.ndarray:
     best = np.full(len(groups), np.inf)
     for share in np.linspace(0.02, 1.02, 101):
         magnitude = (spread * share / levels).astype(np.float16).astype(np.float64)
-        for zero in range(0, min(2 * levels, 255) + 1):
+        for zero in np.arange(0, levels + 0.25, 0.25):
             for scale in (magnitude, -magnitude):
                 error = _nearest_error(groups, scale, np.full(len(groups), zero), levels)
                 best = np.minimum(best, error)
@@ -83,7 +84,7 @@ def test_every_code_is_the_nearest_given_the_stored_grid(bits: int, kind: str) -
     packed, scale, zero = quantize_rtn(weight, bits, GROUP)
     codes = unpack_bits(packed.numpy(), bits).reshape(-1, GROUP)
     step = scale.double().numpy().reshape(-1, 1, 1)
-    points = step * (np.arange(2**bits) - zero.numpy().reshape(-1, 1, 1) / 2.0)
+    points = step * (np.arange(2**bits) - zero.numpy().reshape(-1, 1, 1) * 2.0**bits / 256)
     distances = np.abs(_groups(weight)[..., None] - points)
     chosen = np.take_along_axis(distances, codes[..., None], axis=2)[..., 0]
     # float32 arithmetic may break a near tie the other way.
