@@ -77,6 +77,7 @@ class ExpertBuffers:
     tp_size: int = 1
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _filled: set[tuple[Kind, Shard, int]] = field(default_factory=set)
+    _closed: bool = False
 
     def __post_init__(self) -> None:
         """Allocate the buffers, not one byte more than the local experts need."""
@@ -117,6 +118,11 @@ class ExpertBuffers:
             FormatError: Type or shape differ from what the plan promises, or the experts have no
                 such matrix.
         """
+        if self._closed:
+            raise FormatError(
+                f"{self.name}: {tensor_name} comes after loading has ended; moeq checkpoints "
+                "cannot be loaded again into a running engine"
+            )
         if shard not in self.shards:
             raise FormatError(f"{self.name}: {tensor_name} is {shard} of experts without a gate")
         target = self._view(kind, shard, slot)
@@ -144,8 +150,12 @@ class ExpertBuffers:
         )
         return [entry for entry in wanted if entry not in self._filled]
 
-    def weights(self) -> ExpertWeights:
-        """Return the buffers in the order that the kernels take."""
+    def close(self) -> ExpertWeights:
+        """Return the buffers in the order that the kernels take; nothing can be filled any more.
+
+        A kernel may repack them in place, after which the canonical offsets mean nothing.
+        """
+        self._closed = True
         return ExpertWeights(
             *(self.tensors[f"{projection}_{kind}"] for projection in PROJECTIONS for kind in KINDS)
         )

@@ -16,8 +16,8 @@ from vllm_moeq.compat import (
     weights_are_dummies,
 )
 from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, Kind, check_group_fits
-from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
-from vllm_moeq.kernels import KERNELS, ExpertLayout, ExpertWeights, fused_experts, select_kernel
+from vllm_moeq.format import FormatError, LayerBits
+from vllm_moeq.kernels import ACTIVATIONS, KERNELS, ExpertLayout, fused_experts, select_kernel
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
@@ -60,8 +60,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 f"{name}: expert_bits lists {self.bits.num_experts} experts, the model has "
                 f"{moe.num_logical_experts}. The plan belongs to another model"
             )
-        if moe.has_bias:
-            raise FormatError(f"{name}: experts with biases are not supported yet")
+        self._check_supported(layer)
         if hidden_size != moe.hidden_dim_unpadded:
             raise FormatError(
                 f"{name}: the chosen all-to-all backend pads hidden_size {moe.hidden_dim_unpadded} "
@@ -76,12 +75,12 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         )
         # Ask vLLM where each expert lives: expert placement may be linear or round robin.
         slots = {local_slot(layer, expert): expert for expert in range(layer.global_num_experts)}
-        local_experts = [slots[slot] for slot in range(num_experts)]
+        self.local_experts = [slots[slot] for slot in range(num_experts)]
         self.buffers = ExpertBuffers(
             name,
             ExpertLayout.build(
-                w13_bits=[self.bits.w13[expert] for expert in local_experts],
-                w2_bits=[self.bits.w2[expert] for expert in local_experts],
+                w13_bits=[self.bits.w13[expert] for expert in self.local_experts],
+                w2_bits=[self.bits.w2[expert] for expert in self.local_experts],
                 group_size=self.group_size,
                 hidden_size=hidden_size,
                 intermediate_size=intermediate_size_per_partition,
@@ -95,6 +94,18 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             kind = next(kind for kind in KINDS if tensor_name.endswith(kind))
             set_weight_attrs(parameter, {"weight_loader": self._weight_loader(layer, kind)})
             layer.register_parameter(tensor_name, parameter)
+            self.buffers.tensors[tensor_name] = parameter
+
+    def _check_supported(self, layer: RoutedExperts) -> None:
+        """Refuse variants of experts that the kernels would compute wrongly without a word."""
+        name, activation = layer.layer_name, layer.activation.value
+        if self.moe.has_bias:
+            raise FormatError(f"{name}: experts with biases are not supported yet")
+        if activation not in ACTIVATIONS:
+            raise FormatError(f"{name}: activation {activation!r} is not one of {ACTIVATIONS}")
+        for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
+            if getattr(layer, option, None) is not None:
+                raise FormatError(f"{name}: the model sets {option}, which is not supported yet")
 
     def _weight_loader(self, layer: RoutedExperts, kind: Kind) -> Callable[..., bool | None]:
         buffers = self.buffers
@@ -130,17 +141,13 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             kind, shard, slot = missing[0]
             raise FormatError(
                 f"{layer.layer_name}: the checkpoint lacks {len(missing)} expert tensors, first "
-                f"{shard}.{kind} of local expert {slot}. Check it with `moeq verify`"
+                f"{shard}.{kind} of expert {self.local_experts[slot]}. Check it with `moeq verify`"
             )
-        weights = ExpertWeights(
-            *(getattr(layer, f"{proj}_{kind}").data for proj in PROJECTIONS for kind in KINDS)
-        )
+        weights = self.buffers.close()
         kernel = select_kernel(weights.w13_packed.device)
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
-        for name, tensor in zip(
-            self.buffers.tensors, KERNELS[kernel].prepare(weights), strict=True
-        ):
-            getattr(layer, name).data = tensor
+        for parameter, tensor in zip(weights, KERNELS[kernel].prepare(weights), strict=True):
+            parameter.data = tensor.data
         # Host memory: the op reads it without waiting for the device.
         layout = replace(self.buffers.layout, kernel=kernel)
         layer.register_buffer("moeq_layout", layout.to_tensor(), persistent=False)

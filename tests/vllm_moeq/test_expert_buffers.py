@@ -98,7 +98,7 @@ def test_buffers_take_exactly_the_bytes_of_the_plan(size: int, gated: bool) -> N
 
 def test_weights_are_in_the_order_of_the_kernels() -> None:
     buffers = _buffers()
-    for field, tensor in buffers.weights()._asdict().items():
+    for field, tensor in buffers.close()._asdict().items():
         projection, kind = field.split("_", 1)
         assert tensor is buffers.tensors[f"{projection}_weight_{kind}"]
 
@@ -195,3 +195,10 @@ def test_groups_that_do_not_fit_are_refused_with_what_works(
 def test_a_group_that_does_not_divide_the_hidden_size_is_named() -> None:
     with pytest.raises(FormatError, match="layer: group size 128 .* hidden_size 192"):
         check_group_fits("layer", 128, 192, 128, 1)
+
+
+def test_nothing_can_be_filled_after_loading() -> None:
+    buffers = _fill(_buffers())
+    buffers.close()
+    with pytest.raises(FormatError, match="name comes after loading has ended"):
+        buffers.fill("weight_scale", "w1", 0, _stored("w1", 0)[1], "name")

@@ -7,8 +7,10 @@ its own module. ``reference.py`` is the torch implementation that all of them ar
 from vllm_moeq.kernels.dispatch import KERNELS, Kernel, select_kernel
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertSlot, ExpertWeights
 from vllm_moeq.kernels.op import fused_experts
+from vllm_moeq.kernels.reference import ACTIVATIONS
 
 __all__ = [
+    "ACTIVATIONS",
     "KERNELS",
     "ExpertLayout",
     "ExpertSlot",
