@@ -4,8 +4,11 @@
 # MOEQ_PYTHON chooses the interpreter (default python3). With a CUDA GPU the `cuda` extra is
 # installed, otherwise `cpu`.
 
+unset CDPATH
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-_python=${MOEQ_PYTHON:-python3}
+# The base interpreter, not the one of an activated environment that may be about to go.
+_python=$("${MOEQ_PYTHON:-python3}" -c 'import sys; print(sys._base_executable)') ||
+  { echo "set-up failed: ${MOEQ_PYTHON:-python3} does not run. Set MOEQ_PYTHON" >&2; exit 1; }
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
   _extra=cuda
 else
@@ -20,9 +23,10 @@ _fail() {
 "$_python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' ||
   _fail "$_python is $("$_python" --version 2>&1); moeq needs 3.11 to 3.14. Set MOEQ_PYTHON"
 
-# The environment fits if it was finished from these same files by the same interpreter.
+# The environment fits if it was finished in this place, from these same files, by the same
+# interpreter. (A copied or moved clone does not fit: its environment points to the old place.)
 _stamp=$_root/.venv/.moeq-environment
-_wanted="$_extra $("$_python" --version) $(
+_wanted="$_extra $_root $_python $("$_python" --version) $(
   cat "$_root/examples/env.sh" "$_root/examples/constraints.txt" "$_root/pyproject.toml" | sha256sum
 )"
 
@@ -63,8 +67,10 @@ if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
   fi
   echo "setting up $_root/.venv for $_extra; this takes some minutes"
   rm -rf "$_root/.venv"
-  "$_python" -m venv "$_root/.venv" || _fail "cannot create a virtual environment"
+  mkdir "$_root/.venv"
   echo unfinished >"$_stamp"
+  "$_python" -m venv "$_root/.venv" || _fail "cannot create a virtual environment"
+  hash -r
   # shellcheck disable=SC1091
   . "$_root/.venv/bin/activate"
   if [ "$_extra" = cpu ]; then

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from serving import urlopen
+
 WINDOW = 256
 CONCURRENT_REQUESTS = 8
 TIMEOUT_SECONDS = 1800
@@ -24,8 +26,7 @@ def call(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        answer: dict[str, Any] = json.load(response)
+    answer: dict[str, Any] = json.loads(urlopen(request, TIMEOUT_SECONDS))
     return answer
 
 
@@ -41,9 +42,8 @@ def window_logprobs(server: str, model: str, tokens: list[int]) -> list[float]:
 
 def perplexity(server: str, text: str, max_tokens: int) -> float:
     """Return exp of the mean negative log-likelihood of the text's first ``max_tokens`` tokens."""
-    with urllib.request.urlopen(f"{server}/v1/models", timeout=TIMEOUT_SECONDS) as response:
-        model = json.load(response)["data"][0]["id"]
-    # A token has at least one byte in any usual tokenizer; cut before tokenizing.
+    model = json.loads(urlopen(f"{server}/v1/models", TIMEOUT_SECONDS))["data"][0]["id"]
+    # Tokens of English text have four characters on average: this much is plenty.
     answer = call(
         f"{server}/tokenize",
         {"model": model, "prompt": text[: 8 * max_tokens], "add_special_tokens": False},

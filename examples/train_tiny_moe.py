@@ -9,6 +9,7 @@ have real, trained experts and routers to quantize.
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
     texts, _ = split()
     tokenizer = train_tokenizer(texts)
     tokens = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])

@@ -3,6 +3,7 @@
 #
 #   tests/run.sh [pytest arguments]     as in: tests/run.sh -m 'not vllm' tests/moeq
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 . examples/env.sh
 

@@ -111,7 +111,7 @@ class MoeqConfig(QuantizationConfig):
         return None
 
     def _check_files(self) -> None:
-        """Compare file sizes with the manifest before anything is loaded.
+        """Compare the sizes of the weight files with the manifest before anything is loaded.
 
         safetensors' own message about a truncated file does not name it, and vLLM does not notice
         tensors that are missing outside the experts.
@@ -125,7 +125,7 @@ class MoeqConfig(QuantizationConfig):
         if not (folder / MANIFEST_NAME).is_file():
             logger.warning("%s has no %s: its files are not checked", folder, MANIFEST_NAME)
             return
-        problems = check_manifest(folder, hashes=False)
+        problems = check_manifest(folder, weight_sizes_only=True)
         if problems:
             raise FormatError(
                 f"{folder} is damaged: {'; '.join(problems)}. Copy or convert the model again"

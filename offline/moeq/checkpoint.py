@@ -19,6 +19,7 @@ _DTYPES = {
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 """Bytes of each safetensors type."""
+_CHAT_TEMPLATES = "additional_chat_templates"
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -191,15 +192,20 @@ class CheckpointReader:
             raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(_FLOATS)}")
 
     def other_files(self) -> Iterator[Path]:
-        """Yield the files beside the weights that belong into a converted checkpoint."""
-        for path in sorted(self.folder.iterdir()):
+        """Yield the files, relative to the folder, that belong into a converted checkpoint.
+
+        These are all files beside the weights, and transformers' folder of chat templates; other
+        folders of a repository hold code and pictures.
+        """
+        paths = (*self.folder.iterdir(), *self.folder.glob(f"{_CHAT_TEMPLATES}/*"))
+        for path in sorted(path for path in paths if path.is_file()):
             skipped = (
                 path.name.startswith(".")
                 or path.name in ("config.json", INDEX_NAME)
                 or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
             )
-            if path.is_file() and not skipped:
-                yield path
+            if not skipped:
+                yield path.relative_to(self.folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

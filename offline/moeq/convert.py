@@ -186,7 +186,8 @@ class Conversion:
         }
         _write_json(work / INDEX_NAME, index)
         for path in self.reader.other_files():
-            shutil.copyfile(path, work / path.name)
+            (work / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.reader.folder / path, work / path)
         config = {
             **self.reader.config,
             "quantization_config": CheckpointConfig(self.plan).to_dict(),
@@ -249,13 +250,20 @@ def _work_folder(output: Path) -> Iterator[Path]:
         if not work.exists() or not os.path.samestat(os.fstat(descriptor), work.stat()):
             raise busy
         try:
-            for leftover in work.iterdir():
-                leftover.unlink()
+            _clear(work)
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _write_json(path: Path, data: object) -> None:
@@ -264,9 +272,8 @@ def _write_json(path: Path, data: object) -> None:
 
 def _sync(folder: Path) -> None:
     """Force a folder to disk, so that the rename cannot overtake what it contains."""
-    for path in folder.iterdir():
+    for path in (*folder.rglob("*"), folder):
         _sync_one(path)
-    _sync_one(folder)
 
 
 def _sync_one(path: Path) -> None:

@@ -45,8 +45,7 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
     data = _source_data(path)
     data.library_name = "vllm"
     data.tags = sorted({*(data.tags or []), "moe", "moeq", "quantized"})
-    name = Path(source).name
-    link = name
+    name = link = Path(source).resolve().name
     if not Path(source).exists():
         data.base_model = source
         link = f"[{source}](https://huggingface.co/{source})"

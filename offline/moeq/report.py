@@ -1,6 +1,7 @@
 """What the command line prints about plans and checkpoints."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,16 @@ def write_plan(plan: BitPlan, path: Path) -> None:
     Raises:
         MoeqError: The file exists or cannot be written.
     """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(plan.to_dict(), indent=2) + "\n")
+        partial.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.link(partial, path)  # unlike a rename, this never replaces an existing file
     except FileExistsError:
         raise MoeqError(f"--output {path} exists already; remove it or choose another") from None
     except OSError as error:
         raise MoeqError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def plan_of(path: Path) -> BitPlan:

@@ -173,9 +173,11 @@ def test_other_files_are_those_that_are_no_weights(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, shards=2)
     for name in ("tokenizer.json", "README.md", ".cache", "extra.safetensors", "old.bin"):
         (tmp_path / name).write_text("x")
-    (tmp_path / "folder").mkdir()
-    files = {path.name for path in CheckpointReader(tmp_path).other_files()}
-    assert files == {"tokenizer.json", "README.md"}
+    for name in ("code/run.py", "additional_chat_templates/tools.jinja"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x")
+    files = {str(path) for path in CheckpointReader(tmp_path).other_files()}
+    assert files == {"tokenizer.json", "README.md", "additional_chat_templates/tools.jinja"}
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "no-such-owner/no-such-model", "a b"])

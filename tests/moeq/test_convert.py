@@ -144,8 +144,13 @@ def test_announced_size_is_the_size_of_the_tensors(source: Path, packed: Path) -
 def test_other_files_travel_along(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source")
     (source / "tokenizer.json").write_bytes(b"\x00tokens")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
     output = _convert(source, tmp_path / "out")
     assert (output / "tokenizer.json").read_bytes() == b"\x00tokens"
+    assert (output / templates.name / "tools.jinja").read_text() == "{{ tools }}"
+    assert verify_checkpoint(output) == []
 
 
 def test_every_file_is_readable_alike(packed: Path) -> None:

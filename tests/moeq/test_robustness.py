@@ -241,6 +241,17 @@ def test_a_file_size_limit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    done = run_moeq(
+        "plan", model, "--bits", "2.5", "--group-size", "32", "-o", tmp_path / "plan.json",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"cannot write {tmp_path / 'plan.json'}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Return a function that mounts a file system of so many bytes."""

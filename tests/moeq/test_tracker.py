@@ -111,26 +111,59 @@ def test_initial_routers_are_stored_in_float32(model: MixtralForCausalLM, tmp_pa
     assert stored["model.layers.0.mlp.gate.weight"].dtype == torch.float32
 
 
-def test_trainer_drives_the_tracker(model: MixtralForCausalLM, tmp_path: Path) -> None:
-    path, initial = tmp_path / "routers.safetensors", _routers(model)
+def _trainer(model: MixtralForCausalLM, folder: Path, max_steps: int) -> Trainer:
     tokens = torch.randint(32, (12, 8))
-    trainer = Trainer(
+    return Trainer(
         model,
         TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            max_steps=3,
+            output_dir=str(folder / "run"),
+            max_steps=max_steps,
             per_device_train_batch_size=4,
             learning_rate=0.01,
-            save_strategy="no",
+            save_steps=2,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-        callbacks=[RouterNormTracker(path, every=2)],
+        callbacks=[RouterNormTracker(folder / "routers.safetensors", every=2)],
     )
 
-    trainer.train()
+
+def test_a_resumed_trainer_keeps_the_initial_routers(
+    model: MixtralForCausalLM, tmp_path: Path
+) -> None:
+    path, initial = tmp_path / "routers.safetensors", _routers(model)
+    _trainer(model, tmp_path, max_steps=3).train()
+
+    # A new process would have a new tracker and a new trainer; its last checkpoint is of step 3.
+    _trainer(model, tmp_path, max_steps=5).train(resume_from_checkpoint=True)
+
+    _assert_initial(path, initial)
+    written = load_file(path)
+    assert written["norm_history.steps"].tolist() == [0, 2, 3, 4, 5]
+    for name, final in _routers(model).items():
+        torch.testing.assert_close(written[f"{name}.norm_history"][-1], final.norm(dim=1))
+
+
+def test_resuming_without_the_file_is_refused(model: MixtralForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training resumes at step 7, but"):
+        RouterNormTracker(tmp_path / "routers.safetensors", model, resume_step=7)
+
+
+def test_an_earlier_file_is_not_overwritten(model: MixtralForCausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    RouterNormTracker(path, model)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="routers.safetensors exists"):
+        RouterNormTracker(path, model)
+    assert path.read_bytes() == before
+
+
+def test_trainer_drives_the_tracker(model: MixtralForCausalLM, tmp_path: Path) -> None:
+    path, initial = tmp_path / "routers.safetensors", _routers(model)
+
+    _trainer(model, tmp_path, max_steps=3).train()
 
     _assert_initial(path, initial)
     written = load_file(path)

@@ -17,6 +17,9 @@ RESULT_MARK = "engine result: "
 """Starts the line of output that holds the result; vLLM's own lines are all around it."""
 
 
+Corruption = tuple[str, list[int], int]
+
+
 class Completion(NamedTuple):
     """Greedy continuation of one prompt.
 
@@ -62,7 +65,7 @@ def engine_environment(**extra: str) -> dict[str, str]:
 def launch(
     model: Path,
     *,
-    corruptions: list[list[int]] | None = None,
+    corruptions: list[Corruption] | None = None,
     environment: dict[str, str] | None = None,
     **llm_options: Any,
 ) -> subprocess.CompletedProcess[str]:

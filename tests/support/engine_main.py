@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ def _buffer_sizes(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def _set_layout(model: torch.nn.Module, row: int, column: int, value: int) -> int:
-    """Change one entry of the first MoE layer's layout; return what it was."""
+def _corrupt(model: torch.nn.Module, name: str, index: list[int], value: int) -> torch.Tensor:
+    """Overwrite a part of a tensor of the first MoE layer; return what it was."""
     layer = next(module for module in model.modules() if hasattr(module, "moeq_layout"))
-    before = int(layer.moeq_layout[row, column])
-    layer.moeq_layout[row, column] = value
+    part = getattr(layer, name)[tuple(index)]
+    before = part.clone()
+    part.fill_(value)
     return before
+
+
+def _restore(model: torch.nn.Module, name: str, index: list[int], before: torch.Tensor) -> None:
+    layer = next(module for module in model.modules() if hasattr(module, "moeq_layout"))
+    getattr(layer, name)[tuple(index)].copy_(before)
 
 
 def _generate(llm: LLM) -> list[dict[str, Any]]:
@@ -50,17 +57,15 @@ def _generate(llm: LLM) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Generate; then once more for each corruption (row, column, value) of the expert layout."""
+    """Generate; then once more for each corruption (name, index, value) of the first MoE layer."""
     job = json.loads(sys.argv[1])
     llm = LLM(model=job["model"], **job["llm"])
     buffers = llm.apply_model(_buffer_sizes)
     completions = [_generate(llm)]
-    for row, column, value in job["corruptions"]:
-        before = llm.apply_model(
-            lambda model, r=row, c=column, v=value: _set_layout(model, r, c, v)
-        )
+    for name, index, value in job["corruptions"]:
+        (before,) = llm.apply_model(partial(_corrupt, name=name, index=index, value=value))
         completions.append(_generate(llm))
-        llm.apply_model(lambda model, r=row, c=column, v=before[0]: _set_layout(model, r, c, v))
+        llm.apply_model(partial(_restore, name=name, index=index, before=before))
     print()
     print(RESULT_MARK + json.dumps({"completions": completions, "buffers": buffers}), flush=True)
 

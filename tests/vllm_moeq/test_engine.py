@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from support.cli import run_moeq
 from support.engine import EngineRun, assert_same, launch, run_engine, run_transformers
-from support.packed import W2_BITS, W13_BITS, moeq, pack_mixed
+from support.packed import W2_BITS, W13_BITS, pack_mixed
 from support.reference import dequantize_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -87,7 +88,7 @@ def test_compiled_cache_is_not_reused_for_another_plan(
     assert_same(first.completions[0], expected)
 
     shutil.rmtree(model)
-    again = moeq(
+    again = run_moeq(
         "quantize", tiny_model("mixtral"), "-o", model,
         "--bits", 3.5, "--group-size", 64, "--strategy", "random:1",
     )  # fmt: skip
@@ -97,18 +98,23 @@ def test_compiled_cache_is_not_reused_for_another_plan(
     assert_same(second.completions[0], run_transformers(plain))
 
 
-def test_corrupted_layout_is_caught(packed: Path, expected: list[object]) -> None:
+def test_corruption_is_caught(packed: Path, expected: list[object]) -> None:
     # Rows 2.. of the layout are the experts: w13 bits, w13 offset, w2 bits, w2 offset.
     experts = _layout_rows()
-    corruptions = [
-        [2 + 4, 0, 2],  # width of expert 4's w13: 1 -> 2
-        [2 + 1, 1, experts[1][1] + 4],  # offset of expert 1's w13: four bytes late
-        [2 + 1, 2, 3],  # width of expert 1's w2: 4 -> 3
-        [2 + 5, 3, experts[3][3]],  # expert 5's w2 read from expert 3's place
-    ]
-    run = run_engine(packed, corruptions=corruptions)
+    run = run_engine(
+        packed,
+        corruptions=[
+            ("moeq_layout", [2 + 4, 0], 2),  # width of expert 4's w13: 1 -> 2
+            ("moeq_layout", [2 + 1, 1], experts[1][1] + 4),  # expert 1's w13 four bytes late
+            ("moeq_layout", [2 + 1, 2], 3),  # width of expert 1's w2: 4 -> 3
+            ("moeq_layout", [2 + 5, 3], experts[3][3]),  # expert 5's w2 from expert 3's place
+            ("w13_weight_zero_point", [2], 0),  # all zero points of expert 2's w13
+            ("w2_weight_zero_point", [6], 255),  # all zero points of expert 6's w2
+        ],
+    )
 
     assert_same(run.completions[0], expected)
+    assert len(run.completions) == 7
     for corrupted in run.completions[1:]:
         with pytest.raises(AssertionError):
             assert_same(corrupted, expected)
@@ -146,7 +152,7 @@ def test_group_size_must_divide_the_shard(
 ) -> None:
     # 128 intermediate columns in groups of 128: whole on one rank, but not on two.
     packed = tmp_path / "packed"
-    done = moeq("quantize", tiny_model("olmoe"), "-o", packed, "--bits", 4, "--group-size", 128)
+    done = run_moeq("quantize", tiny_model("olmoe"), "-o", packed, "--bits", 4, "--group-size", 128)
     assert done.returncode == 0, done.stderr
 
     process = launch(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)

@@ -40,12 +40,12 @@ def test_registers_once() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("version", ["0.29.0", "0.34.0"])
+@pytest.mark.parametrize("version", ["0.29.0", "0.34.0", "dev"])
 def test_another_vllm_gets_one_clear_line(version: str) -> None:
     done = _run(_REGISTER_AND_LIST.format(before=f"vllm.__version__ = {version!r}"))
     assert done.returncode == 0, done.stderr
     assert "registered 0" in done.stdout
-    assert f"found {version}" in done.stdout + done.stderr
+    assert version in done.stdout + done.stderr
 
 
 @pytest.mark.vllm

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from perplexity import call
 
 from support.engine import NEW_TOKENS, PROMPTS, Completion, assert_same, run_transformers
 from support.packed import pack_mixed
 from support.reference import dequantize_checkpoint
-from support.server import post, serve
+from support.server import serve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -19,7 +20,7 @@ def test_concurrent_requests_over_http(tiny_model: Callable[[str], Path], tmp_pa
     expected = run_transformers(dequantize_checkpoint(packed, tmp_path / "plain"))
 
     def complete(prompt: list[int]) -> Completion:
-        answer = post(
+        answer = call(
             f"{address}/v1/completions",
             {
                 "model": str(packed),

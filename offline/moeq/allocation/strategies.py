@@ -1,7 +1,7 @@
 """Bit plans from a named strategy."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,15 @@ from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance, packed_bytes
 
 STRATEGIES = ("combined", "router-norm", "maxvar", "uniform", "random:SEED")
+
+_USED_OPTIONS = {
+    "combined": {"levels", "base_router", "zeta", "maxvar", "reorder"},
+    "router-norm": {"levels", "base_router"},
+    "maxvar": {"levels", "maxvar"},
+    "uniform": set(),
+    "random": {"levels"},
+}
+"""Options that a strategy takes, beside --bits and --group-size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +56,28 @@ class PlanOptions:
     maxvar: str = "max-row"
     reorder: str = "stable"
 
+    def check(self) -> None:
+        """Refuse options that the strategy would ignore.
+
+        Raises:
+            MoeqError: Such an option, or an unknown strategy; names it.
+        """
+        used = _USED_OPTIONS.get(self.strategy.partition(":")[0])
+        if used is None or (":" in self.strategy) != self.strategy.startswith("random"):
+            raise MoeqError(f"--strategy {self.strategy} is not one of {', '.join(STRATEGIES)}")
+        for field in fields(self):
+            optional = field.name not in ("bits", "strategy", "group_size")
+            if optional and field.name not in used and getattr(self, field.name) != field.default:
+                option = field.name.replace("_", "-")
+                raise MoeqError(f"--{option} has no effect with --strategy {self.strategy}")
+
     def resolved_levels(self) -> tuple[int, ...]:
         """Return the widths to use, highest first.
 
         Raises:
-            MoeqError: A width that the format lacks, an average that no width reaches, or levels
-                that the strategy would not use.
+            MoeqError: A width that the format lacks, or an average that no width reaches.
         """
         if self.strategy == "uniform":
-            if self.levels:
-                raise MoeqError("--levels has no effect with --strategy uniform")
             if self.bits not in WIDTHS:
                 raise MoeqError(
                     f"--strategy uniform needs --bits to be one width "
@@ -132,6 +153,7 @@ def make_plan(
     Raises:
         MoeqError: Options that contradict each other or do not fit the model; names them.
     """
+    options.check()
     levels = options.resolved_levels()
     expert_bits = {}
     details: dict[str, object] = {"levels": list(levels)}
@@ -162,8 +184,6 @@ def _orders(
 ) -> Iterator[tuple[MoELayer, list[int]]]:
     """Yield each layer with its experts in order, most bits first; note how in ``details``."""
     strategy = options.strategy
-    if options.base_router is not None and strategy not in ("combined", "router-norm"):
-        raise MoeqError(f"--base-router has no effect with --strategy {strategy}")
     if strategy == "uniform":
         yield from ((layer, list(range(layer.num_experts))) for layer in layers)
     elif strategy.startswith("random:"):
@@ -174,7 +194,7 @@ def _orders(
         details["maxvar"] = options.maxvar
         for layer in layers:
             yield layer, maxvar_order(max_var(reader, layer, options.maxvar))
-    elif strategy in ("router-norm", "combined"):
+    else:
         base: Mapping[str, torch.Tensor] | None = None
         if options.base_router is not None:
             base = load_base_routers(options.base_router, layers)
@@ -188,12 +208,10 @@ def _orders(
             else:
                 variance = max_var(reader, layer, options.maxvar)
                 yield layer, combined_order(change, variance, options.zeta, options.reorder)
-    else:
-        raise MoeqError(f"--strategy {strategy} is not one of {', '.join(STRATEGIES)}")
 
 
 def _seed(strategy: str) -> int:
     text = strategy.removeprefix("random:")
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) >= 2**63:
         raise MoeqError(f"--strategy {strategy}: SEED must be a whole number, as in random:0")
     return int(text)

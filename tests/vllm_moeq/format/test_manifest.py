@@ -27,10 +27,10 @@ def test_every_file_is_listed_with_size_and_hash(folder: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("hashes", [True, False])
-def test_an_unchanged_folder_has_no_problem(folder: Path, hashes: bool) -> None:
+@pytest.mark.parametrize("weight_sizes_only", [True, False])
+def test_an_unchanged_folder_has_no_problem(folder: Path, weight_sizes_only: bool) -> None:
     (folder / "later.txt").write_text("not listed")
-    assert check_manifest(folder, hashes=hashes) == []
+    assert check_manifest(folder, weight_sizes_only=weight_sizes_only) == []
 
 
 def test_writing_again_gives_the_same_manifest(folder: Path) -> None:
@@ -39,21 +39,31 @@ def test_writing_again_gives_the_same_manifest(folder: Path) -> None:
     assert (folder / MANIFEST_NAME).read_bytes() == before
 
 
-@pytest.mark.parametrize("hashes", [True, False])
-def test_a_missing_file_is_named(folder: Path, hashes: bool) -> None:
-    (folder / "sub" / "notes.txt").unlink()
-    assert check_manifest(folder, hashes=hashes) == ["sub/notes.txt is missing"]
+@pytest.mark.parametrize("weight_sizes_only", [True, False])
+def test_a_missing_file_is_named(folder: Path, weight_sizes_only: bool) -> None:
+    (folder / "model.safetensors").unlink()
+    assert check_manifest(folder, weight_sizes_only=weight_sizes_only) == [
+        "model.safetensors is missing"
+    ]
 
 
-@pytest.mark.parametrize("hashes", [True, False])
-def test_another_size_is_named(folder: Path, hashes: bool) -> None:
+def test_an_edited_note_is_a_problem_of_full_checks_only(folder: Path) -> None:
+    (folder / "sub" / "notes.txt").write_text("more notes")
+    assert check_manifest(folder, weight_sizes_only=True) == []
+    assert check_manifest(folder) == ["sub/notes.txt has 10 bytes instead of 5"]
+
+
+@pytest.mark.parametrize("weight_sizes_only", [True, False])
+def test_another_size_is_named(folder: Path, weight_sizes_only: bool) -> None:
     (folder / "model.safetensors").write_bytes(b"\x00wei")
-    assert check_manifest(folder, hashes=hashes) == ["model.safetensors has 4 bytes instead of 8"]
+    assert check_manifest(folder, weight_sizes_only=weight_sizes_only) == [
+        "model.safetensors has 4 bytes instead of 8"
+    ]
 
 
 def test_other_contents_of_the_same_size_are_named_if_hashes_are_compared(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x01weights")
-    assert check_manifest(folder, hashes=False) == []
+    assert check_manifest(folder, weight_sizes_only=True) == []
     assert check_manifest(folder) == [
         "model.safetensors is damaged: its SHA-256 differs from the manifest"
     ]
