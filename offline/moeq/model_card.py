@@ -10,7 +10,7 @@ from vllm_moeq.format import BitPlan
 _TEXT = """\
 # {title}
 
-Expert weights of {source} quantized by [vllm-moeq]: every expert has its own bit-width,
+Expert weights of {source} quantized by vllm-moeq: every expert has its own bit-width,
 {achieved:.3f} bits on average ({bits_per_weight:.3f} bits per weight with scales and zero points).
 Routers, attention, norms and embeddings are untouched.
 
@@ -25,8 +25,9 @@ Routers, attention, norms and embeddings are untouched.
 
 ## Use
 
+With vLLM and vllm-moeq installed:
+
 ```
-pip install 'vllm-moeq[cuda]'   # or [cpu]
 vllm serve PATH_OF_THIS_FOLDER --quantization moeq
 ```
 
@@ -34,8 +35,6 @@ Do not load this checkpoint with plain `transformers`: it does not know the pack
 and goes on with RANDOM experts.
 
 `moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged.
-
-[vllm-moeq]: https://pypi.org/project/vllm-moeq/
 """
 
 
