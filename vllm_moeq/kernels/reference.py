@@ -88,12 +88,13 @@ def fused_experts(
     output = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
     tokens = x.to(compute_dtype)
     for slot in range(len(layout.slots)):
-        router_weight = (topk_weights * (slots == slot)).sum(-1, keepdim=True).to(compute_dtype)
+        chosen = slots == slot
+        router_weight = (topk_weights * chosen).sum(-1, keepdim=True).to(compute_dtype)
         rows: torch.Tensor | slice = slice(None)
         if not x.is_cuda:
             # Choosing rows would wait for the device and break CUDA graphs; there, the experts
             # see all tokens and those that are not theirs have weight zero.
-            rows = (slots == slot).any(-1).nonzero().flatten()
+            rows = chosen.any(-1).nonzero().flatten()
             if rows.numel() == 0:
                 continue
         router_weight = router_weight[rows]
@@ -106,7 +107,7 @@ def fused_experts(
         result = F.linear(activate(hidden, activation), w2, _bias(w2_bias, slot, compute_dtype))
         if apply_router_weight_on_input:
             # Zero for tokens of other experts, whose zeroed input still meets the biases.
-            router_weight = (router_weight != 0).to(compute_dtype)
+            router_weight = chosen.any(-1, keepdim=True)[rows].to(compute_dtype)
         output[rows] += result * router_weight
     return output.to(x.dtype)
 
