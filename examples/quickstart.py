@@ -37,10 +37,16 @@ def run(*command: object) -> None:
     subprocess.run([str(word) for word in command], check=True)
 
 
-def total_bytes(model: str | Path) -> int:
+def tensor_bytes(model: str | Path) -> int:
     """Return the bytes of all tensors of a checkpoint."""
     reader = CheckpointReader(resolve_model(str(model)))
     return sum(info.num_bytes for info in reader.tensors.values())
+
+
+def sixteen_bit_bytes(model: str | Path) -> int:
+    """Return the bytes of a checkpoint as it is served unquantized: two for each weight."""
+    reader = CheckpointReader(resolve_model(str(model)))
+    return sum(2 * torch.Size(info.shape).numel() for info in reader.tensors.values())
 
 
 def main() -> int:
@@ -87,7 +93,7 @@ def main() -> int:
     serve_options = SERVE_OPTIONS + ([] if torch.cuda.is_available() else CPU_OPTIONS)
     before = "not measured"
     if not options.no_baseline:
-        print("== serving the original model, to measure its perplexity", flush=True)
+        print("== serving the 16-bit model, to measure its perplexity", flush=True)
         with vllm_server(model, work / "baseline.log", *serve_options) as server:
             before = f"{perplexity(server, text, PERPLEXITY_TOKENS):.4f}"
 
@@ -102,8 +108,8 @@ def main() -> int:
     print()
     print(f"prompt    {PROMPT}")
     print(f"answer    {answer!r}")
-    print(f"original  {total_bytes(model) / 1e6:10.2f} MB   held-out perplexity {before}")
-    print(f"packed    {total_bytes(packed) / 1e6:10.2f} MB   held-out perplexity {after}")
+    print(f"16-bit    {sixteen_bit_bytes(model) / 1e6:10.2f} MB   held-out perplexity {before}")
+    print(f"packed    {tensor_bytes(packed) / 1e6:10.2f} MB   held-out perplexity {after}")
     print(
         f"experts   {facts['achieved_bits']:.4f} bits on average ({facts['requested_bits']} asked)"
         f", {facts['bits_per_weight']:.4f} bits per weight with scales and zero points"
