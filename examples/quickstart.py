@@ -64,7 +64,10 @@ def main() -> int:
     )
     parser.add_argument("--seconds", default="120", help="training time of the small model")
     parser.add_argument(
-        "--work", type=Path, default=EXAMPLES.parent / "build" / "quickstart", help="output folder"
+        "--work",
+        type=Path,
+        default=os.path.relpath(EXAMPLES.parent / "build" / "quickstart"),
+        help="output folder (default: build/quickstart in the clone)",
     )
     options, quantize_options = parser.parse_known_args()
     exit_on_sigterm()

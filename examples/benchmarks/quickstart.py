@@ -28,7 +28,7 @@ def run_fresh(folder: Path) -> tuple[list[tuple[str, float]], list[str]]:
     path = environment["PATH"].split(os.pathsep)
     environment["PATH"] = os.pathsep.join(p for p in path if not p.startswith(str(REPOSITORY)))
     process = subprocess.Popen(
-        [clone / "examples/quickstart.sh"], stdout=subprocess.PIPE, text=True, env=environment
+        ["examples/quickstart.sh"], cwd=clone, stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
     stages: list[tuple[str, float]] = []
