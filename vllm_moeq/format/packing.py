@@ -11,8 +11,8 @@ A weight matrix [N, K] at ``bits`` per weight is stored as three tensors:
 
 At 8 bits that is the usual integer zero point, and every integer zero point of a narrower width
 has a value too. The finer steps between let a narrow grid be symmetric around zero (at 1 bit:
--s/2 and +s/2); they fit into the same byte and lower the squared error, at 2 bits by a tenth and
-more (``examples/benchmarks/RESULTS.md``, zero-point resolution).
+-s/2 and +s/2); they fit into the same byte and lower the squared error, by 7 to 20 % at 2 bits
+(``examples/benchmarks/RESULTS.md``, zero-point resolution).
 """
 
 import sys
