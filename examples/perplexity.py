@@ -56,6 +56,24 @@ def perplexity(server: str, text: str, max_tokens: int) -> float:
     return math.exp(-sum(logprobs) / len(logprobs))
 
 
+def reference_perplexity(model: str, text: str, max_tokens: int) -> float:
+    """Return the same for a 16-bit model, computed by transformers in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    encoded = AutoTokenizer.from_pretrained(model)(text[: 8 * max_tokens], add_special_tokens=False)
+    tokens = torch.tensor(encoded["input_ids"][:max_tokens])
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    if torch.cuda.is_available():
+        tokens, network = tokens.cuda(), network.cuda()
+    logprobs = []
+    with torch.inference_mode():
+        for window in tokens.split(WINDOW):
+            predicted = network(window[None, :-1]).logits[0].float().log_softmax(-1)
+            logprobs.append(predicted.gather(1, window[1:, None]).flatten())
+    return math.exp(-torch.cat(logprobs).mean().item())
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
