@@ -108,7 +108,7 @@ class PlannedModel:
                 if plan is None:
                     weight = self.reader.tensor(name)
                 else:
-                    width = getattr(plan.expert_bits[layer.container], projection)[expert]
+                    width = plan.expert_bits[layer.container].width(projection, expert)
                     weight = self._weight(name, width, plan.group_size)
                 targets[matrix][expert].copy_(weight)
 

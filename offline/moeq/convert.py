@@ -25,7 +25,6 @@ from moeq.rounding import QuantizedWeight, quantize_rtn
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
-    LayerBits,
     packed_bytes,
     write_manifest,
 )
@@ -80,7 +79,7 @@ class Conversion:
         expert_weights = {
             layer.tensor_name(expert, matrix): (
                 layer.shape(matrix),
-                _width(plan.expert_bits[layer.container], projection, expert),
+                plan.expert_bits[layer.container].width(projection, expert),
             )
             for layer in layers
             for expert, matrix, projection in layer.weights()
@@ -223,11 +222,6 @@ def check_output_is_free(output: Path) -> None:
     """
     if os.path.lexists(output):
         raise MoeqError(f"--output {output} exists already; remove it or choose another name")
-
-
-def _width(bits: LayerBits, projection: str, expert: int) -> int:
-    width: int = getattr(bits, projection)[expert]
-    return width
 
 
 @contextmanager

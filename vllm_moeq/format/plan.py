@@ -34,6 +34,10 @@ class LayerBits:
         """Number of experts in the layer."""
         return len(self.w13)
 
+    def width(self, projection: Projection, expert: int) -> int:
+        """Return the width of one expert's projection."""
+        return (self.w13 if projection == "w13" else self.w2)[expert]
+
     def to_dict(self) -> dict[str, list[int]]:
         """Return the JSON form."""
         return {"w13": list(self.w13), "w2": list(self.w2)}

@@ -122,7 +122,7 @@ def plan_sizes(plan: BitPlan, reader: CheckpointReader, layers: list[MoELayer]) 
         bits = plan.expert_bits[layer.container]
         for expert, matrix, projection in layer.weights():
             rows, columns = layer.shape(matrix)
-            width = getattr(bits, projection)[expert]
+            width = bits.width(projection, expert)
             weights += rows * columns
             code_bits += rows * columns * width
             size += packed_bytes(rows, columns, width, plan.group_size)
