@@ -146,10 +146,11 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         weights = self.buffers.close()
         kernel = select_kernel(weights.w13_packed.device)
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
-        for parameter, tensor in zip(weights, KERNELS[kernel].prepare(weights), strict=True):
-            parameter.data = tensor.data
         # Host memory: the op reads it without waiting for the device.
         layout = replace(self.buffers.layout, kernel=kernel)
+        prepared = KERNELS[kernel].prepare(weights, layout, layer.activation.value)
+        for parameter, tensor in zip(weights, prepared, strict=True):
+            parameter.data = tensor.data
         layer.register_buffer("moeq_layout", layout.to_tensor(), persistent=False)
 
     def apply(

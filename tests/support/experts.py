@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from support.reference import dequantize
-from vllm_moeq.kernels import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels import KERNELS, ExpertLayout, ExpertWeights, select_kernel
 
 Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -127,3 +127,12 @@ def expected_output(
                 result = result + w2_bias[slot].double()
             output[token] += result * (1 if on_input else scale)
     return output
+
+
+def prepared(
+    experts: Experts, kernel: str, activation: str = "silu"
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return weights and layout as the op takes them for a kernel of the dispatch table."""
+    index = select_kernel(torch.device("cpu"), kernel)
+    layout = replace(experts.layout, kernel=index)
+    return list(KERNELS[index].prepare(experts.weights, layout, activation)), layout.to_tensor()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_moeq.kernels import reference
-from vllm_moeq.kernels.layout import ExpertWeights
+from vllm_moeq.kernels import cpu, reference
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 KERNEL_VARIABLE = "MOEQ_KERNEL"
 """Environment variable that chooses a kernel by name; ``auto`` or unset takes the fastest."""
@@ -21,25 +21,27 @@ class Kernel:
         name: Value of ``MOEQ_KERNEL`` that chooses it.
         unavailable: Takes the device of the weights; returns why the kernel cannot run there, or
             None if it can.
-        prepare: Repacks canonical weights once after loading; the result is what ``run`` gets.
-        run: Same arguments as :func:`vllm_moeq.kernels.reference.fused_experts`.
+        prepare: Repacks canonical weights once after loading; takes their layout and the name of
+            the activation too.
+        run: Takes the arguments of the op, with prepared weights as ``ExpertWeights``.
     """
 
     name: str
     unavailable: Callable[[torch.device], str | None]
-    prepare: Callable[[ExpertWeights], ExpertWeights]
+    prepare: Callable[[ExpertWeights, ExpertLayout, str], ExpertWeights]
     run: Callable[..., torch.Tensor]
 
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel(name="cpu", unavailable=cpu.unavailable, prepare=cpu.prepare, run=cpu.run),
     Kernel(
         name="reference",
         unavailable=lambda device: None,
-        prepare=lambda weights: weights,
-        run=reference.fused_experts,
+        prepare=lambda weights, layout, activation: weights,
+        run=reference.run,
     ),
 )
-"""All kernels, the fastest first: ``auto`` takes the first that can run."""
+"""All kernels, the fastest first: ``auto`` takes the first that can run. The reference is last."""
 
 
 def select_kernel(device: torch.device, requested: str | None = None) -> int:

@@ -7,8 +7,8 @@ import torch
 
 from vllm_moeq.format import Projection, packed_columns
 
-_HEADER_ROWS = 2
-_COLUMNS = 4
+LAYOUT_HEADER_ROWS = 2
+"""Rows of the tensor form before those of the experts."""
 
 
 class ExpertSlot(NamedTuple):
@@ -29,6 +29,9 @@ class ExpertWeights(NamedTuple):
     * packed: uint8 [sum over experts of N * K * bits / 8]
     * scale: float16 [E, N, K / group_size]
     * zero_point: uint8 [E, N, K / group_size], in units of ``zero_point_unit(bits)``
+
+    A kernel may prepare them in a layout of its own; the number of tensors stays six, since a
+    compiled graph does not know which kernel runs.
     """
 
     w13_packed: torch.Tensor
@@ -52,7 +55,8 @@ class ExpertLayout:
         intermediate_size: Columns of w2 on this rank.
         w13_rows: Rows of w13 on this rank: twice ``intermediate_size`` for gated experts.
         slots: Widths and offsets of the local experts.
-        kernel: Index into the dispatch table of the kernel that the weights were prepared for.
+        kernel: Index into the dispatch table of the kernel that the weights were prepared for; -1
+            is the last, the reference, which takes canonical weights.
     """
 
     group_size: int
@@ -60,7 +64,7 @@ class ExpertLayout:
     intermediate_size: int
     w13_rows: int
     slots: tuple[ExpertSlot, ...]
-    kernel: int = 0
+    kernel: int = -1
 
     @classmethod
     def build(
@@ -120,5 +124,5 @@ class ExpertLayout:
         """Read :meth:`to_tensor`."""
         rows = tensor.tolist()
         kernel, group_size, hidden_size, intermediate_size = rows[0]
-        slots = tuple(ExpertSlot(*row) for row in rows[_HEADER_ROWS:])
+        slots = tuple(ExpertSlot(*row) for row in rows[LAYOUT_HEADER_ROWS:])
         return cls(group_size, hidden_size, intermediate_size, rows[1][0], slots, kernel)

@@ -3,7 +3,7 @@
 import torch
 
 from vllm_moeq.kernels.dispatch import KERNELS
-from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.layout import ExpertWeights
 
 # One plain registration instead of torch.library.custom_op, whose wrapper costs several
 # microseconds a call. The object owns the registration and must live as long as the process.
@@ -28,15 +28,14 @@ def _fused_experts(
     activation: str,
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
-    expert_layout = ExpertLayout.from_tensor(layout)
-    return KERNELS[expert_layout.kernel].run(
+    return KERNELS[int(layout[0, 0])].run(
         x,
         topk_weights,
         topk_ids,
         ExpertWeights(*weights),
         w13_bias,
         w2_bias,
-        expert_layout,
+        layout,
         expert_map,
         activation,
         apply_router_weight_on_input,

@@ -1,6 +1,7 @@
 """The torch reference: slow, correct everywhere, the oracle of every other kernel."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,21 @@ def fused_experts(
             router_weight = chosen.any(-1, keepdim=True)[rows].to(compute_dtype)
         output[rows] += result * router_weight
     return output.to(x.dtype)
+
+
+def run(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: ExpertWeights,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    layout: torch.Tensor,
+    *options: Any,
+) -> torch.Tensor:
+    """Take the arguments of the op."""
+    sizes = ExpertLayout.from_tensor(layout)
+    return fused_experts(x, topk_weights, topk_ids, weights, w13_bias, w2_bias, sizes, *options)
 
 
 def _expert_weight(

@@ -1,0 +1,181 @@
+"""The CPU kernel: C++ for AVX-512-VNNI and AVX2, compiled at first use and called by ctypes.
+
+``csrc/moe.cpp`` is the whole layer, ``csrc/layout.h`` its weights in memory; ``build.py`` compiles,
+``library.py`` declares the C interface, this file is the kernel's row in the dispatch table.
+"""
+
+import ctypes
+import logging
+import os
+from functools import cache
+
+import torch
+
+from vllm_moeq.format import Projection
+from vllm_moeq.kernels.cpu import library
+from vllm_moeq.kernels.cpu.build import BuildError
+from vllm_moeq.kernels.layout import LAYOUT_HEADER_ROWS, ExpertLayout, ExpertWeights
+
+logger = logging.getLogger(__name__)
+
+ACTIVATION_VARIABLE = "MOEQ_CPU_ACTIVATION"
+"""Environment variable for the precision of activations inside the kernel: ``int16``, the default,
+or ``int8``."""
+_PRECISIONS = ("int16", "int8")
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why the kernel cannot run on ``device``, or None if it can.
+
+    Raises:
+        ValueError: ``MOEQ_CPU_ISA`` or ``MOEQ_CPU_ACTIVATION`` has a wrong value.
+    """
+    if device.type != "cpu":
+        return f"it computes on the CPU and the weights are on {device}"
+    _int8_activations()
+    return _why_not_loaded(os.environ.get(library.ISA_VARIABLE))
+
+
+@cache
+def _why_not_loaded(isa_name: str | None) -> str | None:
+    try:
+        library.load(isa_name)
+    except (BuildError, OSError) as error:  # OSError: the loader of the operating system
+        logger.warning("moeq experts fall back on slow torch code on this CPU: %s", error)
+        return str(error)
+    return None
+
+
+def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> ExpertWeights:
+    """Repack canonical weights into tiles.
+
+    The tiles hold scales and zero points too: those come back as empty tensors.
+
+    Args:
+        weights: Canonical weights of the local experts.
+        layout: Their sizes and widths.
+        activation: Says whether gate and up alternate in the rows of w13.
+    """
+    alternating = activation == "swigluoai"
+    half, byte = torch.empty(0, dtype=torch.float16), torch.empty(0, dtype=torch.uint8)
+    return ExpertWeights(
+        _repack(*weights[:3], layout, "w13", alternating),
+        half,
+        byte,
+        _repack(*weights[3:], layout, "w2", False),
+        half.clone(),
+        byte.clone(),
+    )
+
+
+def _repack(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    layout: ExpertLayout,
+    projection: Projection,
+    alternating: bool,
+) -> torch.Tensor:
+    """Return the tiles of one projection of all experts; tiles of gate and up take turns."""
+    functions = library.load()
+    rows, columns = layout.shape(projection)
+    gated = projection == "w13" and rows == 2 * layout.intermediate_size
+    streams = 2 if gated else 1
+    stream_rows = rows // streams
+    group_size, slots = layout.group_size, range(len(layout.slots))
+    widths = [layout.bits_and_offset(projection, slot)[0] for slot in slots]
+    sizes = [
+        streams * functions.moeq_tiles_bytes(bits, group_size, stream_rows, columns)
+        for bits in widths
+    ]
+    tiles = torch.empty(sum(sizes), dtype=torch.uint8)
+    functions.moeq_use_huge_pages(tiles.data_ptr(), tiles.numel())
+    target = tiles.data_ptr()
+    for slot, bits, size in zip(slots, widths, sizes, strict=True):
+        for stream in range(streams):
+            first, stride = (stream, streams) if alternating else (stream * stream_rows, 1)
+            functions.moeq_repack(
+                bits,
+                group_size,
+                columns,
+                packed.data_ptr() + layout.span(projection, slot)[0],
+                scale[slot].data_ptr(),
+                zero_point[slot].data_ptr(),
+                first,
+                stride,
+                stream_rows,
+                target + stream * functions.moeq_tiles_bytes(bits, group_size, 1, columns),
+                streams,
+            )
+        target += size
+    return tiles
+
+
+def run(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: ExpertWeights,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    layout: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    """Run the experts on prepared weights; arguments as those of the op.
+
+    Inside, activations are integers with a scale per token and group. Relative to float64 on the
+    same weights the error of a layer is below 1e-4 in float32 (in bfloat16 its own rounding is
+    larger); with ``MOEQ_CPU_ACTIVATION=int8`` it is about 1e-2, more with outlier channels. A token
+    with a NaN or an infinity gives NaN.
+
+    Raises:
+        ValueError: Unknown activation, or an expert id that is no expert.
+    """
+    if activation not in library.ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {list(library.ACTIVATIONS)}")
+    dtype = x.dtype
+    tokens = x.contiguous() if dtype in library.DTYPES else x.float().contiguous()
+    output = torch.empty_like(tokens)
+    # Held here until the call is over: the structure has only their addresses.
+    router_weight, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
+    local = None if expert_map is None else expert_map.int().contiguous()
+    first_bias = None if w13_bias is None else w13_bias.float().contiguous()
+    second_bias = None if w2_bias is None else w2_bias.float().contiguous()
+    call = library.Call(
+        x=tokens.data_ptr(),
+        out=output.data_ptr(),
+        router_weight=router_weight.data_ptr(),
+        expert_ids=ids.data_ptr(),
+        expert_map=None if local is None else local.data_ptr(),
+        w13=weights.w13_packed.data_ptr(),
+        w2=weights.w2_packed.data_ptr(),
+        w13_bias=None if first_bias is None else first_bias.data_ptr(),
+        w2_bias=None if second_bias is None else second_bias.data_ptr(),
+        layout=layout.data_ptr(),
+        map_size=0 if local is None else local.numel(),
+        experts=layout.shape[0] - LAYOUT_HEADER_ROWS,
+        tokens=ids.shape[0],
+        top_k=ids.shape[1],
+        dtype=library.DTYPES[tokens.dtype],
+        activation=library.ACTIVATIONS[activation],
+        int8=_int8_activations(),
+        router_weight_on_input=apply_router_weight_on_input,
+    )
+    status = library.load().moeq_fused_experts(ctypes.byref(call))
+    if status == library.BAD_EXPERT_ID:
+        raise ValueError(
+            f"expert ids reach {int(topk_ids.max())}, but there are only {call.experts} local "
+            f"experts{'' if local is None else f' and a map of {local.numel()}'}"
+        )
+    if status == library.OUT_OF_MEMORY:
+        raise MemoryError(f"not enough memory for the activations of {call.tokens} tokens")
+    return output.to(dtype)
+
+
+def _int8_activations() -> bool:
+    precision = os.environ.get(ACTIVATION_VARIABLE) or _PRECISIONS[0]
+    if precision not in _PRECISIONS:
+        raise ValueError(f"{ACTIVATION_VARIABLE}={precision!r} is not one of {list(_PRECISIONS)}")
+    return precision == "int8"

@@ -1,0 +1,276 @@
+// Tile kernel for AVX2 without VNNI.
+//
+// Codes are widened to 16 bits and multiplied with 16-bit activations by vpmaddwd, which sums pairs
+// in 32 bits: no saturation at any width, unlike vpmaddubsw, and the same number of instructions as
+// two 8-bit planes. A vector of 8 rows x 4 bytes has the codes of k = 0 and 2 of each four in its low
+// bytes and those of k = 1 and 3 in its high bytes, so activations are stored as (0, 2, 1, 3).
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "layout.h"
+#include "tokens.h"
+#include "unroll.h"
+
+namespace moeq {
+
+struct Avx2 {
+  using Code = int16_t;
+  static constexpr const char* kName = "avx2";
+  static constexpr int planes(bool) { return 1; }
+
+  // 16-bit codes by default, 8-bit ones in int8 mode.
+  static void quantize(const float* x, int group_size, bool int8, Tokens<Code>& tokens, int group,
+                       int row) {
+    int32_t codes[kMaxGroup];
+    const float scale = quantize_group(x, group_size, int8 ? 127.0f : 32767.0f, codes);
+    const size_t index = static_cast<size_t>(group) * tokens.rows + row;
+    Code* out = tokens.codes + index * group_size;
+    int32_t sum = 0;
+    for (int i = 0; i < group_size; i += 4) {
+      sum += codes[i] + codes[i + 1] + codes[i + 2] + codes[i + 3];
+      out[i] = static_cast<Code>(codes[i]);
+      out[i + 1] = static_cast<Code>(codes[i + 2]);
+      out[i + 2] = static_cast<Code>(codes[i + 1]);
+      out[i + 3] = static_cast<Code>(codes[i + 3]);
+    }
+    tokens.scale[index] = scale;
+    tokens.sum[index] = scale * static_cast<float>(sum);
+  }
+
+  // y [count][64] = the tile's 64 rows times the token rows given.
+  template <int bits, int group_size>
+  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+                   int count, float* y);
+};
+
+namespace avx2 {
+
+using Vector = __m256i;
+constexpr int kHalfRows = 8;  // of a block: one vector of 32-bit sums
+constexpr int kMicroTokens = 6;
+constexpr int kDirectTokens = 4;  // more than these are worth unpacking the weights first
+
+MOEQ_INLINE Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const Vector*>(p)); }
+MOEQ_INLINE Vector zero() { return _mm256_setzero_si256(); }
+MOEQ_INLINE Vector pair(const int16_t* x) {  // two activations for all rows
+  int value;
+  __builtin_memcpy(&value, x, 4);
+  return _mm256_set1_epi32(value);
+}
+// Inline assembly keeps the two together: gcc 12 moves all products before all additions and runs
+// out of registers.
+MOEQ_INLINE void add_dot(Vector& sum, Vector codes, Vector x) {
+  Vector product;
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=&x"(product)
+      : "x"(x), "x"(codes));
+}
+template <int count> MOEQ_INLINE Vector shift(Vector v) {
+  return count ? _mm256_srli_epi16(v, count) : v;
+}
+
+// Fetch what the next kilobyte of a tile needs: with this much work per byte the hardware does not
+// run far enough ahead by itself.
+template <int bits> MOEQ_INLINE void prefetch(const uint8_t* p) {
+  for (int i = 0; i < kWords<bits>; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + 1024 + 64 * i, _MM_HINT_T0);
+}
+
+// The words of one step for 8 rows; at 3 bits the spare bits make a fourth.
+template <int bits> struct Step {
+  Vector word[bits == 3 ? 4 : 1];
+
+  explicit __attribute__((always_inline)) Step(const uint8_t* p) {
+    for (int i = 0; i < kWords<bits>; ++i) word[i] = load(p + 64 * i);
+    if constexpr (bits == 3) {
+      const Vector top2 = _mm256_set1_epi8(static_cast<char>(0xc0));
+      const Vector mid2 = _mm256_set1_epi8(0x30), low2 = _mm256_set1_epi8(0x0c);
+      word[3] = _mm256_or_si256(
+          _mm256_and_si256(word[0], top2),
+          _mm256_or_si256(_mm256_and_si256(shift<2>(word[1]), mid2),
+                          _mm256_and_si256(shift<4>(word[2]), low2)));
+    }
+  }
+
+  // Codes of field f in 16 bits: of k = 0 and 2 (odd = 0) or of k = 1 and 3 (odd = 1).
+  template <int f, int odd> __attribute__((always_inline)) Vector codes() const {
+    constexpr Field place = field<bits>(f);
+    constexpr int offset = place.shift + 8 * odd;
+    if constexpr (offset + bits == 16) return shift<offset>(word[place.word]);
+    return _mm256_and_si256(shift<offset>(word[place.word]), _mm256_set1_epi16((1 << bits) - 1));
+  }
+};
+
+// What turns integer sums of 8 rows into weights times activations.
+struct RowScales {
+  __m256 scale, zero;
+
+  template <int bits> static __attribute__((always_inline)) RowScales load(const uint8_t* header, int row) {
+    const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(header + 2 * row));
+    const __m128i zeros =
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + kZeroOffset + row));
+    return {_mm256_cvtph_ps(scales), _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zeros)),
+                                                   _mm256_set1_ps(kZeroUnit<bits>))};
+  }
+
+  // y += scale * (token scale * sums - zero * token sum)
+  __attribute__((always_inline)) void add(float* y, Vector sums, float token_scale,
+                                          float token_sum) const {
+    const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(token_scale));
+    const __m256 centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(token_sum), scaled);
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, centred, _mm256_loadu_ps(y)));
+  }
+};
+
+// One token, one block of 16 rows: fields are masked but not shifted, which leaves each product
+// 2^position too large; sums are kept apart by position and shifted once at the end.
+template <int bits, int group_size>
+MOEQ_INLINE void dot_single(const uint8_t* payload, const int16_t* x, Vector (&out)[2]) {
+  constexpr int positions = bits == 3 ? 4 : 8 / bits;
+  constexpr auto position_of = [](int f) {
+    return bits == 3 ? (f < 6 ? f % 2 : f - 4) : f;  // of shifts 0, 3 | 2, 5
+  };
+  Vector sums[2][positions];
+  for (auto& half : sums)
+    for (auto& sum : half) sum = zero();
+  for (int step = 0; step < group_size / kStep<bits>; ++step) {
+    const uint8_t* p = payload + step * kStepBytes<bits>;
+    const int16_t* xs = x + step * kStep<bits>;
+    prefetch<bits>(p);
+    const Step<bits> low[2] = {Step<bits>(p), Step<bits>(p + 32)};
+    Step<bits> high[2] = {low[0], low[1]};
+    for (auto& half : high)
+      for (auto& word : half.word) word = shift<8>(word);
+    repeat<kFields<bits>>(MOEQ_LAMBDA {
+      constexpr int f = decltype(index)::value;
+      constexpr Field place = field<bits>(f);
+      const Vector mask = _mm256_set1_epi16(((1 << bits) - 1) << place.shift);
+      const Vector even = pair(xs + 4 * f), odd = pair(xs + 4 * f + 2);
+      for (int half = 0; half < 2; ++half) {
+        Vector& sum = sums[half][position_of(f)];
+        add_dot(sum, _mm256_and_si256(low[half].word[place.word], mask), even);
+        const Vector top = high[half].word[place.word];
+        add_dot(sum, bits == 8 ? top : _mm256_and_si256(top, mask), odd);
+      }
+    });
+  }
+  for (int half = 0; half < 2; ++half) {
+    out[half] = zero();
+    repeat<kFields<bits>>(MOEQ_LAMBDA {
+      constexpr int f = decltype(index)::value;
+      if constexpr (bits != 3 || f < 2 || f >= 6)
+        out[half] = _mm256_add_epi32(
+            out[half], _mm256_srai_epi32(sums[half][position_of(f)], field<bits>(f).shift));
+    });
+  }
+}
+
+// A few tokens, one block of 16 rows.
+template <int bits, int group_size, int tokens>
+MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x,
+                            Vector (&sums)[tokens][2]) {
+  repeat<tokens>(MOEQ_LAMBDA { sums[index][0] = sums[index][1] = zero(); });
+  for (int step = 0; step < group_size / kStep<bits>; ++step) {
+    const uint8_t* p = payload + step * kStepBytes<bits>;
+    prefetch<bits>(p);
+    const Step<bits> half[2] = {Step<bits>(p), Step<bits>(p + 32)};
+    repeat<2 * kFields<bits>>(MOEQ_LAMBDA {
+      constexpr int f = decltype(index)::value / 2, odd = decltype(index)::value % 2;
+      const Vector first = half[0].template codes<f, odd>(), second = half[1].template codes<f, odd>();
+      repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+        const Vector xs = pair(x[t] + step * kStep<bits> + 4 * f + 2 * odd);
+        add_dot(sums[t][0], first, xs);
+        add_dot(sums[t][1], second, xs);
+      });
+    });
+  }
+}
+
+// Weights of one group as 16-bit codes, [block][G / 2][2 halves][8 rows x 2].
+template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* payload, int16_t* out) {
+  for (int block = 0; block < kBlocks; ++block)
+    for (int step = 0; step < group_size / kStep<bits>; ++step, payload += kStepBytes<bits>) {
+      prefetch<bits>(payload);
+      for (int half = 0; half < 2; ++half) {
+        const Step<bits> words(payload + 32 * half);
+        int16_t* target = out + (block * group_size + step * kStep<bits>)*kBlockRows + 16 * half;
+        repeat<2 * kFields<bits>>(MOEQ_LAMBDA {
+          constexpr int f = decltype(index)::value / 2, odd = decltype(index)::value % 2;
+          _mm256_storeu_si256(reinterpret_cast<Vector*>(target + 32 * index),
+                              words.template codes<f, odd>());
+        });
+      }
+    }
+}
+
+template <int group_size, int tokens>
+MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x,
+                              Vector (&sums)[tokens][2]) {
+  repeat<tokens>(MOEQ_LAMBDA { sums[index][0] = sums[index][1] = zero(); });
+  for (int k = 0; k < group_size; k += 2, codes += 32) {
+    const Vector first = load(codes), second = load(codes + 16);
+    repeat<tokens>(MOEQ_LAMBDA {
+      const Vector xs = pair(x[index] + k);
+      add_dot(sums[index][0], first, xs);
+      add_dot(sums[index][1], second, xs);
+    });
+  }
+}
+
+// One group of the tile times a few tokens, added to y. The weights come from the packed payload,
+// or from `unpacked` if that is not null.
+template <int bits, int group_size, int tokens, bool direct>
+static void group_tokens(const uint8_t* header, const int16_t* unpacked, const Tokens<int16_t>& x,
+                         int group, const int* rows, float* y) {
+  const int16_t* codes[tokens];
+  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, group_size, rows[t]);
+  for (int block = 0; block < kBlocks; ++block) {
+    Vector sums[tokens][2];
+    const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(group_size, 0, block);
+    if constexpr (!direct)
+      dot_unpacked<group_size, tokens>(unpacked + block * kBlockRows * group_size, codes, sums);
+    else if constexpr (tokens == 1)
+      dot_single<bits, group_size>(payload, codes[0], sums[0]);
+    else
+      dot_direct<bits, group_size, tokens>(payload, codes, sums);
+    repeat<2>([&](auto half) __attribute__((always_inline)) {
+      const int row = block * kBlockRows + half * kHalfRows;
+      const RowScales scales = RowScales::load<bits>(header, row);
+      repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+        const size_t index = static_cast<size_t>(group) * x.rows + rows[t];
+        scales.add(y + t * kTileRows + row, sums[t][half], x.scale[index], x.sum[index]);
+      });
+    });
+  }
+}
+
+}  // namespace avx2
+
+template <int bits, int group_size>
+void Avx2::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+                int count, float* y) {
+  using namespace avx2;
+  std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
+  if (count <= kDirectTokens) {
+    with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
+      for (int group = 0; group < groups; ++group)
+        group_tokens<bits, group_size, decltype(index)::value, true>(
+            tile + group * group_bytes(bits, group_size), nullptr, tokens, group, rows, y);
+    });
+    return;
+  }
+  alignas(64) int16_t unpacked[kTileRows * group_size];
+  for (int group = 0; group < groups; ++group, tile += group_bytes(bits, group_size)) {
+    unpack<bits, group_size>(tile + kHeaderBytes, unpacked);
+    pieces(count, kMicroTokens, [&](int first, int size) {
+      with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
+        group_tokens<bits, group_size, decltype(index)::value, false>(
+            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
+      });
+    });
+  }
+}
+
+}  // namespace moeq

@@ -1,0 +1,196 @@
+// Tile kernel for AVX-512 with VNNI.
+//
+// vpdpbusd multiplies 4 codes of each of 16 rows with 4 8-bit activations and adds them up in 32
+// bits, so no sum over lanes is ever needed. For 16-bit activations a token has two rows, its high
+// and its low bytes: to the kernel they are two tokens whose results are added in the end.
+#pragma once
+#include <algorithm>
+
+#include "layout.h"
+#include "simd512.h"
+#include "tokens.h"
+#include "unroll.h"
+
+namespace moeq {
+
+struct Avx512 {
+  using Code = int8_t;
+#ifdef __AVX512VNNI__
+  static constexpr const char* kName = "avx512_vnni";
+#else
+  static constexpr const char* kName = "portable";
+#endif
+  static constexpr int planes(bool int8) { return int8 ? 1 : 2; }
+
+  static void quantize(const float* x, int group_size, bool int8, Tokens<Code>& tokens, int group,
+                       int row) {
+    int32_t codes[kMaxGroup];
+    // The largest 16-bit code whose high byte, after rounding, is at most 127.
+    const float scale = quantize_group(x, group_size, int8 ? 127.0f : 32512.0f, codes);
+    const size_t index = static_cast<size_t>(group) * tokens.rows + row;
+    Code* high = tokens.codes + index * group_size;
+    Code* low = high + group_size;
+    int32_t high_sum = 0, low_sum = 0;
+    if (int8) {
+      for (int i = 0; i < group_size; ++i) {
+        high_sum += codes[i];
+        high[i] = static_cast<Code>(codes[i]);
+      }
+      tokens.scale[index] = scale;
+      tokens.sum[index] = scale * static_cast<float>(high_sum);
+      return;
+    }
+    for (int i = 0; i < group_size; ++i) {
+      const int32_t upper = (codes[i] + 128) >> 8, lower = codes[i] - 256 * upper;
+      high_sum += upper;
+      low_sum += lower;
+      high[i] = static_cast<Code>(upper);
+      low[i] = static_cast<Code>(lower);
+    }
+    tokens.scale[index] = 256 * scale;
+    tokens.sum[index] = 256 * scale * static_cast<float>(high_sum);
+    tokens.scale[index + 1] = scale;
+    tokens.sum[index + 1] = scale * static_cast<float>(low_sum);
+  }
+
+  // y [count][64] = the tile's 64 rows times the token rows given.
+  template <int bits, int group_size>
+  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+                   int count, float* y);
+};
+
+namespace avx512 {
+
+using namespace simd512;
+constexpr int kMicroTokens = 6;  // times 4 blocks of rows: 24 of 32 registers are sums
+constexpr int kDirectTokens = 6;  // more than these are worth unpacking the weights first
+
+// Bytes to fetch ahead: narrow codes keep the core busier per byte.
+template <int bits> constexpr int kAhead = bits <= 3 ? 8192 : 4096;
+template <int bits> MOEQ_INLINE void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead<bits>, _MM_HINT_T0);
+}
+
+// All fields of one step and block as bytes: 4 consecutive k of 16 rows each.
+template <int bits> MOEQ_INLINE void fields(const uint8_t* p, Bytes (&out)[kFields<bits>]) {
+  Bytes words[bits == 3 ? 4 : 1];
+  for (int i = 0; i < kWords<bits>; ++i) words[i] = load(p + 64 * i);
+  if constexpr (bits == 3) {
+    words[3] = select(0xc0, words[0], shift<2>(words[1]));
+    words[3] = select(0xf0, words[3], shift<4>(words[2]));
+  }
+  repeat<kFields<bits>>(MOEQ_LAMBDA {
+    constexpr Field place = field<bits>(decltype(index)::value);
+    const Bytes shifted = shift<place.shift>(words[place.word]);
+    out[index] = bits == 8 ? shifted : mask(shifted, (1 << bits) - 1);
+  });
+}
+
+// Straight from the packed weights of one group.
+template <int bits, int group_size, int tokens>
+MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x,
+                            Ints (&sums)[tokens][kBlocks]) {
+  for (int step = 0; step < group_size / kStep<bits>; ++step)
+    repeat<kBlocks>(MOEQ_LAMBDA {
+      constexpr int block = decltype(index)::value;
+      for (int i = 0; i < kWords<bits>; ++i) prefetch<bits>(payload + 64 * i);
+      Bytes codes[kFields<bits>];
+      fields<bits>(payload, codes);
+      for (int f = 0; f < kFields<bits>; ++f)
+        for (int t = 0; t < tokens; ++t)
+          add_dot(sums[t][block], codes[f], x[t] + step * kStep<bits> + 4 * f);
+      payload += kStepBytes<bits>;
+    });
+}
+
+// From bytes [G / 4][4 blocks][64].
+template <int group_size, int tokens>
+MOEQ_INLINE void dot_unpacked(const uint8_t* codes, const int8_t* const* x,
+                              Ints (&sums)[tokens][kBlocks]) {
+  for (int k = 0; k < group_size; k += 4, codes += 64 * kBlocks) {
+    Bytes block[kBlocks];
+    for (int i = 0; i < kBlocks; ++i) block[i] = load(codes + 64 * i);
+    for (int t = 0; t < tokens; ++t) {
+      const Ints xs = broadcast(x[t] + k);
+      for (int i = 0; i < kBlocks; ++i) add_dot(sums[t][i], block[i], xs);
+    }
+  }
+}
+
+template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* payload, uint8_t* out) {
+  for (int step = 0; step < group_size / kStep<bits>; ++step)
+    for (int block = 0; block < kBlocks; ++block, payload += kStepBytes<bits>) {
+      for (int i = 0; i < kWords<bits>; ++i) prefetch<bits>(payload + 64 * i);
+      Bytes codes[kFields<bits>];
+      fields<bits>(payload, codes);
+      for (int f = 0; f < kFields<bits>; ++f)
+        store(out + ((step * kFields<bits> + f) * kBlocks + block) * 64, codes[f]);
+    }
+}
+
+// One group of the tile times a few token rows, added to y. The weights come from the packed
+// payload, or from `unpacked` if not direct.
+template <int bits, int group_size, int tokens, bool direct>
+static void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
+                         int group, const int* rows, float* y) {
+  const int8_t* codes[tokens];
+  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, group_size, rows[t]);
+  Ints sums[tokens][kBlocks];
+  for (auto& token : sums)
+    for (auto& sum : token) sum = zero();
+  if constexpr (direct)
+    dot_direct<bits, group_size, tokens>(header + kHeaderBytes, codes, sums);
+  else
+    dot_unpacked<group_size, tokens>(unpacked, codes, sums);
+  // y += scale * (token scale * sums - zero * token sum)
+  for (int block = 0; block < kBlocks; ++block) {
+    const int row = block * kBlockRows;
+    const Floats scale = half_to_float(header + 2 * row);
+    const Floats zeros =
+        multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>));
+    for (int t = 0; t < tokens; ++t) {
+      const size_t place = static_cast<size_t>(group) * x.rows + rows[t];
+      float* out = y + t * kTileRows + row;
+      const Floats scaled = multiply(to_float(sums[t][block]), all(x.scale[place]));
+      const Floats centred = multiply_add(zeros, all(x.sum[place]), scaled);
+      store_floats(out, multiply_add(scale, centred, load_floats(out)));
+    }
+  }
+}
+
+}  // namespace avx512
+
+template <int bits, int group_size>
+void Avx512::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+                  int count, float* y) {
+  using namespace avx512;
+  std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
+  const size_t stride = group_bytes(bits, group_size);
+  if (count <= kDirectTokens) {
+    with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
+      for (int group = 0; group < groups; ++group) {
+        const uint8_t* header = tile + group * stride;
+        for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
+        group_tokens<bits, group_size, decltype(index)::value, true>(header, nullptr, tokens, group,
+                                                                     rows, y);
+      }
+    });
+    return;
+  }
+  alignas(64) uint8_t buffer[kTileRows * group_size];
+  for (int group = 0; group < groups; ++group, tile += stride) {
+    const uint8_t* unpacked = tile + kHeaderBytes;  // at 8 bits the payload is what unpack makes
+    if constexpr (bits != 8) {
+      unpack<bits, group_size>(tile + kHeaderBytes, buffer);
+      unpacked = buffer;
+    }
+    pieces(count, kMicroTokens, [&](int first, int size) {
+      with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
+        group_tokens<bits, group_size, decltype(index)::value, false>(
+            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
+      });
+    });
+  }
+}
+
+}  // namespace moeq

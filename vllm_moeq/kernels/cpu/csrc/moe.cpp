@@ -1,0 +1,375 @@
+// Fused experts of every width on one CPU: the whole layer in two parallel passes.
+//
+// Pass 1 runs over (expert, columns of the intermediate vector): gate and up, activation, and the
+// quantization of the result for pass 2. Pass 2 runs over columns of the output and loops over the
+// experts, so every output has one writer and one order of summation: results do not depend on the
+// number of threads, nor on the other tokens of a batch. Threads come from the OpenMP runtime that
+// torch has loaded; its settings belong to the caller.
+#include "moe.h"
+
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "numeric.h"
+#include "repack.h"
+#ifdef MOEQ_ISA_AVX2
+#include "avx2.h"
+using Isa = moeq::Avx2;
+#else
+#include "avx512.h"
+using Isa = moeq::Avx512;
+#endif
+
+namespace moeq {
+namespace {
+
+constexpr int64_t kTokensPerPass = 1024;  // bounds the scratch memory of a long prefill
+constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the first-level cache
+
+using Acts = Tokens<Isa::Code>;
+using TileFunction = void (*)(const uint8_t*, int, const Acts&, const int*, int, float*);
+
+template <int group_size> TileFunction tile_function(int bits) {
+  switch (bits) {
+    case 1: return Isa::tile<1, group_size>;
+    case 2: return Isa::tile<2, group_size>;
+    case 3: return Isa::tile<3, group_size>;
+    case 4: return Isa::tile<4, group_size>;
+    default: return Isa::tile<8, group_size>;
+  }
+}
+
+TileFunction tile_function(int bits, int group_size) {
+  if (group_size == 32) return tile_function<32>(bits);
+  if (group_size == 64) return tile_function<64>(bits);
+  return tile_function<128>(bits);
+}
+
+// One projection of one expert.
+struct Matrix {
+  const uint8_t* tiles;
+  size_t tile_bytes;
+  TileFunction run;
+};
+
+// Sizes of the layer, and its experts in memory: the reader of ExpertLayout.
+struct Layer {
+  int group_size, hidden, intermediate;
+  bool gated;
+  std::vector<Matrix> w13, w2;
+
+  explicit Layer(const Call& call)
+      : group_size(static_cast<int>(call.layout[1])),
+        hidden(static_cast<int>(call.layout[2])),
+        intermediate(static_cast<int>(call.layout[3])),
+        gated(call.layout[4] != call.layout[3]) {
+    const uint8_t *first = call.w13, *second = call.w2;
+    for (int64_t slot = 0; slot < call.experts; ++slot) {
+      const int64_t* row = call.layout + 4 * (2 + slot);
+      w13.push_back(matrix(static_cast<int>(row[0]), hidden, first));
+      first += w13.back().tile_bytes * tiles(intermediate) * (gated ? 2 : 1);
+      w2.push_back(matrix(static_cast<int>(row[2]), intermediate, second));
+      second += w2.back().tile_bytes * tiles(hidden);
+    }
+  }
+
+  Matrix matrix(int bits, int columns, const uint8_t* where) const {
+    return {where, tile_bytes(bits, group_size, columns), tile_function(bits, group_size)};
+  }
+};
+
+// Which token goes to which expert: positions in expert order.
+struct Routing {
+  std::vector<int> begin;      // of each expert, and the end of the last
+  std::vector<int> active;     // experts with tokens
+  std::vector<int> choice;     // position to index into expert_ids
+  std::vector<int> token_row;  // (position, plane) to row of the input
+  std::vector<int> hidden_row;
+
+  bool build(const Call& call, int64_t first_token, int tokens, int planes) {
+    const int top_k = static_cast<int>(call.top_k);
+    const int32_t* ids = call.expert_ids + first_token * top_k;
+    std::vector<int> slots(static_cast<size_t>(tokens) * top_k);
+    begin.assign(call.experts + 1, 0);
+    for (size_t i = 0; i < slots.size(); ++i) {
+      int slot = ids[i];
+      if (slot >= 0 && call.expert_map) {
+        if (slot >= call.map_size) return false;
+        slot = call.expert_map[slot];
+      }
+      if (slot >= call.experts) return false;
+      slots[i] = slot;
+      if (slot >= 0) ++begin[slot + 1];
+    }
+    active.clear();
+    for (int64_t slot = 0; slot < call.experts; ++slot) {
+      if (begin[slot + 1]) active.push_back(static_cast<int>(slot));
+      begin[slot + 1] += begin[slot];
+    }
+    const int used = begin.back();
+    choice.resize(used);
+    std::vector<int> next(begin.begin(), begin.end() - 1);
+    for (size_t i = 0; i < slots.size(); ++i)
+      if (slots[i] >= 0) choice[next[slots[i]]++] = static_cast<int>(i);
+    token_row.resize(static_cast<size_t>(used) * planes);
+    hidden_row.resize(token_row.size());
+    for (int position = 0; position < used; ++position)
+      for (int plane = 0; plane < planes; ++plane) {
+        token_row[position * planes + plane] = choice[position] / top_k * planes + plane;
+        hidden_row[position * planes + plane] = position * planes + plane;
+      }
+    return true;
+  }
+};
+
+// Memory that grows and stays, one for each calling thread.
+class Scratch {
+ public:
+  Acts tokens(int rows, int columns, int group_size) {
+    const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
+    return {take<Isa::Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
+            take<float>(groups), rows};
+  }
+  template <class T> T* take(size_t count) {
+    std::vector<char>& buffer = buffers_[next_++];
+    if (buffer.size() < count * sizeof(T) + 64) buffer.resize(count * sizeof(T) + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+  }
+  void reset() { next_ = 0; }
+
+ private:
+  std::vector<char> buffers_[8];
+  int next_ = 0;
+};
+
+class Pass {
+ public:
+  Pass(const Call& call, const Layer& layer, const Routing& routing, Scratch& scratch,
+       int64_t first_token, int tokens)
+      : call_(call),
+        layer_(layer),
+        routing_(routing),
+        first_token_(first_token),
+        token_count_(tokens),
+        planes_(Isa::planes(call.int8)),
+        unit_tiles_(std::max(1, layer.group_size / kTileRows)),
+        sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
+        x_(scratch.tokens(tokens * planes_, layer.hidden, layer.group_size)),
+        hidden_(scratch.tokens(static_cast<int>(routing.hidden_row.size()), layer.intermediate,
+                               layer.group_size)),
+        sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
+        outputs_(scratch.take<float>(static_cast<size_t>(tokens) * kTileRows *
+                                     omp_get_max_threads())) {}
+
+  void run() {
+    const int groups = layer_.hidden / layer_.group_size;
+    const int units = (tiles(layer_.intermediate) + unit_tiles_ - 1) / unit_tiles_;
+    const int active = static_cast<int>(routing_.active.size());
+#pragma omp parallel
+    {
+      const size_t thread = omp_get_thread_num();
+      float* sums = sums_ + thread * sums_per_thread_;
+      float* output = outputs_ + thread * token_count_ * kTileRows;
+#pragma omp for schedule(static)
+      for (int i = 0; i < token_count_ * groups; ++i) quantize_input(i / groups, i % groups);
+#pragma omp for schedule(dynamic, 1)
+      for (int task = 0; task < active * units; ++task)
+        intermediate_unit(routing_.active[task / units], task % units, sums);
+#pragma omp for schedule(dynamic, 1)
+      for (int tile = 0; tile < tiles(layer_.hidden); ++tile) output_tile(tile, sums, output);
+    }
+  }
+
+ private:
+  void quantize_input(int token, int group) {
+    alignas(64) float values[kMaxGroup];
+    const auto dtype = static_cast<DType>(call_.dtype);
+    const size_t offset = static_cast<size_t>(first_token_ + token) * layer_.hidden +
+                          static_cast<size_t>(group) * layer_.group_size;
+    load_floats(static_cast<const char*>(call_.x) + offset * element_bytes(dtype), dtype,
+                layer_.group_size, values);
+    Isa::quantize(values, layer_.group_size, call_.int8, x_, group, token * planes_);
+  }
+
+  // Run one tile on positions [first, last) of an expert.
+  void run_tile(const Matrix& matrix, int tile, int columns, const Acts& acts,
+                const std::vector<int>& rows, int first, int last, float* sums) const {
+    matrix.run(matrix.tiles + tile * matrix.tile_bytes, columns / layer_.group_size, acts,
+               rows.data() + static_cast<size_t>(first) * planes_, (last - first) * planes_, sums);
+  }
+
+  // Sums of token `index` of a tile, planes added.
+  void collect(const float* sums, int index, float* out) const {
+    const float* row = sums + static_cast<size_t>(index) * planes_ * kTileRows;
+    for (int i = 0; i < kTileRows; ++i)
+      out[i] = planes_ == 2 ? row[i] + row[kTileRows + i] : row[i];
+  }
+
+  float router_weight(int position) const {
+    return call_.router_weight[first_token_ * call_.top_k + routing_.choice[position]];
+  }
+
+  // Gate, up and activation of unit_tiles_ tiles of the intermediate vector, for all tokens of an
+  // expert.
+  void intermediate_unit(int expert, int unit, float* sums) {
+    const Matrix& w13 = layer_.w13[expert];
+    const int streams = layer_.gated ? 2 : 1;
+    const int first_tile = unit * unit_tiles_;
+    const int last_tile = std::min(first_tile + unit_tiles_, tiles(layer_.intermediate));
+    const int step = kRowsPerTile / planes_;
+    const size_t tile_sums = static_cast<size_t>(kRowsPerTile) * kTileRows;
+    for (int first = routing_.begin[expert]; first < routing_.begin[expert + 1]; first += step) {
+      const int last = std::min(first + step, routing_.begin[expert + 1]);
+      for (int tile = first_tile * streams; tile < last_tile * streams; ++tile)
+        run_tile(w13, tile, layer_.hidden, x_, routing_.token_row, first, last,
+                 sums + (tile - first_tile * streams) * tile_sums);
+      for (int position = first; position < last; ++position) {
+        alignas(64) float gate[kMaxGroup], up[kMaxGroup];
+        for (int tile = 0; tile < last_tile - first_tile; ++tile) {
+          const float* tile_begin = sums + tile * streams * tile_sums;
+          collect(tile_begin, position - first, gate + tile * kTileRows);
+          if (layer_.gated)
+            collect(tile_begin + tile_sums, position - first, up + tile * kTileRows);
+        }
+        const int first_column = first_tile * kTileRows;
+        const int count = std::min(last_tile * kTileRows, layer_.intermediate) - first_column;
+        finish_intermediate(expert, position, first_column, count, gate, up);
+      }
+    }
+  }
+
+  void finish_intermediate(int expert, int position, int first_column, int count, float* gate,
+                           float* up) {
+    const auto activation = static_cast<Activation>(call_.activation);
+    if (call_.router_weight_on_input) {  // the projection is linear: the same as scaling its input
+      const float weight = router_weight(position);
+      for (int i = 0; i < count; ++i) gate[i] *= weight;
+      if (layer_.gated)
+        for (int i = 0; i < count; ++i) up[i] *= weight;
+    }
+    if (call_.w13_bias) {
+      const int streams = layer_.gated ? 2 : 1;
+      const float* bias =
+          call_.w13_bias + static_cast<size_t>(expert) * layer_.intermediate * streams;
+      const bool alternating = activation == Activation::kSwigluOai;
+      const int stride = alternating ? 2 : 1, up_offset = alternating ? 1 : layer_.intermediate;
+      for (int i = 0; i < count; ++i) gate[i] += bias[stride * (first_column + i)];
+      if (layer_.gated)
+        for (int i = 0; i < count; ++i) up[i] += bias[stride * (first_column + i) + up_offset];
+    }
+    activate(activation, gate, layer_.gated ? up : nullptr, count);
+    for (int i = 0; i < count; i += layer_.group_size)
+      Isa::quantize(gate + i, layer_.group_size, call_.int8, hidden_,
+                    (first_column + i) / layer_.group_size, position * planes_);
+  }
+
+  // 64 columns of the output for all tokens.
+  void output_tile(int tile, float* sums, float* output) {
+    std::fill_n(output, static_cast<size_t>(token_count_) * kTileRows, 0.0f);
+    const int first_column = tile * kTileRows;
+    const int columns = std::min(kTileRows, layer_.hidden - first_column);
+    const int step = kRowsPerTile / planes_;
+    for (const int expert : routing_.active) {
+      const int end = routing_.begin[expert + 1];
+      for (int first = routing_.begin[expert]; first < end; first += step) {
+        const int last = std::min(first + step, end);
+        run_tile(layer_.w2[expert], tile, layer_.intermediate, hidden_, routing_.hidden_row, first,
+                 last, sums);
+        for (int position = first; position < last; ++position) {
+          alignas(64) float values[kTileRows];
+          collect(sums, position - first, values);
+          if (call_.w2_bias) {
+            const float* bias =
+                call_.w2_bias + static_cast<size_t>(expert) * layer_.hidden + first_column;
+            for (int i = 0; i < columns; ++i) values[i] += bias[i];
+          }
+          const float weight = call_.router_weight_on_input ? 1.0f : router_weight(position);
+          float* row = output + routing_.choice[position] / call_.top_k * kTileRows;
+          for (int i = 0; i < kTileRows; ++i) row[i] += weight * values[i];
+        }
+      }
+    }
+    const auto dtype = static_cast<DType>(call_.dtype);
+    for (int token = 0; token < token_count_; ++token) {
+      const size_t offset =
+          static_cast<size_t>(first_token_ + token) * layer_.hidden + first_column;
+      store_floats(output + static_cast<size_t>(token) * kTileRows, dtype, columns,
+                   static_cast<char*>(call_.out) + offset * element_bytes(dtype));
+    }
+  }
+
+  const Call& call_;
+  const Layer& layer_;
+  const Routing& routing_;
+  const int64_t first_token_;
+  const int token_count_;
+  const int planes_;
+  const int unit_tiles_;  // of 64 columns, a whole number of groups
+  const size_t sums_per_thread_;
+  Acts x_, hidden_;
+  float* const sums_;
+  float* const outputs_;
+};
+
+}  // namespace
+}  // namespace moeq
+
+const char* moeq_isa() { return Isa::kName; }
+
+int64_t moeq_tiles_bytes(int64_t bits, int64_t group_size, int64_t rows, int64_t columns) {
+  const size_t one = moeq::tile_bytes(static_cast<int>(bits), static_cast<int>(group_size),
+                                      static_cast<int>(columns));
+  return static_cast<int64_t>(one) * moeq::tiles(static_cast<int>(rows));
+}
+
+void moeq_repack(int64_t bits, int64_t group_size, int64_t columns, const uint8_t* packed,
+                 const uint16_t* scale, const uint8_t* zero, int64_t first, int64_t stride,
+                 int64_t rows, uint8_t* out, int64_t every) {
+  const moeq::Canonical source{packed, scale, zero, columns, group_size};
+  const moeq::RowRange range{first, stride, rows};
+  switch (bits) {
+    case 1: return moeq::repack<1>(source, range, out, every);
+    case 2: return moeq::repack<2>(source, range, out, every);
+    case 3: return moeq::repack<3>(source, range, out, every);
+    case 4: return moeq::repack<4>(source, range, out, every);
+    default: return moeq::repack<8>(source, range, out, every);
+  }
+}
+
+void moeq_use_huge_pages(void* memory, int64_t bytes) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
+  // Advice: where the kernel cannot follow it, small pages do.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+int32_t moeq_fused_experts(const moeq::Call* call) {
+  thread_local moeq::Scratch scratch;
+  thread_local moeq::Routing routing;
+  try {
+    const moeq::Layer layer(*call);
+    for (int64_t first = 0; first < call->tokens; first += moeq::kTokensPerPass) {
+      const int tokens = static_cast<int>(std::min(moeq::kTokensPerPass, call->tokens - first));
+      if (!routing.build(*call, first, tokens, Isa::planes(call->int8))) return moeq::kBadExpertId;
+      scratch.reset();
+      moeq::Pass(*call, layer, routing, scratch, first, tokens).run();
+    }
+  } catch (const std::bad_alloc&) {
+    return moeq::kOutOfMemory;
+  }
+  return moeq::kOk;
+}
+
+uint64_t moeq_read(const uint8_t* memory, int64_t bytes) {
+  const auto* words = reinterpret_cast<const uint64_t*>(memory);
+  uint64_t result = 0;
+#pragma omp parallel for schedule(static) reduction(^ : result)
+  for (int64_t i = 0; i < bytes / 8; ++i) result ^= words[i];
+  return result;
+}

@@ -1,0 +1,50 @@
+// The C interface that library.py calls.
+#pragma once
+#include <cstdint>
+
+#define MOEQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace moeq {
+
+// One call of the fused experts. `layout` is ExpertLayout.to_tensor(): [2 + experts][4].
+struct Call {
+  const void* x;               // [tokens][hidden_size] of dtype
+  void* out;                   // the same
+  const float* router_weight;  // [tokens][top_k]
+  const int32_t* expert_ids;   // [tokens][top_k], global; below zero is padding
+  const int32_t* expert_map;   // global id to local slot, or null
+  const uint8_t* w13;          // tiles of all local experts, one after another
+  const uint8_t* w2;
+  const float* w13_bias;  // [experts][w13_rows] or null
+  const float* w2_bias;   // [experts][hidden_size] or null
+  const int64_t* layout;
+  int64_t map_size;
+  int64_t experts;
+  int64_t tokens;
+  int64_t top_k;
+  int32_t dtype;
+  int32_t activation;
+  int32_t int8;                    // 8-bit activations instead of 16-bit ones
+  int32_t router_weight_on_input;  // on the input of an expert instead of its output
+};
+
+enum Status : int32_t { kOk, kBadExpertId, kOutOfMemory };
+
+}  // namespace moeq
+
+// Name of the instruction set that this library is built for.
+MOEQ_EXPORT const char* moeq_isa();
+// Bytes of the tiles of `rows` rows.
+MOEQ_EXPORT int64_t moeq_tiles_bytes(int64_t bits, int64_t group_size, int64_t rows,
+                                     int64_t columns);
+// Write rows first, first + stride, ... (`rows` of them) of a canonical matrix as tiles 0, every,
+// 2 * every, ... at out.
+MOEQ_EXPORT void moeq_repack(int64_t bits, int64_t group_size, int64_t columns,
+                             const uint8_t* packed, const uint16_t* scale, const uint8_t* zero,
+                             int64_t first, int64_t stride, int64_t rows, uint8_t* out,
+                             int64_t every);
+// Ask for huge pages, before the memory is first touched.
+MOEQ_EXPORT void moeq_use_huge_pages(void* memory, int64_t bytes);
+MOEQ_EXPORT int32_t moeq_fused_experts(const moeq::Call* call);
+// Read memory once with all threads, as a yardstick of bandwidth; the result has no meaning.
+MOEQ_EXPORT uint64_t moeq_read(const uint8_t* memory, int64_t bytes);

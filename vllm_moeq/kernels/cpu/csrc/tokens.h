@@ -1,0 +1,47 @@
+// Activations as integers: one scale per token and group, so that outlier channels cost only their
+// own group.
+#pragma once
+#include <immintrin.h>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+namespace moeq {
+
+// codes [group][row][G], scale and sum [group][row]; sum is scale times the sum of the codes. A
+// token has one row, or two when its codes are split into planes.
+template <class Code> struct Tokens {
+  Code* codes;
+  float* scale;
+  float* sum;
+  int rows;
+
+  const Code* row(int group, int group_size, int index) const {
+    return codes + (static_cast<size_t>(group) * rows + index) * group_size;
+  }
+};
+
+// Round x to integers of at most `largest` and return the scale. A group with a NaN or an infinity
+// gets the scale NaN: what comes of it must be seen in the output.
+inline float quantize_group(const float* x, int group_size, float largest, int32_t* codes) {
+  uint32_t magnitude = 0;  // as bits, which compare like the numbers and know NaN
+  for (int i = 0; i < group_size; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x[i]) & 0x7fffffff;
+    magnitude = bits > magnitude ? bits : magnitude;
+  }
+  const float peak = std::bit_cast<float>(magnitude);
+  const bool finite = magnitude < 0x7f800000;
+  const bool zero = peak < 1e-30f;  // its reciprocal would overflow
+  const __m256 reciprocal = _mm256_set1_ps(finite && !zero ? largest / peak : 0.0f);
+  for (int i = 0; i < group_size; i += 8) {
+    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), reciprocal);
+    const __m256i rounded = finite ? _mm256_cvtps_epi32(scaled) : _mm256_setzero_si256();
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), rounded);
+  }
+  if (!finite) return std::numeric_limits<float>::quiet_NaN();
+  return zero ? 0.0f : peak / largest;
+}
+
+}  // namespace moeq

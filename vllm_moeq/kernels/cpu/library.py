@@ -1,0 +1,90 @@
+"""The compiled kernel as Python functions."""
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+
+from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE, BuildError, library_path
+
+ISA_VARIABLE = "MOEQ_CPU_ISA"
+"""Environment variable that chooses an instruction set by name; unset takes the fastest."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of tokens, numbered as ``DType`` in numeric.h."""
+ACTIVATIONS = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "swigluoai": 3,
+    "silu_no_mul": 0,
+    "gelu_no_mul": 1,
+    "gelu_tanh_no_mul": 2,
+    "relu_no_mul": 4,
+    "relu2_no_mul": 5,
+}
+"""Activations by vLLM's names, numbered as ``Activation`` in numeric.h."""
+
+BAD_EXPERT_ID, OUT_OF_MEMORY = 1, 2
+"""What ``moeq_fused_experts`` returns instead of 0; ``Status`` in moe.h."""
+
+_pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class Call(ctypes.Structure):
+    """Arguments of ``moeq_fused_experts``; see moe.h."""
+
+    _fields_ = (
+        *((name, _pointer) for name in (
+            "x", "out", "router_weight", "expert_ids", "expert_map", "w13", "w2", "w13_bias",
+            "w2_bias", "layout",
+        )),
+        *((name, _int64) for name in ("map_size", "experts", "tokens", "top_k")),
+        *((name, _int32) for name in ("dtype", "activation", "int8", "router_weight_on_input")),
+    )  # fmt: skip
+
+
+_SIGNATURES = {
+    "moeq_isa": (ctypes.c_char_p, []),
+    "moeq_tiles_bytes": (_int64, [_int64] * 4),
+    "moeq_repack": (None, [_int64] * 3 + [_pointer] * 3 + [_int64] * 3 + [_pointer, _int64]),
+    "moeq_use_huge_pages": (None, [_pointer, _int64]),
+    "moeq_fused_experts": (_int32, [ctypes.POINTER(Call)]),
+    "moeq_read": (ctypes.c_uint64, [_pointer, _int64]),
+}
+
+
+def load(isa_name: str | None = None) -> ctypes.CDLL:
+    """Return the kernel for this CPU, compiling it if need be.
+
+    Args:
+        isa_name: Name of an instruction set; None reads ``MOEQ_CPU_ISA``, else the fastest that
+            the CPU has.
+
+    Raises:
+        BuildError: No instruction set of ours runs on this CPU, or it cannot be compiled.
+        ValueError: The chosen one is unknown or does not run on this CPU.
+    """
+    return _load(isa_name or os.environ.get(ISA_VARIABLE) or None)
+
+
+@cache
+def _load(isa_name: str | None) -> ctypes.CDLL:
+    choices = {isa.name: isa for isa in (*INSTRUCTION_SETS, PORTABLE)}
+    if isa_name is None:
+        isa = next((isa for isa in INSTRUCTION_SETS if isa.runs_here()), None)
+        if isa is None:
+            raise BuildError("this CPU has neither AVX2 nor AVX-512")
+    elif isa_name not in choices:
+        raise ValueError(f"{ISA_VARIABLE}={isa_name!r} is not one of {list(choices)}")
+    else:
+        isa = choices[isa_name]
+        if not isa.runs_here():
+            lacking = ", ".join(sorted(isa.cpu_flags))
+            raise ValueError(f"{ISA_VARIABLE}={isa_name!r} needs a CPU with {lacking}")
+    library = ctypes.CDLL(str(library_path(isa)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
