@@ -4,6 +4,11 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 :func:`vllm_moeq.register` turns that into one clear log line.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from vllm import __version__ as vllm_version
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -18,11 +23,13 @@ from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
     "QUANTIZATION_METHODS",
+    "CpuFusedMoE",
     "FusedMoEMethodBase",
     "LinearBase",
     "QuantizationConfig",
     "RoutedExperts",
     "UnquantizedLinearMethod",
+    "cpu_fused_moe_bf16",
     "extract_layer_index",
     "init_logger",
     "local_slot",
@@ -48,3 +55,38 @@ def weights_are_dummies() -> bool:
 def model_path() -> str:
     """Return the path or hub id of the model being built."""
     return str(get_current_vllm_config().model_config.model)
+
+
+class CpuFusedMoE(NamedTuple):
+    """vLLM's own experts on a CPU; ``run`` takes tokens, router weights and int32 expert ids."""
+
+    detail: str
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cpu_fused_moe_bf16(w13: torch.Tensor, w2: torch.Tensor) -> CpuFusedMoE:
+    """Prepare vLLM's own kernel for bfloat16 experts with SiLU, to compare ours with it.
+
+    Args:
+        w13: [E, 2 * intermediate_size, hidden_size], both sizes multiples of 32.
+        w2: [E, hidden_size, intermediate_size].
+
+    Raises:
+        ImportError: This vLLM was not built for CPUs.
+    """
+    from vllm import _custom_ops as ops
+
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        raise ImportError(f"vLLM {vllm_version} was not built for CPUs")
+    # The choice of vLLM's own CPU experts, for sizes that fit both.
+    isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    first, second = (ops.cpu_prepack_moe_weight(weight, isa) for weight in (w13, w2))
+
+    def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        ops.cpu_fused_moe(
+            out, x, first, second, None, None, topk_weights, topk_ids, "silu", isa, False
+        )
+        return out
+
+    return CpuFusedMoE(f"vllm {vllm_version}, bfloat16, its {isa} kernel", run)

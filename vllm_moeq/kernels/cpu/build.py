@@ -84,7 +84,7 @@ def library_path(isa: InstructionSet) -> Path:
     compiling leaves nothing that hinders the next one.
 
     Raises:
-        BuildError: No compiler, or the compiler failed.
+        BuildError: No compiler, the compiler failed, or the cache cannot be written.
     """
     packaged = PREBUILT / _file_name(isa, source_hash())
     if packaged.exists():
@@ -93,17 +93,42 @@ def library_path(isa: InstructionSet) -> Path:
     key = hashlib.sha256("\n".join([source_hash(), *_version(compiler)]).encode()).hexdigest()
     folder = _cache_folder()
     library = folder / _file_name(isa, key)
-    if library.exists():
+    if _is_whole(library):
         return library
-    # The kernel of the operating system drops the lock with the process, however that ends.
-    with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            logger.warning(
-                "compiling the moeq CPU kernel for %s, once: about half a minute", isa.name
-            )
-            compile_library(isa, library, compiler)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The kernel of the operating system drops the lock with the process, however that ends.
+        with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_whole(library):
+                for leftover in folder.glob(_build_prefix(library) + "*"):  # of killed processes
+                    shutil.rmtree(leftover, ignore_errors=True)
+                logger.warning(
+                    "compiling the moeq CPU kernel for %s, once: about half a minute", isa.name
+                )
+                compile_library(isa, library, compiler)
+    except OSError as error:
+        raise BuildError(
+            f"the compiled kernel cannot be written to {folder}: {error}; set {CACHE_VARIABLE} to "
+            "another folder"
+        ) from error
     return library
+
+
+def compile_packaged() -> None:
+    """Compile the kernel for all instruction sets to where :func:`library_path` looks first.
+
+    For the build of a wheel, in a copy of this package.
+
+    Raises:
+        BuildError: No compiler, the compiler failed, or it is not for x86-64.
+    """
+    if platform.machine() != "x86_64":
+        raise BuildError(f"there is no CPU kernel for {platform.machine()}")
+    compiler = find_compiler()
+    PREBUILT.mkdir(exist_ok=True)
+    for isa in INSTRUCTION_SETS:
+        compile_library(isa, PREBUILT / _file_name(isa, source_hash()), compiler)
 
 
 def compile_library(
@@ -117,23 +142,30 @@ def compile_library(
     Raises:
         BuildError: The compiler failed; with its last messages.
     """
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
+    prefix = _build_prefix(library)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix) as folder:
         result = Path(folder, library.name)
         object_file = result.with_suffix(".o")
         flags = (*_COMPILE_FLAGS, *isa.compiler_flags, *extra)
         _run(*compiler, *flags, "-c", str(SOURCES / "moe.cpp"), "-o", str(object_file))
         _run(*compiler, "-shared", *extra, str(object_file), "-o", str(result))
+        # Loaders ignore what follows the sections.
+        checksum = _checksum(result.read_bytes())
+        with open(result, "ab") as file:
+            file.write(checksum)
         os.replace(result, library)
 
 
 def find_compiler() -> tuple[str, ...]:
-    """Return the command of the C++ compiler: ``CXX``, else the first of g++, c++, clang++.
+    """Return the command of the C++ compiler: ``CXX``, else g++ or c++.
+
+    clang only by ``CXX``: its code calls LLVM's OpenMP runtime, and torch brings GNU's.
 
     Raises:
         BuildError: There is none.
     """
     chosen = os.environ.get("CXX")
-    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
+    for name in [chosen] if chosen else ["g++", "c++"]:
         command = shlex.split(name)
         path = shutil.which(command[0]) if command else None
         if path:
@@ -148,13 +180,35 @@ def source_hash() -> str:
     """Return a hash of the sources and of how they are compiled."""
     flags = [isa.compiler_flags for isa in (*INSTRUCTION_SETS, PORTABLE)]
     digest = hashlib.sha256(repr((_COMPILE_FLAGS, flags)).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def _file_name(isa: InstructionSet, key: str) -> str:
     return f"moeq-{isa.name}-{key[:16]}.so"
+
+
+def _build_prefix(library: Path) -> str:
+    """Return how the names of temporary folders start in which ``library`` is compiled."""
+    return f".{library.stem}-"
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is as it was compiled; loading half a library could kill the process.
+
+    A crash of the machine, or a copy of the cache that was cut short, can leave such a file.
+    """
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return _checksum(content[:-size]) == content[-size:]
 
 
 def _version(compiler: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,26 +218,27 @@ def _version(compiler: tuple[str, ...]) -> tuple[str, ...]:
 def _run(*command: str) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command,
+            # Without translations: the version is part of the key of the cache.
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"`{shlex.join(command)}` failed: {error}") from error
     if done.returncode:
         messages = "\n".join(done.stderr.splitlines()[-10:])
-        raise BuildError(f"`{shlex.join(command)}` failed:\n{messages}")
+        raise BuildError(f"`{shlex.join(command)}` failed ({done.returncode}):\n{messages}")
     return done.stdout
 
 
 def _cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moeq")
-    folder = Path(os.environ.get(CACHE_VARIABLE) or default)
+    chosen, parent = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(
-            f"cannot create {folder} for the compiled kernel: {error}; set {CACHE_VARIABLE} to "
-            "a folder that can be written"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise BuildError(f"{folder} cannot be written; set {CACHE_VARIABLE} to another folder")
-    return folder
+        folder = Path(chosen or Path(parent or Path.home() / ".cache", "moeq"))
+    except RuntimeError as error:  # no home
+        raise BuildError(f"{error} Set {CACHE_VARIABLE} to a folder that can be written") from error
+    return folder.absolute()  # the loader looks for a bare name elsewhere

@@ -21,26 +21,25 @@ struct Avx2 {
   static constexpr int planes(bool) { return 1; }
 
   // 16-bit codes by default, 8-bit ones in int8 mode.
-  static void quantize(const float* x, int group_size, bool int8, Tokens<Code>& tokens, int group,
-                       int row) {
+  static void quantize(const float* x, bool int8, const Tokens<Code>& tokens, int group, int row) {
     int32_t codes[kMaxGroup];
-    const float scale = quantize_group(x, group_size, int8 ? 127.0f : 32767.0f, codes);
-    const size_t index = static_cast<size_t>(group) * tokens.rows + row;
-    Code* out = tokens.codes + index * group_size;
+    const float scale = quantize_group(x, tokens.group_size, int8 ? 127.0f : 32767.0f, codes);
+    Code* out = tokens.row(group, row);
     int32_t sum = 0;
-    for (int i = 0; i < group_size; i += 4) {
+    for (int i = 0; i < tokens.group_size; i += 4) {
       sum += codes[i] + codes[i + 1] + codes[i + 2] + codes[i + 3];
       out[i] = static_cast<Code>(codes[i]);
       out[i + 1] = static_cast<Code>(codes[i + 2]);
       out[i + 2] = static_cast<Code>(codes[i + 1]);
       out[i + 3] = static_cast<Code>(codes[i + 3]);
     }
-    tokens.scale[index] = scale;
-    tokens.sum[index] = scale * static_cast<float>(sum);
+    const size_t place = tokens.place(group, row);
+    tokens.scale[place] = scale;
+    tokens.sum[place] = scale * static_cast<float>(sum);
   }
 
   // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits, int group_size>
+  template <int bits>
   static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
                    int count, float* y);
 };
@@ -126,8 +125,9 @@ struct RowScales {
 
 // One token, one block of 16 rows: fields are masked but not shifted, which leaves each product
 // 2^position too large; sums are kept apart by position and shifted once at the end.
-template <int bits, int group_size>
-MOEQ_INLINE void dot_single(const uint8_t* payload, const int16_t* x, Vector (&out)[2]) {
+template <int bits>
+MOEQ_INLINE void dot_single(const uint8_t* payload, const int16_t* x, int group_size,
+                            Vector (&out)[2]) {
   constexpr int positions = bits == 3 ? 4 : 8 / bits;
   constexpr auto position_of = [](int f) {
     return bits == 3 ? (f < 6 ? f % 2 : f - 4) : f;  // of shifts 0, 3 | 2, 5
@@ -168,8 +168,8 @@ MOEQ_INLINE void dot_single(const uint8_t* payload, const int16_t* x, Vector (&o
 }
 
 // A few tokens, one block of 16 rows.
-template <int bits, int group_size, int tokens>
-MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x,
+template <int bits, int tokens>
+MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x, int group_size,
                             Vector (&sums)[tokens][2]) {
   repeat<tokens>(MOEQ_LAMBDA { sums[index][0] = sums[index][1] = zero(); });
   for (int step = 0; step < group_size / kStep<bits>; ++step) {
@@ -189,7 +189,7 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x,
 }
 
 // Weights of one group as 16-bit codes, [block][G / 2][2 halves][8 rows x 2].
-template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* payload, int16_t* out) {
+template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, int16_t* out) {
   for (int block = 0; block < kBlocks; ++block)
     for (int step = 0; step < group_size / kStep<bits>; ++step, payload += kStepBytes<bits>) {
       prefetch<bits>(payload);
@@ -205,8 +205,8 @@ template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* paylo
     }
 }
 
-template <int group_size, int tokens>
-MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x,
+template <int tokens>
+MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x, int group_size,
                               Vector (&sums)[tokens][2]) {
   repeat<tokens>(MOEQ_LAMBDA { sums[index][0] = sums[index][1] = zero(); });
   for (int k = 0; k < group_size; k += 2, codes += 32) {
@@ -221,26 +221,26 @@ MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x,
 
 // One group of the tile times a few tokens, added to y. The weights come from the packed payload,
 // or from `unpacked` if that is not null.
-template <int bits, int group_size, int tokens, bool direct>
+template <int bits, int tokens, bool direct>
 static void group_tokens(const uint8_t* header, const int16_t* unpacked, const Tokens<int16_t>& x,
                          int group, const int* rows, float* y) {
   const int16_t* codes[tokens];
-  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, group_size, rows[t]);
+  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
   for (int block = 0; block < kBlocks; ++block) {
     Vector sums[tokens][2];
-    const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(group_size, 0, block);
+    const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
     if constexpr (!direct)
-      dot_unpacked<group_size, tokens>(unpacked + block * kBlockRows * group_size, codes, sums);
+      dot_unpacked<tokens>(unpacked + block * kBlockRows * x.group_size, codes, x.group_size, sums);
     else if constexpr (tokens == 1)
-      dot_single<bits, group_size>(payload, codes[0], sums[0]);
+      dot_single<bits>(payload, codes[0], x.group_size, sums[0]);
     else
-      dot_direct<bits, group_size, tokens>(payload, codes, sums);
+      dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
     repeat<2>([&](auto half) __attribute__((always_inline)) {
       const int row = block * kBlockRows + half * kHalfRows;
       const RowScales scales = RowScales::load<bits>(header, row);
       repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-        const size_t index = static_cast<size_t>(group) * x.rows + rows[t];
-        scales.add(y + t * kTileRows + row, sums[t][half], x.scale[index], x.sum[index]);
+        const size_t place = x.place(group, rows[t]);
+        scales.add(y + t * kTileRows + row, sums[t][half], x.scale[place], x.sum[place]);
       });
     });
   }
@@ -248,25 +248,26 @@ static void group_tokens(const uint8_t* header, const int16_t* unpacked, const T
 
 }  // namespace avx2
 
-template <int bits, int group_size>
+template <int bits>
 void Avx2::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
                 int count, float* y) {
   using namespace avx2;
   std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
+  const size_t stride = group_bytes(bits, tokens.group_size);
   if (count <= kDirectTokens) {
     with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
       for (int group = 0; group < groups; ++group)
-        group_tokens<bits, group_size, decltype(index)::value, true>(
-            tile + group * group_bytes(bits, group_size), nullptr, tokens, group, rows, y);
+        group_tokens<bits, decltype(index)::value, true>(
+            tile + group * stride, nullptr, tokens, group, rows, y);
     });
     return;
   }
-  alignas(64) int16_t unpacked[kTileRows * group_size];
-  for (int group = 0; group < groups; ++group, tile += group_bytes(bits, group_size)) {
-    unpack<bits, group_size>(tile + kHeaderBytes, unpacked);
+  alignas(64) int16_t unpacked[kTileRows * kMaxGroup];
+  for (int group = 0; group < groups; ++group, tile += stride) {
+    unpack<bits>(tile + kHeaderBytes, tokens.group_size, unpacked);
     pieces(count, kMicroTokens, [&](int first, int size) {
       with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
-        group_tokens<bits, group_size, decltype(index)::value, false>(
+        group_tokens<bits, decltype(index)::value, false>(
             tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
       });
     });

@@ -22,13 +22,13 @@ struct Avx512 {
 #endif
   static constexpr int planes(bool int8) { return int8 ? 1 : 2; }
 
-  static void quantize(const float* x, int group_size, bool int8, Tokens<Code>& tokens, int group,
-                       int row) {
+  static void quantize(const float* x, bool int8, const Tokens<Code>& tokens, int group, int row) {
+    const int group_size = tokens.group_size;
     int32_t codes[kMaxGroup];
     // The largest 16-bit code whose high byte, after rounding, is at most 127.
     const float scale = quantize_group(x, group_size, int8 ? 127.0f : 32512.0f, codes);
-    const size_t index = static_cast<size_t>(group) * tokens.rows + row;
-    Code* high = tokens.codes + index * group_size;
+    const size_t place = tokens.place(group, row);
+    Code* high = tokens.row(group, row);
     Code* low = high + group_size;
     int32_t high_sum = 0, low_sum = 0;
     if (int8) {
@@ -36,8 +36,8 @@ struct Avx512 {
         high_sum += codes[i];
         high[i] = static_cast<Code>(codes[i]);
       }
-      tokens.scale[index] = scale;
-      tokens.sum[index] = scale * static_cast<float>(high_sum);
+      tokens.scale[place] = scale;
+      tokens.sum[place] = scale * static_cast<float>(high_sum);
       return;
     }
     for (int i = 0; i < group_size; ++i) {
@@ -47,14 +47,14 @@ struct Avx512 {
       high[i] = static_cast<Code>(upper);
       low[i] = static_cast<Code>(lower);
     }
-    tokens.scale[index] = 256 * scale;
-    tokens.sum[index] = 256 * scale * static_cast<float>(high_sum);
-    tokens.scale[index + 1] = scale;
-    tokens.sum[index + 1] = scale * static_cast<float>(low_sum);
+    tokens.scale[place] = 256 * scale;
+    tokens.sum[place] = 256 * scale * static_cast<float>(high_sum);
+    tokens.scale[place + 1] = scale;
+    tokens.sum[place + 1] = scale * static_cast<float>(low_sum);
   }
 
   // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits, int group_size>
+  template <int bits>
   static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
                    int count, float* y);
 };
@@ -87,8 +87,8 @@ template <int bits> MOEQ_INLINE void fields(const uint8_t* p, Bytes (&out)[kFiel
 }
 
 // Straight from the packed weights of one group.
-template <int bits, int group_size, int tokens>
-MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x,
+template <int bits, int tokens>
+MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x, int group_size,
                             Ints (&sums)[tokens][kBlocks]) {
   for (int step = 0; step < group_size / kStep<bits>; ++step)
     repeat<kBlocks>(MOEQ_LAMBDA {
@@ -96,28 +96,30 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x,
       for (int i = 0; i < kWords<bits>; ++i) prefetch<bits>(payload + 64 * i);
       Bytes codes[kFields<bits>];
       fields<bits>(payload, codes);
-      for (int f = 0; f < kFields<bits>; ++f)
-        for (int t = 0; t < tokens; ++t)
+      repeat<kFields<bits>>([&](auto f) __attribute__((always_inline)) {
+        repeat<tokens>([&](auto t) __attribute__((always_inline)) {
           add_dot(sums[t][block], codes[f], x[t] + step * kStep<bits> + 4 * f);
+        });
+      });
       payload += kStepBytes<bits>;
     });
 }
 
 // From bytes [G / 4][4 blocks][64].
-template <int group_size, int tokens>
-MOEQ_INLINE void dot_unpacked(const uint8_t* codes, const int8_t* const* x,
+template <int tokens>
+MOEQ_INLINE void dot_unpacked(const uint8_t* codes, const int8_t* const* x, int group_size,
                               Ints (&sums)[tokens][kBlocks]) {
   for (int k = 0; k < group_size; k += 4, codes += 64 * kBlocks) {
     Bytes block[kBlocks];
-    for (int i = 0; i < kBlocks; ++i) block[i] = load(codes + 64 * i);
-    for (int t = 0; t < tokens; ++t) {
+    repeat<kBlocks>(MOEQ_LAMBDA { block[index] = load(codes + 64 * index); });
+    repeat<tokens>([&](auto t) __attribute__((always_inline)) {
       const Ints xs = broadcast(x[t] + k);
-      for (int i = 0; i < kBlocks; ++i) add_dot(sums[t][i], block[i], xs);
-    }
+      repeat<kBlocks>(MOEQ_LAMBDA { add_dot(sums[t][index], block[index], xs); });
+    });
   }
 }
 
-template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* payload, uint8_t* out) {
+template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, uint8_t* out) {
   for (int step = 0; step < group_size / kStep<bits>; ++step)
     for (int block = 0; block < kBlocks; ++block, payload += kStepBytes<bits>) {
       for (int i = 0; i < kWords<bits>; ++i) prefetch<bits>(payload + 64 * i);
@@ -130,63 +132,62 @@ template <int bits, int group_size> MOEQ_INLINE void unpack(const uint8_t* paylo
 
 // One group of the tile times a few token rows, added to y. The weights come from the packed
 // payload, or from `unpacked` if not direct.
-template <int bits, int group_size, int tokens, bool direct>
+template <int bits, int tokens, bool direct>
 static void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
                          int group, const int* rows, float* y) {
   const int8_t* codes[tokens];
-  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, group_size, rows[t]);
+  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
   Ints sums[tokens][kBlocks];
-  for (auto& token : sums)
-    for (auto& sum : token) sum = zero();
+  repeat<tokens * kBlocks>(MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
   if constexpr (direct)
-    dot_direct<bits, group_size, tokens>(header + kHeaderBytes, codes, sums);
+    dot_direct<bits, tokens>(header + kHeaderBytes, codes, x.group_size, sums);
   else
-    dot_unpacked<group_size, tokens>(unpacked, codes, sums);
+    dot_unpacked<tokens>(unpacked, codes, x.group_size, sums);
   // y += scale * (token scale * sums - zero * token sum)
-  for (int block = 0; block < kBlocks; ++block) {
+  repeat<kBlocks>([&](auto block) __attribute__((always_inline)) {
     const int row = block * kBlockRows;
     const Floats scale = half_to_float(header + 2 * row);
     const Floats zeros =
         multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>));
-    for (int t = 0; t < tokens; ++t) {
-      const size_t place = static_cast<size_t>(group) * x.rows + rows[t];
+    repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+      const size_t place = x.place(group, rows[t]);
       float* out = y + t * kTileRows + row;
       const Floats scaled = multiply(to_float(sums[t][block]), all(x.scale[place]));
       const Floats centred = multiply_add(zeros, all(x.sum[place]), scaled);
       store_floats(out, multiply_add(scale, centred, load_floats(out)));
-    }
-  }
+    });
+  });
 }
 
 }  // namespace avx512
 
-template <int bits, int group_size>
+template <int bits>
 void Avx512::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
                   int count, float* y) {
   using namespace avx512;
   std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
-  const size_t stride = group_bytes(bits, group_size);
+  const size_t stride = group_bytes(bits, tokens.group_size);
   if (count <= kDirectTokens) {
     with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
       for (int group = 0; group < groups; ++group) {
         const uint8_t* header = tile + group * stride;
         for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
-        group_tokens<bits, group_size, decltype(index)::value, true>(header, nullptr, tokens, group,
+        group_tokens<bits, decltype(index)::value, true>(header, nullptr, tokens, group,
                                                                      rows, y);
       }
     });
     return;
   }
-  alignas(64) uint8_t buffer[kTileRows * group_size];
+  alignas(64) uint8_t buffer[kTileRows * kMaxGroup];
   for (int group = 0; group < groups; ++group, tile += stride) {
     const uint8_t* unpacked = tile + kHeaderBytes;  // at 8 bits the payload is what unpack makes
     if constexpr (bits != 8) {
-      unpack<bits, group_size>(tile + kHeaderBytes, buffer);
+      unpack<bits>(tile + kHeaderBytes, tokens.group_size, buffer);
       unpacked = buffer;
     }
     pieces(count, kMicroTokens, [&](int first, int size) {
       with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
-        group_tokens<bits, group_size, decltype(index)::value, false>(
+        group_tokens<bits, decltype(index)::value, false>(
             tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
       });
     });

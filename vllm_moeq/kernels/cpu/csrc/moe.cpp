@@ -34,20 +34,14 @@ constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the f
 using Acts = Tokens<Isa::Code>;
 using TileFunction = void (*)(const uint8_t*, int, const Acts&, const int*, int, float*);
 
-template <int group_size> TileFunction tile_function(int bits) {
+TileFunction tile_function(int bits) {
   switch (bits) {
-    case 1: return Isa::tile<1, group_size>;
-    case 2: return Isa::tile<2, group_size>;
-    case 3: return Isa::tile<3, group_size>;
-    case 4: return Isa::tile<4, group_size>;
-    default: return Isa::tile<8, group_size>;
+    case 1: return Isa::tile<1>;
+    case 2: return Isa::tile<2>;
+    case 3: return Isa::tile<3>;
+    case 4: return Isa::tile<4>;
+    default: return Isa::tile<8>;
   }
-}
-
-TileFunction tile_function(int bits, int group_size) {
-  if (group_size == 32) return tile_function<32>(bits);
-  if (group_size == 64) return tile_function<64>(bits);
-  return tile_function<128>(bits);
 }
 
 // One projection of one expert.
@@ -79,7 +73,7 @@ struct Layer {
   }
 
   Matrix matrix(int bits, int columns, const uint8_t* where) const {
-    return {where, tile_bytes(bits, group_size, columns), tile_function(bits, group_size)};
+    return {where, tile_bytes(bits, group_size, columns), tile_function(bits)};
   }
 };
 
@@ -133,7 +127,7 @@ class Scratch {
   Acts tokens(int rows, int columns, int group_size) {
     const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
     return {take<Isa::Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
-            take<float>(groups), rows};
+            take<float>(groups), rows, group_size};
   }
   template <class T> T* take(size_t count) {
     std::vector<char>& buffer = buffers_[next_++];
@@ -193,7 +187,7 @@ class Pass {
                           static_cast<size_t>(group) * layer_.group_size;
     load_floats(static_cast<const char*>(call_.x) + offset * element_bytes(dtype), dtype,
                 layer_.group_size, values);
-    Isa::quantize(values, layer_.group_size, call_.int8, x_, group, token * planes_);
+    Isa::quantize(values, call_.int8, x_, group, token * planes_);
   }
 
   // Run one tile on positions [first, last) of an expert.
@@ -264,8 +258,8 @@ class Pass {
     }
     activate(activation, gate, layer_.gated ? up : nullptr, count);
     for (int i = 0; i < count; i += layer_.group_size)
-      Isa::quantize(gate + i, layer_.group_size, call_.int8, hidden_,
-                    (first_column + i) / layer_.group_size, position * planes_);
+      Isa::quantize(gate + i, call_.int8, hidden_, (first_column + i) / layer_.group_size,
+                    position * planes_);
   }
 
   // 64 columns of the output for all tokens.

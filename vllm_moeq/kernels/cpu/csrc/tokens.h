@@ -17,10 +17,11 @@ template <class Code> struct Tokens {
   float* scale;
   float* sum;
   int rows;
+  int group_size;
 
-  const Code* row(int group, int group_size, int index) const {
-    return codes + (static_cast<size_t>(group) * rows + index) * group_size;
-  }
+  // Index into scale and sum.
+  size_t place(int group, int row) const { return static_cast<size_t>(group) * rows + row; }
+  Code* row(int group, int row) const { return codes + place(group, row) * group_size; }
 };
 
 // Round x to integers of at most `largest` and return the scale. A group with a NaN or an infinity

@@ -1,0 +1,194 @@
+// The CPU kernel without Python: random layers against a double loop over the canonical format.
+//
+// A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a static
+// binary under an emulator of instructions that the machine lacks.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "../../../../vllm_moeq/kernels/cpu/csrc/moe.cpp"
+
+namespace {
+
+std::mt19937 random_bits(7);
+int below(int n) { return static_cast<int>(random_bits() % n); }
+float gaussian() { return std::normal_distribution<float>()(random_bits); }
+
+// Exactly as large as it says, so that the sanitizers see any step outside.
+template <class T> std::unique_ptr<T[]> exact(size_t count) { return std::make_unique<T[]>(count); }
+
+double half_to_double(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double value = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return bits >> 15 ? -value : value;
+}
+
+// One projection of one expert in the canonical format.
+struct Stored {
+  int bits, rows, columns, group_size;
+  std::unique_ptr<uint8_t[]> packed, zero;
+  std::unique_ptr<uint16_t[]> scale;
+
+  Stored(int bits_, int rows_, int columns_, int group)
+      : bits(bits_), rows(rows_), columns(columns_), group_size(group) {
+    const size_t bytes = static_cast<size_t>(rows) * columns * bits / 8;
+    const size_t groups = static_cast<size_t>(rows) * columns / group;
+    packed = exact<uint8_t>(bytes);
+    zero = exact<uint8_t>(groups);
+    scale = exact<uint16_t>(groups);
+    for (size_t i = 0; i < bytes; ++i) packed[i] = static_cast<uint8_t>(random_bits());
+    for (size_t i = 0; i < groups; ++i) {
+      zero[i] = static_cast<uint8_t>(random_bits());
+      // About 1 / (2^bits * sqrt(columns)), of either sign.
+      const int exponent = 15 - bits - static_cast<int>(std::log2(columns) / 2);
+      scale[i] = static_cast<uint16_t>((below(2) << 15) | (exponent << 10) | below(1024));
+    }
+  }
+
+  double weight(int row, int column) const {
+    const size_t bit = (static_cast<size_t>(row) * columns + column) * bits;
+    int code = 0;
+    for (int i = 0; i < bits; ++i) code |= (packed[(bit + i) / 8] >> ((bit + i) % 8) & 1) << i;
+    const size_t group = static_cast<size_t>(row) * (columns / group_size) + column / group_size;
+    return half_to_double(scale[group]) * (code - zero[group] * std::ldexp(1.0, bits - 8));
+  }
+};
+
+struct Case {
+  int group_size, hidden, intermediate, experts, tokens, top_k;
+  bool gated, alternating, int8, on_input, bias, remote;
+};
+
+// Largest difference, relative to the root mean square of the expected output.
+double run(const Case& c) {
+  static const int widths[] = {1, 2, 3, 4, 8};
+  const int streams = c.gated ? 2 : 1, w13_rows = c.intermediate * streams;
+  std::vector<Stored> w13, w2;
+  auto layout = exact<int64_t>(4 * (2 + c.experts));
+  const int64_t header[] = {0, c.group_size, c.hidden, c.intermediate, w13_rows, 0, 0, 0};
+  std::copy_n(header, 8, layout.get());
+  size_t bytes[2] = {0, 0};
+  for (int e = 0; e < c.experts; ++e) {
+    w13.emplace_back(widths[below(5)], w13_rows, c.hidden, c.group_size);
+    w2.emplace_back(widths[below(5)], c.hidden, c.intermediate, c.group_size);
+    layout[4 * (2 + e)] = w13.back().bits;
+    layout[4 * (2 + e) + 2] = w2.back().bits;
+    bytes[0] += streams * moeq_tiles_bytes(w13[e].bits, c.group_size, c.intermediate, c.hidden);
+    bytes[1] += moeq_tiles_bytes(w2[e].bits, c.group_size, c.hidden, c.intermediate);
+  }
+  auto tiles13 = exact<uint8_t>(bytes[0]), tiles2 = exact<uint8_t>(bytes[1]);
+  size_t at13 = 0, at2 = 0;
+  for (int e = 0; e < c.experts; ++e) {
+    const Stored &first = w13[e], &second = w2[e];
+    for (int s = 0; s < streams; ++s)
+      moeq_repack(first.bits, c.group_size, c.hidden, first.packed.get(), first.scale.get(),
+                  first.zero.get(), c.alternating ? s : s * c.intermediate, c.alternating ? 2 : 1,
+                  c.intermediate,
+                  tiles13.get() + at13 + s * moeq_tiles_bytes(first.bits, c.group_size, 1, c.hidden),
+                  streams);
+    at13 += streams * moeq_tiles_bytes(first.bits, c.group_size, c.intermediate, c.hidden);
+    moeq_repack(second.bits, c.group_size, c.intermediate, second.packed.get(), second.scale.get(),
+                second.zero.get(), 0, 1, c.hidden, tiles2.get() + at2, 1);
+    at2 += moeq_tiles_bytes(second.bits, c.group_size, c.hidden, c.intermediate);
+  }
+
+  auto x = exact<float>(static_cast<size_t>(c.tokens) * c.hidden);
+  auto out = exact<float>(static_cast<size_t>(c.tokens) * c.hidden);
+  auto weights = exact<float>(static_cast<size_t>(c.tokens) * c.top_k);
+  auto ids = exact<int32_t>(static_cast<size_t>(c.tokens) * c.top_k);
+  auto map = exact<int32_t>(2 * c.experts);
+  auto bias13 = exact<float>(static_cast<size_t>(c.experts) * w13_rows);
+  auto bias2 = exact<float>(static_cast<size_t>(c.experts) * c.hidden);
+  for (int i = 0; i < c.tokens * c.hidden; ++i) x[i] = gaussian();
+  for (int i = 0; i < c.tokens * c.top_k; ++i) weights[i] = 0.1f * (1 + below(9));
+  const int global = c.remote ? 2 * c.experts : c.experts;
+  for (int i = 0; i < c.tokens * c.top_k; ++i) ids[i] = below(global + 1) - 1;  // -1 is padding
+  for (int i = 0; i < 2 * c.experts; ++i) map[i] = i % 2 ? -1 : c.experts - 1 - i / 2;
+  for (int i = 0; i < c.experts * w13_rows; ++i) bias13[i] = gaussian();
+  for (int i = 0; i < c.experts * c.hidden; ++i) bias2[i] = gaussian();
+  const auto activation = c.alternating ? moeq::Activation::kSwigluOai
+                          : c.gated     ? moeq::Activation::kSilu
+                                        : moeq::Activation::kRelu2;
+  const moeq::Call call{x.get(), out.get(), weights.get(), ids.get(), c.remote ? map.get() : nullptr,
+                        tiles13.get(), tiles2.get(), c.bias ? bias13.get() : nullptr,
+                        c.bias ? bias2.get() : nullptr, layout.get(), c.remote ? 2 * c.experts : 0,
+                        c.experts, c.tokens, c.top_k, 0, static_cast<int32_t>(activation), c.int8,
+                        c.on_input};
+  if (moeq_fused_experts(&call) != moeq::kOk) return INFINITY;
+
+  double largest = 0, square = 0;
+  for (int t = 0; t < c.tokens; ++t) {
+    std::vector<double> expected(c.hidden, 0.0);
+    for (int k = 0; k < c.top_k; ++k) {
+      const int id = ids[t * c.top_k + k], e = id >= 0 && c.remote ? map[id] : id;
+      if (e < 0) continue;
+      const double weight = weights[t * c.top_k + k];
+      std::vector<double> first(w13_rows), hidden(c.intermediate);
+      for (int r = 0; r < w13_rows; ++r) {
+        double sum = 0;
+        for (int i = 0; i < c.hidden; ++i) sum += w13[e].weight(r, i) * x[t * c.hidden + i];
+        first[r] = sum * (c.on_input ? weight : 1) + (c.bias ? bias13[e * w13_rows + r] : 0);
+      }
+      for (int i = 0; i < c.intermediate; ++i) {
+        if (c.alternating) {
+          const double gate = std::min(first[2 * i], 7.0);
+          const double up = std::clamp(first[2 * i + 1], -7.0, 7.0);
+          hidden[i] = (up + 1) * gate / (1 + std::exp(-1.702 * gate));
+        } else if (c.gated) {
+          hidden[i] = first[i] / (1 + std::exp(-first[i])) * first[c.intermediate + i];
+        } else {
+          hidden[i] = std::pow(std::max(first[i], 0.0), 2);
+        }
+      }
+      for (int r = 0; r < c.hidden; ++r) {
+        double sum = c.bias ? bias2[e * c.hidden + r] : 0;
+        for (int i = 0; i < c.intermediate; ++i) sum += w2[e].weight(r, i) * hidden[i];
+        expected[r] += sum * (c.on_input ? 1 : weight);
+      }
+    }
+    for (int r = 0; r < c.hidden; ++r) {
+      largest = std::max(largest, std::abs(out[t * c.hidden + r] - expected[r]));
+      square += expected[r] * expected[r];
+    }
+  }
+  const double scale = std::sqrt(square / (static_cast<double>(c.tokens) * c.hidden));
+  return largest / std::max(scale, 1e-6);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
+  int failures = 0;
+  double worst[2] = {0, 0};
+  for (int i = 0; i < cases; ++i) {
+    static const int group_sizes[] = {32, 64, 128};
+    Case c{};
+    c.group_size = group_sizes[i % 3];
+    c.hidden = c.group_size * (1 + below(256 / c.group_size));
+    c.intermediate = c.group_size * (1 + below(256 / c.group_size));
+    c.experts = 1 + below(5);
+    c.tokens = i % 10 == 9 ? 60 + below(80) : 1 + below(14);
+    c.top_k = 1 + below(3);
+    c.gated = below(4) > 0;
+    c.alternating = c.gated && below(3) == 0;
+    c.int8 = below(3) == 0;
+    c.on_input = below(4) == 0;
+    c.bias = below(2);
+    c.remote = below(3) == 0;
+    const double error = run(c), limit = c.int8 ? 0.3 : 3e-3;
+    worst[c.int8] = std::max(worst[c.int8], error);
+    if (!(error < limit)) {
+      ++failures;
+      std::printf("case %d: error %g with group %d, hidden %d, intermediate %d, experts %d, tokens %d, "
+                  "top_k %d, gated %d, alternating %d, int8 %d, on_input %d, bias %d, remote %d\n",
+                  i, error, c.group_size, c.hidden, c.intermediate, c.experts, c.tokens, c.top_k,
+                  c.gated, c.alternating, c.int8, c.on_input, c.bias, c.remote);
+    }
+  }
+  std::printf("%s: %d cases, %d failed; largest error %.1e, with int8 activations %.1e\n",
+              moeq_isa(), cases, failures, worst[0], worst[1]);
+  return failures != 0;
+}
