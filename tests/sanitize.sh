@@ -19,9 +19,11 @@ check() {  # name, compiler flags...
 
 cases=${1:-60}
 avx2=(-mavx2 -mfma -mf16c)
-check avx2 "${avx2[@]}" -DMOEQ_ISA_AVX2
+check avx2 "${avx2[@]}" -DMOEQ_ISA_AVX2 &
 if grep -qw avx512_vnni /proc/cpuinfo; then
-  check avx512_vnni "${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
+  check avx512_vnni "${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni &
 else
-  check portable "${avx2[@]}"
+  check portable "${avx2[@]}" &
 fi
+wait -n
+wait -n

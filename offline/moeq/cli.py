@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from contextlib import redirect_stdout
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check that a packed checkpoint is undamaged")
     verify.add_argument("path", metavar="OUT", type=Path)
     verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure the speed of one MoE layer on this CPU")
+    _add_bench_options(bench)
+    bench.set_defaults(run=_bench, usage_error=bench.error)
     return parser
 
 
@@ -103,6 +108,42 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=["stable", "one-pass"],
         help="repeat the MaxVar re-order until stable (default), or visit each place once",
     )
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time one MoE layer with random weights. The environment chooses the kernel (MOEQ_KERNEL), "
+        "its instruction set (MOEQ_CPU_ISA) and the precision of activations inside it "
+        "(MOEQ_CPU_ACTIVATION: int16, the default, or int8)."
+    )
+    parser.add_argument(
+        "--shape",
+        default="olmoe",
+        help="mixtral, olmoe (default), qwen3, or the sizes HIDDEN,INTERMEDIATE,EXPERTS,TOP_K",
+    )
+    parser.add_argument(
+        "--bits",
+        default="2,3,4,8,2/3/4/8",
+        help="widths to measure, one after another; a mix such as 2/3/4/8 is dealt to the experts "
+        "in turn (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", default="1,16,256", help="numbers of tokens to measure (default %(default)s)"
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="CONTENDERS",
+        help="vllm, reference or both: vLLM's own bfloat16 kernel, and our torch reference",
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=128, help="weights per scale: 32, 64 or 128 (default)"
+    )
+    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
+    parser.add_argument(
+        "--runs", type=int, default=9, help="timed calls of each, at least 3 (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of rows as JSON")
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -195,6 +236,31 @@ def _verify(options: argparse.Namespace) -> int:
     if not problems:
         print(f"{options.path} is complete and undamaged")
     return 1 if problems else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from moeq.bench import Machine, Settings, UsageError, describe, measure, prepare, rows
+
+    try:
+        settings = Settings.parse(
+            shape=options.shape,
+            bits=options.bits,
+            tokens=options.tokens,
+            against=options.against,
+            group_size=options.group_size,
+            threads=options.threads,
+            runs=options.runs,
+        )
+    except UsageError as error:
+        options.usage_error(str(error))
+    with redirect_stdout(sys.stderr):  # vLLM logs to the standard output
+        machine = Machine.detect()
+        measurement = measure(settings, machine, prepare(settings, machine))
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows(measurement)]))
+    else:
+        print(describe(measurement))
+    return 0
 
 
 def _size(text: str) -> int:

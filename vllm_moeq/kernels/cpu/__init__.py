@@ -32,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"it computes on the CPU and the weights are on {device}"
-    _int8_activations()
+    activation_precision()
     return _why_not_loaded(os.environ.get(library.ISA_VARIABLE))
 
 
@@ -41,7 +41,7 @@ def _why_not_loaded(isa_name: str | None) -> str | None:
     try:
         library.load(isa_name)
     except (BuildError, OSError) as error:  # OSError: the loader of the operating system
-        logger.warning("moeq experts fall back on slow torch code on this CPU: %s", error)
+        logger.warning("no moeq CPU kernel, only slow torch code: %s", error)
         return str(error)
     return None
 
@@ -160,7 +160,7 @@ def run(
         top_k=ids.shape[1],
         dtype=library.DTYPES[tokens.dtype],
         activation=library.ACTIVATIONS[activation],
-        int8=_int8_activations(),
+        int8=activation_precision() == "int8",
         router_weight_on_input=apply_router_weight_on_input,
     )
     status = library.load().moeq_fused_experts(ctypes.byref(call))
@@ -174,8 +174,13 @@ def run(
     return output.to(dtype)
 
 
-def _int8_activations() -> bool:
+def activation_precision() -> str:
+    """Return what ``MOEQ_CPU_ACTIVATION`` asks for: ``int16`` or ``int8``.
+
+    Raises:
+        ValueError: It has another value.
+    """
     precision = os.environ.get(ACTIVATION_VARIABLE) or _PRECISIONS[0]
     if precision not in _PRECISIONS:
         raise ValueError(f"{ACTIVATION_VARIABLE}={precision!r} is not one of {list(_PRECISIONS)}")
-    return precision == "int8"
+    return precision

@@ -104,7 +104,7 @@ def library_path(isa: InstructionSet) -> Path:
                 for leftover in folder.glob(_build_prefix(library) + "*"):  # of killed processes
                     shutil.rmtree(leftover, ignore_errors=True)
                 logger.warning(
-                    "compiling the moeq CPU kernel for %s, once: about half a minute", isa.name
+                    "compiling the moeq CPU kernel for %s, once: it takes some seconds", isa.name
                 )
                 compile_library(isa, library, compiler)
     except OSError as error:
@@ -131,9 +131,7 @@ def compile_packaged() -> None:
         compile_library(isa, PREBUILT / _file_name(isa, source_hash()), compiler)
 
 
-def compile_library(
-    isa: InstructionSet, library: Path, compiler: tuple[str, ...], extra: tuple[str, ...] = ()
-) -> None:
+def compile_library(isa: InstructionSet, library: Path, compiler: tuple[str, ...]) -> None:
     """Compile the kernel into ``library``, which appears complete or not at all.
 
     OpenMP is compiled in but not linked: its functions come from the runtime that torch has
@@ -146,9 +144,9 @@ def compile_library(
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix) as folder:
         result = Path(folder, library.name)
         object_file = result.with_suffix(".o")
-        flags = (*_COMPILE_FLAGS, *isa.compiler_flags, *extra)
+        flags = (*_COMPILE_FLAGS, *isa.compiler_flags)
         _run(*compiler, *flags, "-c", str(SOURCES / "moe.cpp"), "-o", str(object_file))
-        _run(*compiler, "-shared", *extra, str(object_file), "-o", str(result))
+        _run(*compiler, "-shared", str(object_file), "-o", str(result))
         # Loaders ignore what follows the sections.
         checksum = _checksum(result.read_bytes())
         with open(result, "ab") as file:

@@ -1,4 +1,4 @@
-// Tile kernel for AVX2 without VNNI.
+// Tile kernel for AVX2 without VNNI, with 16-bit activations.
 //
 // Codes are widened to 16 bits and multiplied with 16-bit activations by vpmaddwd, which sums pairs
 // in 32 bits: no saturation at any width, unlike vpmaddubsw, and the same number of instructions as
@@ -17,13 +17,11 @@ namespace moeq {
 
 struct Avx2 {
   using Code = int16_t;
-  static constexpr const char* kName = "avx2";
-  static constexpr int planes(bool) { return 1; }
+  static constexpr int kPlanes = 1;
 
-  // 16-bit codes by default, 8-bit ones in int8 mode.
-  static void quantize(const float* x, bool int8, const Tokens<Code>& tokens, int group, int row) {
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     int32_t codes[kMaxGroup];
-    const float scale = quantize_group(x, tokens.group_size, int8 ? 127.0f : 32767.0f, codes);
+    const float scale = quantize_group(x, tokens.group_size, 32767.0f, codes);
     Code* out = tokens.row(group, row);
     int32_t sum = 0;
     for (int i = 0; i < tokens.group_size; i += 4) {
@@ -122,6 +120,20 @@ struct RowScales {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(scale, centred, _mm256_loadu_ps(y)));
   }
 };
+
+// Add the integer sums of one block and group, sums(token, half) of 8 rows each, to y.
+template <int bits, int tokens, class Code, class F>
+MOEQ_INLINE void add_block(const uint8_t* header, int block, const Tokens<Code>& x, int group,
+                           const int* rows, float* y, F&& sums) {
+  repeat<2>([&](auto half) __attribute__((always_inline)) {
+    const int row = block * kBlockRows + half * kHalfRows;
+    const RowScales scales = RowScales::load<bits>(header, row);
+    repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+      const size_t place = x.place(group, rows[t]);
+      scales.add(y + t * kTileRows + row, sums(t, half), x.scale[place], x.sum[place]);
+    });
+  });
+}
 
 // One token, one block of 16 rows: fields are masked but not shifted, which leaves each product
 // 2^position too large; sums are kept apart by position and shifted once at the end.
@@ -235,14 +247,9 @@ static void group_tokens(const uint8_t* header, const int16_t* unpacked, const T
       dot_single<bits>(payload, codes[0], x.group_size, sums[0]);
     else
       dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
-    repeat<2>([&](auto half) __attribute__((always_inline)) {
-      const int row = block * kBlockRows + half * kHalfRows;
-      const RowScales scales = RowScales::load<bits>(header, row);
-      repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-        const size_t place = x.place(group, rows[t]);
-        scales.add(y + t * kTileRows + row, sums[t][half], x.scale[place], x.sum[place]);
-      });
-    });
+    add_block<bits, tokens>(
+        header, block, x, group, rows, y,
+        [&](int token, int half) __attribute__((always_inline)) { return sums[token][half]; });
   }
 }
 

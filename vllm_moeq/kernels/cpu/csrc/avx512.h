@@ -13,50 +13,44 @@
 
 namespace moeq {
 
-struct Avx512 {
+struct Avx512Tile {
   using Code = int8_t;
-#ifdef __AVX512VNNI__
-  static constexpr const char* kName = "avx512_vnni";
-#else
-  static constexpr const char* kName = "portable";
-#endif
-  static constexpr int planes(bool int8) { return int8 ? 1 : 2; }
 
-  static void quantize(const float* x, bool int8, const Tokens<Code>& tokens, int group, int row) {
-    const int group_size = tokens.group_size;
+  // y [count][64] = the tile's 64 rows times the token rows given.
+  template <int bits>
+  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+                   int count, float* y);
+};
+
+struct Avx512Int8 : Avx512Tile {
+  static constexpr int kPlanes = 1;
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+    quantize_int8(x, tokens, group, row);
+  }
+};
+
+struct Avx512 : Avx512Tile {
+  static constexpr int kPlanes = 2;
+
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     int32_t codes[kMaxGroup];
     // The largest 16-bit code whose high byte, after rounding, is at most 127.
-    const float scale = quantize_group(x, group_size, int8 ? 127.0f : 32512.0f, codes);
-    const size_t place = tokens.place(group, row);
-    Code* high = tokens.row(group, row);
-    Code* low = high + group_size;
+    const float scale = quantize_group(x, tokens.group_size, 32512.0f, codes);
+    Code *high = tokens.row(group, row), *low = tokens.row(group, row + 1);
     int32_t high_sum = 0, low_sum = 0;
-    if (int8) {
-      for (int i = 0; i < group_size; ++i) {
-        high_sum += codes[i];
-        high[i] = static_cast<Code>(codes[i]);
-      }
-      tokens.scale[place] = scale;
-      tokens.sum[place] = scale * static_cast<float>(high_sum);
-      return;
-    }
-    for (int i = 0; i < group_size; ++i) {
+    for (int i = 0; i < tokens.group_size; ++i) {
       const int32_t upper = (codes[i] + 128) >> 8, lower = codes[i] - 256 * upper;
       high_sum += upper;
       low_sum += lower;
       high[i] = static_cast<Code>(upper);
       low[i] = static_cast<Code>(lower);
     }
+    const size_t place = tokens.place(group, row);
     tokens.scale[place] = 256 * scale;
     tokens.sum[place] = 256 * scale * static_cast<float>(high_sum);
     tokens.scale[place + 1] = scale;
     tokens.sum[place + 1] = scale * static_cast<float>(low_sum);
   }
-
-  // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits>
-  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                   int count, float* y);
 };
 
 namespace avx512 {
@@ -162,7 +156,7 @@ static void group_tokens(const uint8_t* header, const uint8_t* unpacked, const T
 }  // namespace avx512
 
 template <int bits>
-void Avx512::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
+void Avx512Tile::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
                   int count, float* y) {
   using namespace avx512;
   std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);

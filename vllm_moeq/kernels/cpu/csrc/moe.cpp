@@ -19,10 +19,9 @@
 #include "repack.h"
 #ifdef MOEQ_ISA_AVX2
 #include "avx2.h"
-using Isa = moeq::Avx2;
+#include "avx2_int8.h"
 #else
 #include "avx512.h"
-using Isa = moeq::Avx512;
 #endif
 
 namespace moeq {
@@ -31,24 +30,26 @@ namespace {
 constexpr int64_t kTokensPerPass = 1024;  // bounds the scratch memory of a long prefill
 constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the first-level cache
 
-using Acts = Tokens<Isa::Code>;
-using TileFunction = void (*)(const uint8_t*, int, const Acts&, const int*, int, float*);
-
-TileFunction tile_function(int bits) {
-  switch (bits) {
-    case 1: return Isa::tile<1>;
-    case 2: return Isa::tile<2>;
-    case 3: return Isa::tile<3>;
-    case 4: return Isa::tile<4>;
-    default: return Isa::tile<8>;
-  }
-}
+// The kernels of this instruction set, for 16-bit and for 8-bit activations.
+#ifdef MOEQ_ISA_AVX2
+constexpr const char* kIsaName = "avx2";
+using Int16Kernel = Avx2;
+using Int8Kernel = Avx2Int8;
+#else
+#ifdef __AVX512VNNI__
+constexpr const char* kIsaName = "avx512_vnni";
+#else
+constexpr const char* kIsaName = "portable";
+#endif
+using Int16Kernel = Avx512;
+using Int8Kernel = Avx512Int8;
+#endif
 
 // One projection of one expert.
 struct Matrix {
   const uint8_t* tiles;
   size_t tile_bytes;
-  TileFunction run;
+  int bits;
 };
 
 // Sizes of the layer, and its experts in memory: the reader of ExpertLayout.
@@ -73,7 +74,7 @@ struct Layer {
   }
 
   Matrix matrix(int bits, int columns, const uint8_t* where) const {
-    return {where, tile_bytes(bits, group_size, columns), tile_function(bits)};
+    return {where, tile_bytes(bits, group_size, columns), bits};
   }
 };
 
@@ -124,9 +125,9 @@ struct Routing {
 // Memory that grows and stays, one for each calling thread.
 class Scratch {
  public:
-  Acts tokens(int rows, int columns, int group_size) {
+  template <class Code> Tokens<Code> tokens(int rows, int columns, int group_size) {
     const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
-    return {take<Isa::Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
+    return {take<Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
             take<float>(groups), rows, group_size};
   }
   template <class T> T* take(size_t count) {
@@ -141,7 +142,11 @@ class Scratch {
   int next_ = 0;
 };
 
-class Pass {
+// Some tokens through all experts.
+template <class Kernel> class Pass {
+  using Acts = Tokens<typename Kernel::Code>;
+  static constexpr int planes_ = Kernel::kPlanes;
+
  public:
   Pass(const Call& call, const Layer& layer, const Routing& routing, Scratch& scratch,
        int64_t first_token, int tokens)
@@ -150,11 +155,10 @@ class Pass {
         routing_(routing),
         first_token_(first_token),
         token_count_(tokens),
-        planes_(Isa::planes(call.int8)),
         unit_tiles_(std::max(1, layer.group_size / kTileRows)),
         sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
-        x_(scratch.tokens(tokens * planes_, layer.hidden, layer.group_size)),
-        hidden_(scratch.tokens(static_cast<int>(routing.hidden_row.size()), layer.intermediate,
+        x_(scratch.tokens<typename Kernel::Code>(tokens * planes_, layer.hidden, layer.group_size)),
+        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.hidden_row.size()), layer.intermediate,
                                layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
         outputs_(scratch.take<float>(static_cast<size_t>(tokens) * kTileRows *
@@ -187,14 +191,22 @@ class Pass {
                           static_cast<size_t>(group) * layer_.group_size;
     load_floats(static_cast<const char*>(call_.x) + offset * element_bytes(dtype), dtype,
                 layer_.group_size, values);
-    Isa::quantize(values, call_.int8, x_, group, token * planes_);
+    Kernel::quantize(values, x_, group, token * planes_);
   }
 
   // Run one tile on positions [first, last) of an expert.
   void run_tile(const Matrix& matrix, int tile, int columns, const Acts& acts,
                 const std::vector<int>& rows, int first, int last, float* sums) const {
-    matrix.run(matrix.tiles + tile * matrix.tile_bytes, columns / layer_.group_size, acts,
-               rows.data() + static_cast<size_t>(first) * planes_, (last - first) * planes_, sums);
+    const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
+    const int groups = columns / layer_.group_size, count = (last - first) * planes_;
+    const int* chosen = rows.data() + static_cast<size_t>(first) * planes_;
+    switch (matrix.bits) {
+      case 1: return Kernel::template tile<1>(weights, groups, acts, chosen, count, sums);
+      case 2: return Kernel::template tile<2>(weights, groups, acts, chosen, count, sums);
+      case 3: return Kernel::template tile<3>(weights, groups, acts, chosen, count, sums);
+      case 4: return Kernel::template tile<4>(weights, groups, acts, chosen, count, sums);
+      default: return Kernel::template tile<8>(weights, groups, acts, chosen, count, sums);
+    }
   }
 
   // Sums of token `index` of a tile, planes added.
@@ -258,8 +270,8 @@ class Pass {
     }
     activate(activation, gate, layer_.gated ? up : nullptr, count);
     for (int i = 0; i < count; i += layer_.group_size)
-      Isa::quantize(gate + i, call_.int8, hidden_, (first_column + i) / layer_.group_size,
-                    position * planes_);
+      Kernel::quantize(gate + i, hidden_, (first_column + i) / layer_.group_size,
+                       position * planes_);
   }
 
   // 64 columns of the output for all tokens.
@@ -302,7 +314,6 @@ class Pass {
   const Routing& routing_;
   const int64_t first_token_;
   const int token_count_;
-  const int planes_;
   const int unit_tiles_;  // of 64 columns, a whole number of groups
   const size_t sums_per_thread_;
   Acts x_, hidden_;
@@ -310,10 +321,23 @@ class Pass {
   float* const outputs_;
 };
 
+template <class Kernel> Status run(const Call& call) {
+  thread_local Scratch scratch;
+  thread_local Routing routing;
+  const Layer layer(call);
+  for (int64_t first = 0; first < call.tokens; first += kTokensPerPass) {
+    const int tokens = static_cast<int>(std::min(kTokensPerPass, call.tokens - first));
+    if (!routing.build(call, first, tokens, Kernel::kPlanes)) return kBadExpertId;
+    scratch.reset();
+    Pass<Kernel>(call, layer, routing, scratch, first, tokens).run();
+  }
+  return kOk;
+}
+
 }  // namespace
 }  // namespace moeq
 
-const char* moeq_isa() { return Isa::kName; }
+const char* moeq_isa() { return moeq::kIsaName; }
 
 int64_t moeq_tiles_bytes(int64_t bits, int64_t group_size, int64_t rows, int64_t columns) {
   const size_t one = moeq::tile_bytes(static_cast<int>(bits), static_cast<int>(group_size),
@@ -344,20 +368,11 @@ void moeq_use_huge_pages(void* memory, int64_t bytes) {
 }
 
 int32_t moeq_fused_experts(const moeq::Call* call) {
-  thread_local moeq::Scratch scratch;
-  thread_local moeq::Routing routing;
   try {
-    const moeq::Layer layer(*call);
-    for (int64_t first = 0; first < call->tokens; first += moeq::kTokensPerPass) {
-      const int tokens = static_cast<int>(std::min(moeq::kTokensPerPass, call->tokens - first));
-      if (!routing.build(*call, first, tokens, Isa::planes(call->int8))) return moeq::kBadExpertId;
-      scratch.reset();
-      moeq::Pass(*call, layer, routing, scratch, first, tokens).run();
-    }
+    return call->int8 ? moeq::run<moeq::Int8Kernel>(*call) : moeq::run<moeq::Int16Kernel>(*call);
   } catch (const std::bad_alloc&) {
     return moeq::kOutOfMemory;
   }
-  return moeq::kOk;
 }
 
 uint64_t moeq_read(const uint8_t* memory, int64_t bytes) {

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "layout.h"
+
 namespace moeq {
 
 // codes [group][row][G], scale and sum [group][row]; sum is scale times the sum of the codes. A
@@ -43,6 +45,20 @@ inline float quantize_group(const float* x, int group_size, float largest, int32
   }
   if (!finite) return std::numeric_limits<float>::quiet_NaN();
   return zero ? 0.0f : peak / largest;
+}
+
+inline void quantize_int8(const float* x, const Tokens<int8_t>& tokens, int group, int row) {
+  int32_t codes[kMaxGroup];
+  const float scale = quantize_group(x, tokens.group_size, 127.0f, codes);
+  int8_t* out = tokens.row(group, row);
+  int32_t sum = 0;
+  for (int i = 0; i < tokens.group_size; ++i) {
+    sum += codes[i];
+    out[i] = static_cast<int8_t>(codes[i]);
+  }
+  const size_t place = tokens.place(group, row);
+  tokens.scale[place] = scale;
+  tokens.sum[place] = scale * static_cast<float>(sum);
 }
 
 }  // namespace moeq

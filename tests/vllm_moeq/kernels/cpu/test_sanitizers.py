@@ -1,0 +1,18 @@
+"""The C++ kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vllm_moeq.kernels.cpu.build import PORTABLE
+
+SCRIPT = Path(__file__).parents[3] / "sanitize.sh"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PORTABLE.runs_here(), reason="needs x86-64 with AVX2")
+def test_random_layers_are_right_and_clean() -> None:
+    done = subprocess.run([SCRIPT, "60"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("60 cases, 0 failed") == 2

@@ -1,0 +1,174 @@
+"""Wheels with and without a compiled kernel, built by pip and used without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, BuildError, find_compiler
+
+REPOSITORY = Path(__file__).parents[4]
+PACKAGE = "vllm_moeq/kernels/cpu/"
+SOURCES = {f"{PACKAGE}csrc/{path.name}" for path in (REPOSITORY / PACKAGE / "csrc").iterdir()}
+HOOK = """
+import sys
+from setuptools import build_meta
+getattr(build_meta, sys.argv[1])(sys.argv[2])
+"""
+COMPUTE = """
+import sys, torch, vllm_moeq
+from support.experts import prepared, random_experts
+assert vllm_moeq.__file__.startswith(sys.argv[1]), vllm_moeq.__file__
+experts = random_experts([1, 2, 3, 4, 8], [8, 4, 1, 2, 3], 32, 128, 192)
+x, ids = torch.randn(7, 128), torch.randint(5, (7, 2), dtype=torch.int32)
+cpu, reference = (
+    torch.ops.moeq.fused_experts(
+        x, torch.ones(7, 2), ids, weights, None, None, layout, None, "silu", False
+    )
+    for weights, layout in (prepared(experts, kernel) for kernel in ("cpu", "reference"))
+)
+torch.testing.assert_close(cpu, reference, rtol=0, atol=1e-3 * reference.abs().max().item())
+"""
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("MOEQ_")}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(isa.runs_here() for isa in INSTRUCTION_SETS), reason="needs x86-64 with AVX2"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return variables under which Python has the setuptools that the build needs, and no torch."""
+    folder = tmp_path_factory.mktemp("build-environment")
+    installed = [Version(found.version) for found in distributions(name="setuptools")]
+    if not installed or installed[0] < Version("77"):
+        install = ["install", "--quiet", "--target", str(folder), "setuptools>=77"]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    (folder / "torch.py").write_text("raise ImportError('there is no torch when wheels are built')")
+    return CLEAN | {"PYTHONPATH": str(folder)}
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the repository as git would check it out, with uncommitted changes."""
+    folder = tmp_path_factory.mktemp("checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name in listing.stdout.split("\0"):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(
+    environment: dict[str, str], checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("source")
+    hook = [sys.executable, "-c", HOOK, "build_sdist", str(folder)]
+    subprocess.run(hook, cwd=checkout, env=environment, check=True)
+    [archive] = folder.iterdir()
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def _wheel(source: Path, folder: Path, environment: dict[str, str]) -> tuple[str, Path]:
+    """Build a wheel; return its name and the folder that it is unpacked to."""
+    options = ["--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    subprocess.run(command, env=environment, check=True)
+    [wheel] = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "unpacked")
+    return wheel.name, folder / "unpacked"
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    source: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    try:
+        find_compiler()
+    except BuildError:
+        pytest.skip("needs a C++ compiler")
+    return _wheel(source, tmp_path_factory.mktemp("compiled"), environment)
+
+
+def _compute(unpacked: Path, folder: Path, **variables: str) -> None:
+    """Compare the kernels of the wheel in a process that finds no compiler by itself."""
+    path = os.pathsep.join([str(unpacked), str(REPOSITORY / "tests")])
+    own = {"PATH": str(folder), "PYTHONPATH": path, "MOEQ_CACHE_DIR": str(folder / "cache")}
+    without = {name: value for name, value in CLEAN.items() if name != "CXX"}
+    command = [sys.executable, "-c", COMPUTE, str(unpacked)]
+    subprocess.run(command, cwd=folder, env=without | own | variables, check=True)
+
+
+def test_the_source_distribution_has_the_sources_of_the_kernel(source: Path) -> None:
+    assert _files(source) >= SOURCES
+
+
+def test_a_wheel_built_with_a_compiler_needs_none(
+    compiled: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, unpacked = compiled
+    assert name.endswith("-py3-none-linux_x86_64.whl")
+    files = _files(unpacked)
+    assert files >= SOURCES
+    libraries = {file.rpartition("-")[0] for file in files if file.endswith(".so")}
+    assert libraries == {f"{PACKAGE}prebuilt/moeq-{isa.name}" for isa in INSTRUCTION_SETS}
+    [metadata] = unpacked.glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: false\n" in metadata.read_text()
+
+    _compute(unpacked, tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
+def test_a_wheel_built_without_a_compiler_is_pure_and_compiles_at_first_use(
+    source: Path,
+    environment: dict[str, str],
+    compiled: tuple[str, Path],
+    tmp_path: Path,
+    cxx: str,
+) -> None:
+    # In the folder where the other one was built: nothing of that one may get into this one.
+    name, unpacked = _wheel(source, tmp_path, environment | {"CXX": cxx})
+    assert name.endswith("-py3-none-any.whl")
+    assert _files(unpacked) >= SOURCES
+    assert not list(unpacked.rglob("prebuilt"))
+    if cxx == "false":
+        return
+    # A compiler without the wait: its result is the library of the other wheel.
+    isa = next(isa.name for isa in INSTRUCTION_SETS if isa.runs_here())
+    [library] = compiled[1].glob(f"{PACKAGE}prebuilt/moeq-{isa}-*.so")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\ncp {library} "$output"\n'
+    )
+    compiler.chmod(0o755)
+    _compute(unpacked, tmp_path, CXX=str(compiler), PATH=os.defpath)
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+
+
+def test_an_editable_install_compiles_nothing(
+    checkout: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hook = [sys.executable, "-c", HOOK, "build_editable", str(tmp_path)]
+    subprocess.run(hook, cwd=checkout, env=environment, check=True)
+    [wheel] = tmp_path.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not list(checkout.rglob("*.so"))
