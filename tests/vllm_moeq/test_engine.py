@@ -30,19 +30,17 @@ def expected(packed: Path) -> list[object]:
 
 
 def _experts_bytes(experts: list[int], layer: int, ranks_per_expert: int) -> dict[str, int]:
-    """Bytes of each buffer that a rank needs for these experts, from the plan alone."""
-    w13_bits = W13_BITS[layer:] + W13_BITS[:layer]
-    w2_bits = W2_BITS[layer:] + W2_BITS[:layer]
-    weights = INTERMEDIATE * HIDDEN // ranks_per_expert
-    groups = len(experts) * weights // GROUP
-    return {
-        "w13_weight_packed": sum(2 * weights * w13_bits[e] // 8 for e in experts),
-        "w13_weight_scale": 2 * groups * 2,
-        "w13_weight_zero_point": 2 * groups,
-        "w2_weight_packed": sum(weights * w2_bits[e] // 8 for e in experts),
-        "w2_weight_scale": groups * 2,
-        "w2_weight_zero_point": groups,
+    """Bytes of each projection that a rank needs for these experts, from the plan alone."""
+    bits = {
+        "w13": W13_BITS[layer:] + W13_BITS[:layer],
+        "w2": W2_BITS[layer:] + W2_BITS[:layer],
     }
+    result = {}
+    for projection, weights in (("w13", 2 * INTERMEDIATE * HIDDEN), ("w2", INTERMEDIATE * HIDDEN)):
+        packed = sum(weights * bits[projection][expert] // 8 for expert in experts)
+        scales_and_zeros = len(experts) * weights // GROUP * 3
+        result[projection] = (packed + scales_and_zeros) // ranks_per_expert
+    return result
 
 
 def _assert_buffers(
@@ -51,11 +49,14 @@ def _assert_buffers(
     assert len(run.buffers) == len(experts_of_rank)
     for sizes, experts in zip(run.buffers, experts_of_rank, strict=True):
         for layer in (0, 1):
-            prefix = f"model.layers.{layer}."
+            # A kernel may keep scales and zero points among the packed weights.
             found = {
-                name.rsplit(".", 1)[1]: size
-                for name, size in sizes.items()
-                if name.startswith(prefix)
+                projection: sum(
+                    size
+                    for name, size in sizes.items()
+                    if name.startswith(f"model.layers.{layer}.") and f".{projection}_" in name
+                )
+                for projection in ("w13", "w2")
             }
             assert found == _experts_bytes(experts, layer, ranks_per_expert)
 
@@ -103,6 +104,7 @@ def test_corruption_is_caught(packed: Path, expected: list[object]) -> None:
     experts = _layout_rows()
     run = run_engine(
         packed,
+        environment={"MOEQ_KERNEL": "reference"},  # which uses all of this as it is
         corruptions=[
             ("moeq_layout", [2 + 4, 0], 2),  # width of expert 4's w13: 1 -> 2
             ("moeq_layout", [2 + 1, 1], experts[1][1] + 4),  # expert 1's w13 four bytes late
@@ -140,10 +142,11 @@ def test_dummy_weights_need_no_files(packed: Path, tmp_path: Path) -> None:
     _assert_buffers(run, [list(range(8))], ranks_per_expert=1)
 
 
-def test_kernel_is_chosen_by_name(packed: Path, expected: list[object]) -> None:
-    run = run_engine(packed, environment={"MOEQ_KERNEL": "reference"}, quantization="moeq")
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_kernel_is_chosen_by_name(packed: Path, expected: list[object], kernel: str) -> None:
+    run = run_engine(packed, environment={"MOEQ_KERNEL": kernel}, quantization="moeq")
 
-    assert "moeq experts run on the reference kernel" in run.log
+    assert f"moeq experts run on the {kernel} kernel" in run.log
     assert_same(run.completions[0], expected)
 
 

@@ -234,7 +234,7 @@ MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x, int
 // One group of the tile times a few tokens, added to y. The weights come from the packed payload,
 // or from `unpacked` if that is not null.
 template <int bits, int tokens, bool direct>
-static void group_tokens(const uint8_t* header, const int16_t* unpacked, const Tokens<int16_t>& x,
+MOEQ_NOINLINE void group_tokens(const uint8_t* header, const int16_t* unpacked, const Tokens<int16_t>& x,
                          int group, const int* rows, float* y) {
   const int16_t* codes[tokens];
   for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);

@@ -149,7 +149,7 @@ MOEQ_INLINE void dot_unpacked(const uint8_t* unpacked, const int8_t* const* x, i
 // One group of the tile times a few tokens, added to y. The weights come from the packed payload,
 // or from `unpacked` if not direct.
 template <int bits, int tokens, bool direct>
-static void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
+MOEQ_NOINLINE void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
                          int group, const int* rows, float* y) {
   const int8_t* activations[tokens];
   for (int t = 0; t < tokens; ++t) activations[t] = x.row(group, rows[t]);

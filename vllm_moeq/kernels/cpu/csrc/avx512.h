@@ -127,7 +127,7 @@ template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_si
 // One group of the tile times a few token rows, added to y. The weights come from the packed
 // payload, or from `unpacked` if not direct.
 template <int bits, int tokens, bool direct>
-static void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
+MOEQ_NOINLINE void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
                          int group, const int* rows, float* y) {
   const int8_t* codes[tokens];
   for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);

@@ -4,6 +4,8 @@
 #include <utility>
 
 #define MOEQ_INLINE static inline __attribute__((always_inline))
+// Inlined into a larger function, gcc 12 keeps arrays of sums in memory instead of registers.
+#define MOEQ_NOINLINE static __attribute__((noinline))
 
 namespace moeq {
 
