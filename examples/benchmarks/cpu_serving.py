@@ -1,0 +1,400 @@
+"""Measures what 2.5 bits change for vLLM on a CPU: speed, resident memory and start-up time.
+
+    python examples/benchmarks/cpu_serving.py
+
+Makes a model of the shape of OLMoE-1B-7B with random weights, which cost the time and memory of
+trained ones, quantizes it with ``moeq quantize``, and measures both under ``LLM.generate`` and
+``vllm serve``, in turns and each in a process of its own. Models that --work has are used again.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+from results import RESULTS, table, write_section
+from safetensors.torch import save_file
+from transformers import OlmoeConfig
+
+from moeq.checkpoint import INDEX_NAME, CheckpointReader
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from perplexity import call
+from serving import ServerError, exit_on_sigterm, vllm_server
+
+Shapes = dict[str, tuple[int, ...]]
+Generate = Callable[[list[list[int]], int], float]
+"""Completes prompts, all at once, by a number of tokens; returns the seconds that it took."""
+Start = Callable[[Path, Path], AbstractContextManager[Generate]]
+"""Starts vLLM with a model and a log file; is entered when vLLM is ready."""
+Figures = dict[str, list[float]]  # by name
+Report = dict[str, dict[str, Figures]]  # by way to run vLLM, then by variant
+
+MODEL = "OLMoE-1B-7B"
+INNER = 1024
+"""Its intermediate size; all else of its shape is the default of OlmoeConfig."""
+BITS = "2.5"
+VARIANTS = ("bf16", "packed")
+LLM_OPTIONS = {
+    "dtype": "bfloat16",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    # vLLM warms up with as many tokens at every start; the default is 4096 or 2048, which take
+    # minutes on a CPU without AVX-512.
+    "max_num_batched_tokens": 512,
+}
+KV_CACHE_GIB = 1
+RUNTIME_BYTES = 3 << 30
+"""What vLLM takes beyond weights and KV cache: its processes, and a layer twice while it loads."""
+DISK_FACTOR = 1.25
+"""Bytes on disk of both variants, relative to bf16."""
+CONCURRENT = (1, 8)
+SHORT_PROMPT = 16
+STOP_SECONDS = 30.0
+REQUIRED_SPEED_UP, REQUIRED_MEMORY = 3.0, 0.25
+
+FIRST_START, START = "first start-up, compiling, s", "start-up, s"
+PREFILL = "prefill, tokens/s"
+DECODE = {count: f"decode, {count} at once, tokens/s" for count in CONCURRENT}
+MEMORY_READY, MEMORY = "memory after start-up, GB", "memory after the work, GB"
+MEMORY_PEAK = "memory at its peak, GB"
+
+
+def tensor_shapes(config: OlmoeConfig) -> list[Shapes]:
+    """Return the tensors of every layer, then those outside the layers, by their names on disk."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    shapes: Shapes = {name: (hidden,) for name in norms}
+    shapes |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes["mlp.gate"] = (config.num_experts, hidden)
+    for expert in range(config.num_experts):
+        shapes |= {f"mlp.experts.{expert}.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, inner)
+    embedding = (config.vocab_size, hidden)
+    outer = {"model.embed_tokens": embedding, "model.norm": (hidden,), "lm_head": embedding}
+    parts = [
+        {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+        for layer in range(config.num_hidden_layers)
+    ]
+    return [{f"{name}.weight": shape for name, shape in p.items()} for p in (*parts, outer)]
+
+
+def fitting_layers(config: OlmoeConfig, work: Path) -> int:
+    """Return how many layers of the model fit into the free memory and the free disk."""
+    layer, *_, outer = (2 * sum(map(math.prod, part.values())) for part in tensor_shapes(config))
+    memory = psutil.virtual_memory().available - (KV_CACHE_GIB << 30) - RUNTIME_BYTES
+    made = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
+    disk = (shutil.disk_usage(work).free + made) / DISK_FACTOR
+    fitting = int((min(memory, disk) - outer) // layer)
+    return max(1, min(config.num_hidden_layers, fitting))
+
+
+def make_model(config: OlmoeConfig, folder: Path) -> None:
+    """Write a checkpoint of random weights, one layer at a time; config.json comes last."""
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    parts = tensor_shapes(config)
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        for tensor in tensors.values():
+            if tensor.dim() == 2:  # norms stay one
+                tensor.normal_(0, config.initializer_range, generator=generator)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(folder)
+
+
+def make_variants(config: OlmoeConfig, work: Path) -> dict[str, Path]:
+    """Make the bf16 model and quantize it, unless ``work`` has them."""
+    name = f"{config.num_hidden_layers}x{config.num_experts}x{config.hidden_size}"
+    folders = {variant: work / f"{name}-{variant}" for variant in VARIANTS}
+    source, packed = folders.values()
+    if not (source / "config.json").exists():
+        print(f"== making {source}", flush=True)
+        make_model(config, source)
+    if not packed.exists():
+        command = ["moeq", "quantize", source, "-o", packed, "--bits", BITS]
+        subprocess.run([*command, "--strategy", "random:0"], check=True)
+    return folders
+
+
+def forget_files(folder: Path) -> None:
+    """Drop a checkpoint from the page cache, so that every start reads it from the disk."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def tree_memory() -> tuple[float, float]:
+    """Return the resident memory of all processes below this one in GB: now, and at its peak.
+
+    Shared memory counts once: each process has its share of it (Pss). The peak adds to that what
+    each was once larger (VmHWM).
+    """
+    now = above = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(OSError):  # it has just ended
+            now += _kib(process.pid, "smaps_rollup", "Pss")
+            above += _kib(process.pid, "status", "VmHWM") - _kib(process.pid, "status", "VmRSS")
+    return 1024 * now / 1e9, 1024 * (now + above) / 1e9
+
+
+def _kib(pid: int, file: str, field: str) -> int:
+    text = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8")
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) if found else 0  # a process that is ending has none
+
+
+def _offline_main(connection: Connection, model: Path, log: Path) -> None:
+    """Run prompts with ``vllm.LLM`` until nobody is left to ask."""
+    os.setsid()
+    with log.open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    from vllm import LLM, SamplingParams
+
+    with connection, suppress(EOFError):
+        llm = LLM(str(model), **LLM_OPTIONS, enable_prefix_caching=False, skip_tokenizer_init=True)
+        connection.send("ready")
+        while True:
+            prompts, tokens = connection.recv()
+            inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+            sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
+            started = time.perf_counter()
+            llm.generate(inputs, sampling, use_tqdm=False)
+            connection.send(time.perf_counter() - started)
+    llm.llm_engine.engine_core.shutdown()  # or multiprocessing would wait for it for ever
+
+
+@contextmanager
+def offline(model: Path, log: Path) -> Iterator[Generate]:
+    """Run a model with ``vllm.LLM`` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_offline_main, args=(there, model, log))
+    process.start()
+    there.close()
+
+    def generate(prompts: list[list[int]], tokens: int) -> float:
+        here.send((prompts, tokens))
+        return float(here.recv())
+
+    try:
+        here.recv()
+        yield generate
+    except EOFError:
+        raise ServerError(f"vllm.LLM ended early, see {log}") from None
+    finally:
+        here.close()
+        process.join(STOP_SECONDS)
+        with suppress(ProcessLookupError):  # its workers form one process group with it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+@contextmanager
+def serve(model: Path, log: Path) -> Iterator[Generate]:
+    """Run a model with ``vllm serve``; every prompt is an HTTP request of its own."""
+    arguments = [f"--{name}={value}" for name, value in LLM_OPTIONS.items()]
+    arguments += ["--no-enable-prefix-caching", "--skip-tokenizer-init"]
+    pool = ThreadPoolExecutor(max(CONCURRENT))
+    with pool, vllm_server(model, log, *arguments) as address:
+
+        def generate(prompts: list[list[int]], tokens: int) -> float:
+            body = {"model": str(model), "max_tokens": tokens, "ignore_eos": True}
+            bodies = [{**body, "prompt": prompt} for prompt in prompts]
+            started = time.perf_counter()
+            list(pool.map(partial(call, f"{address}/v1/completions"), bodies))
+            return time.perf_counter() - started
+
+        yield generate
+
+
+OFFLINE = "LLM.generate"
+MODES: dict[str, Start] = {OFFLINE: offline, "vllm serve": serve}
+
+
+def measure(start: Start, model: Path, log: Path, options: argparse.Namespace) -> Figures:
+    """Start vLLM and measure.
+
+    Decoding is the difference between answers of one token and longer ones, so that neither the
+    prompts nor the way to the server count. Both ways sample at temperature 1: greedy answers of
+    random weights may repeat one token, and so the same experts, for ever.
+    """
+    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+    def seconds(count: int, length: int, tokens: int) -> float:
+        prompts = [[random.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
+        return generate(prompts, tokens)
+
+    figures: Figures = {PREFILL: [], **{name: [] for name in DECODE.values()}}
+    forget_files(model)
+    started = time.perf_counter()
+    with start(model, log) as generate:
+        figures[START] = [time.perf_counter() - started]
+        figures[MEMORY_READY] = [tree_memory()[0]]
+        seconds(max(CONCURRENT), SHORT_PROMPT, 2)  # warms up
+        for _ in range(options.repeats):
+            length, tokens = options.prompt_tokens, options.new_tokens
+            figures[PREFILL].append(length / seconds(1, length, 1))
+            for count, name in DECODE.items():
+                first = seconds(count, SHORT_PROMPT, 1)
+                decoding = seconds(count, SHORT_PROMPT, 1 + tokens) - first
+                figures[name].append(count * tokens / decoding)
+        now, peak = tree_memory()
+    return figures | {MEMORY: [now], MEMORY_PEAK: [peak]}
+
+
+def kernel(log: Path) -> str:
+    """Return vLLM's own words about the kernel of the experts."""
+    words = r"moeq experts run on the \S+ kernel|Using \w+Experts MoE backend"
+    found = re.search(words, log.read_text(encoding="utf-8", errors="replace"))
+    return found[0] if found else "no word about the kernel"
+
+
+def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> Report:
+    """Measure both variants in turns, so that a slower hour of the machine hits both."""
+    report: Report = {mode: {variant: {} for variant in VARIANTS} for mode in MODES}
+    shutil.rmtree(work / "caches", ignore_errors=True)
+    for number in range(options.rounds):
+        for variant, folder in folders.items():
+            # Its own: it shall not profit from what was compiled for the other.
+            cache = str(work / "caches" / variant)
+            os.environ["VLLM_CACHE_ROOT"] = os.environ["MOEQ_CACHE_DIR"] = cache
+            for mode, start in MODES.items():
+                log = work / f"{variant}-{start.__name__}.log"
+                figures = measure(start, folder, log, options)
+                if number == 0 and mode == OFFLINE:
+                    figures[FIRST_START] = figures.pop(START)
+                for name, values in figures.items():
+                    report[mode][variant].setdefault(name, []).extend(values)
+                print(f"== {mode}, {variant}: {kernel(log)}\n{json.dumps(figures)}", flush=True)
+    return report
+
+
+def ratio(figures: dict[str, Figures], name: str) -> float:
+    """Return packed over bf16, from the medians."""
+    bf16, packed = (statistics.median(figures[variant][name]) for variant in VARIANTS)
+    return packed / bf16
+
+
+def cells(figures: dict[str, Figures], name: str) -> list[str]:
+    """Return the table's cells of one figure: each variant's median and spread, and the ratio."""
+    if name not in figures[VARIANTS[0]]:
+        return [""] * 3
+    result = []
+    for variant in VARIANTS:
+        values = figures[variant][name]
+        spread = f" ({min(values):.4g}–{max(values):.4g})" if len(values) > 1 else ""
+        result.append(f"{statistics.median(values):.4g}{spread}")
+    return [*result, f"{ratio(figures, name):.2f}"]
+
+
+def verdict(report: Report, weights: list[int]) -> str:
+    """Say whether the figures are what was expected."""
+    speed_ups = [ratio(figures, DECODE[1]) for figures in report.values()]
+    shares = [ratio(figures, MEMORY) for figures in report.values()]
+    fast = "meets" if min(speed_ups) >= REQUIRED_SPEED_UP else "MISSES"
+    small = "meets" if max(shares) <= REQUIRED_MEMORY else "MISSES"
+    return (
+        f"With `LLM.generate` and `vllm serve`, {BITS} bits decode one request "
+        f"{' and '.join(f'{value:.2f}' for value in speed_ups)} times as fast as bf16, which "
+        f"{fast} the expectation of {REQUIRED_SPEED_UP:g} times, and all processes of vLLM take "
+        f"{' and '.join(f'{value:.1%}' for value in shares)} of the memory, which {small} the "
+        f"expectation of {REQUIRED_MEMORY:.0%}. The weights take {weights[1] / weights[0]:.1%} "
+        f"({weights[1] / 1e9:.2f} of {weights[0] / 1e9:.2f} GB); KV cache and processes are alike."
+    )
+
+
+def write_report(report: Report, name: str, facts: list[str], options: argparse.Namespace) -> None:
+    """Write the section."""
+    header = ["", *(f"{mode}: {column}" for mode in MODES for column in (*VARIANTS, "ratio"))]
+    names = dict.fromkeys(n for figures in report.values() for n in figures[VARIANTS[0]])
+    rows = [[n, *(c for figures in report.values() for c in cells(figures, n))] for n in names]
+    method = (
+        f"Medians (smallest–largest) over {options.rounds} processes of each kind, in turns, with "
+        f"{options.repeats} repetitions in each. Prefill: {options.prompt_tokens} tokens. Decode: "
+        f"{options.new_tokens} tokens after a prompt of {SHORT_PROMPT}, less the time of an answer "
+        "of one token. Memory: all processes of vLLM (Pss), mapped files included. Start-up: until "
+        "the first request can be sent, the checkpoint not in the page cache."
+    )
+    write_section(
+        options.results,
+        name,
+        [*facts, method, table(header, rows)],
+        packages=("torch", "vllm", "vllm-moeq"),
+    )
+
+
+def main() -> None:
+    """Make the models, measure, and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/cpu_serving"), help="folder")
+    parser.add_argument("--layers", type=int, help="default: all, or as many as fit")
+    parser.add_argument("--config", type=json.loads, default={}, help="changes of OlmoeConfig")
+    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind (default 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="in each process (default 2)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="for prefill (default 512)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="for decode (default 64)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    options = parser.parse_args()
+    exit_on_sigterm()
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_CACHE_GIB)
+    os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(len(cores))
+    work: Path = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+
+    changes = {"intermediate_size": INNER} | options.config
+    config = OlmoeConfig(architectures=["OlmoeForCausalLM"], dtype="bfloat16", **changes)
+    layers = options.layers or fitting_layers(config, work)
+    why = "as asked" if options.layers else "as many as fit into memory and disk"
+    choice = f"{layers} of {config.num_hidden_layers} layers ({why})"
+    config.num_hidden_layers = layers
+    shape = MODEL + (f" with {json.dumps(options.config)}" if options.config else "")
+    print(f"== {shape}, {choice}", flush=True)
+    folders = make_variants(config, work)
+    tensors = [CheckpointReader(folder).tensors.values() for folder in folders.values()]
+    weights = [sum(info.num_bytes for info in infos) for infos in tensors]
+
+    report = measure_all(folders, work, options)
+    (work / "figures.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    kernels = (f"{variant}: {kernel(work / f'{variant}-offline.log')}" for variant in VARIANTS)
+    set_up = (
+        f"The shape of {shape}, random weights, {choice}, on a CPU "
+        f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
+        f"thread(s), {KV_CACHE_GIB} GiB of KV cache, "
+        f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
+        f"caching. {'; '.join(kernels)}."
+    )
+    write_report(report, f"vLLM on a CPU: {shape}", [verdict(report, weights), set_up], options)
+
+
+if __name__ == "__main__":
+    main()
