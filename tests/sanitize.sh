@@ -11,7 +11,7 @@ trap 'rm -rf "$build"' EXIT
 check() {  # name, compiler flags...
   local name=$1
   shift
-  "${CXX:-g++}" -std=c++20 -O1 -g -fopenmp -Wall -Wextra -Werror -Wno-psabi -Wno-maybe-uninitialized \
+  "${CXX:-g++}" -std=c++20 -O1 -g -fopenmp -Wall -Wextra -Werror -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized \
     -fsanitize=address,undefined -fno-sanitize-recover=all \
     "$@" tests/vllm_moeq/kernels/cpu/check.cpp -o "$build/$name"
   OMP_NUM_THREADS=2 "$build/$name" "$cases"

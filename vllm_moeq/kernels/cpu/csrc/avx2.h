@@ -7,47 +7,14 @@
 #pragma once
 #include <immintrin.h>
 
-#include <algorithm>
-
-#include "layout.h"
-#include "tokens.h"
-#include "unroll.h"
+#include "tile.h"
 
 namespace moeq {
-
-struct Avx2 {
-  using Code = int16_t;
-  static constexpr int kPlanes = 1;
-
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
-    int32_t codes[kMaxGroup];
-    const float scale = quantize_group(x, tokens.group_size, 32767.0f, codes);
-    Code* out = tokens.row(group, row);
-    int32_t sum = 0;
-    for (int i = 0; i < tokens.group_size; i += 4) {
-      sum += codes[i] + codes[i + 1] + codes[i + 2] + codes[i + 3];
-      out[i] = static_cast<Code>(codes[i]);
-      out[i + 1] = static_cast<Code>(codes[i + 2]);
-      out[i + 2] = static_cast<Code>(codes[i + 1]);
-      out[i + 3] = static_cast<Code>(codes[i + 3]);
-    }
-    const size_t place = tokens.place(group, row);
-    tokens.scale[place] = scale;
-    tokens.sum[place] = scale * static_cast<float>(sum);
-  }
-
-  // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits>
-  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                   int count, float* y);
-};
 
 namespace avx2 {
 
 using Vector = __m256i;
 constexpr int kHalfRows = 8;  // of a block: one vector of 32-bit sums
-constexpr int kMicroTokens = 6;
-constexpr int kDirectTokens = 4;  // more than these are worth unpacking the weights first
 
 MOEQ_INLINE Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const Vector*>(p)); }
 MOEQ_INLINE Vector zero() { return _mm256_setzero_si256(); }
@@ -231,54 +198,58 @@ MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x, int
   }
 }
 
-// One group of the tile times a few tokens, added to y. The weights come from the packed payload,
-// or from `unpacked` if that is not null.
-template <int bits, int tokens, bool direct>
-MOEQ_NOINLINE void group_tokens(const uint8_t* header, const int16_t* unpacked, const Tokens<int16_t>& x,
-                         int group, const int* rows, float* y) {
-  const int16_t* codes[tokens];
-  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
-  for (int block = 0; block < kBlocks; ++block) {
-    Vector sums[tokens][2];
-    const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
-    if constexpr (!direct)
-      dot_unpacked<tokens>(unpacked + block * kBlockRows * x.group_size, codes, x.group_size, sums);
-    else if constexpr (tokens == 1)
-      dot_single<bits>(payload, codes[0], x.group_size, sums[0]);
-    else
-      dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
-    add_block<bits, tokens>(
-        header, block, x, group, rows, y,
-        [&](int token, int half) __attribute__((always_inline)) { return sums[token][half]; });
-  }
-}
-
 }  // namespace avx2
 
-template <int bits>
-void Avx2::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                int count, float* y) {
-  using namespace avx2;
-  std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
-  const size_t stride = group_bytes(bits, tokens.group_size);
-  if (count <= kDirectTokens) {
-    with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
-      for (int group = 0; group < groups; ++group)
-        group_tokens<bits, decltype(index)::value, true>(
-            tile + group * stride, nullptr, tokens, group, rows, y);
-    });
-    return;
+struct Avx2 {
+  using Code = int16_t;
+  using Unpacked = int16_t;
+  static constexpr int kPlanes = 1;
+  template <int bits> static constexpr int kDirectTokens = 4;
+  template <int bits> static constexpr int kUnpacked = 1;
+
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+    int32_t codes[kMaxGroup];
+    const float scale = quantize_group(x, tokens.group_size, 32767.0f, codes);
+    Code* out = tokens.row(group, row);
+    int32_t sum = 0;
+    for (int i = 0; i < tokens.group_size; i += 4) {
+      sum += codes[i] + codes[i + 1] + codes[i + 2] + codes[i + 3];
+      out[i] = static_cast<Code>(codes[i]);
+      out[i + 1] = static_cast<Code>(codes[i + 2]);
+      out[i + 2] = static_cast<Code>(codes[i + 1]);
+      out[i + 3] = static_cast<Code>(codes[i + 3]);
+    }
+    const size_t place = tokens.place(group, row);
+    tokens.scale[place] = scale;
+    tokens.sum[place] = scale * static_cast<float>(sum);
   }
-  alignas(64) int16_t unpacked[kTileRows * kMaxGroup];
-  for (int group = 0; group < groups; ++group, tile += stride) {
-    unpack<bits>(tile + kHeaderBytes, tokens.group_size, unpacked);
-    pieces(count, kMicroTokens, [&](int first, int size) {
-      with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
-        group_tokens<bits, decltype(index)::value, false>(
-            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
-      });
-    });
+
+  template <int bits>
+  static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
+    avx2::unpack<bits>(payload, group_size, buffer);
+    return buffer;
   }
-}
+
+  template <int bits, int tokens, bool direct>
+  MOEQ_NOINLINE void group(const uint8_t* header, const Unpacked* unpacked, const Tokens<Code>& x,
+                           int group, const int* rows, float* y) {
+    const Code* codes[tokens];
+    for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
+    for (int block = 0; block < kBlocks; ++block) {
+      avx2::Vector sums[tokens][2];
+      const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
+      if constexpr (!direct)
+        avx2::dot_unpacked<tokens>(unpacked + block * kBlockRows * x.group_size, codes,
+                                   x.group_size, sums);
+      else if constexpr (tokens == 1)
+        avx2::dot_single<bits>(payload, codes[0], x.group_size, sums[0]);
+      else
+        avx2::dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
+      avx2::add_block<bits, tokens>(
+          header, block, x, group, rows, y,
+          [&](int token, int half) __attribute__((always_inline)) { return sums[token][half]; });
+    }
+  }
+};
 
 }  // namespace moeq

@@ -8,20 +8,6 @@
 
 namespace moeq {
 
-struct Avx2Int8 {
-  using Code = int8_t;
-  static constexpr int kPlanes = 1;
-
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
-    quantize_int8(x, tokens, group, row);
-  }
-
-  // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits>
-  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                   int count, float* y);
-};
-
 namespace avx2_int8 {
 
 using namespace avx2;
@@ -31,8 +17,6 @@ template <int bits> constexpr int kPlaneBits = bits == 8 ? 4 : bits;
 template <int bits> constexpr int kPlanes = bits / kPlaneBits<bits>;
 // Products of 4 k that fit in 16 bits, two of them added by the instruction itself.
 template <int bits> constexpr int kWindow = 32767 / (2 * 127 * ((1 << kPlaneBits<bits>)-1));
-// More tokens than these are worth unpacking the weights first.
-template <int bits> constexpr int kDirectTokens = bits == 8 ? 2 : 4;
 
 MOEQ_INLINE Vector four(const int8_t* x) {  // four activations for all rows
   int value;
@@ -146,53 +130,45 @@ MOEQ_INLINE void dot_unpacked(const uint8_t* unpacked, const int8_t* const* x, i
   });
 }
 
-// One group of the tile times a few tokens, added to y. The weights come from the packed payload,
-// or from `unpacked` if not direct.
-template <int bits, int tokens, bool direct>
-MOEQ_NOINLINE void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
-                         int group, const int* rows, float* y) {
-  const int8_t* activations[tokens];
-  for (int t = 0; t < tokens; ++t) activations[t] = x.row(group, rows[t]);
-  for (int block = 0; block < kBlocks; ++block) {
-    Sums<bits, tokens> sums;
-    const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
-    if constexpr (direct)
-      dot_direct<bits, tokens>(payload, activations, x.group_size, sums);
-    else
-      dot_unpacked<bits, tokens>(unpacked + block * kPlanes<bits> * x.group_size * kBlockRows,
-                                 activations, x.group_size, sums);
-    add_block<bits, tokens>(
-        header, block, x, group, rows, y,
-        [&](int token, int half) __attribute__((always_inline)) { return sums.total(token, half); });
-  }
-}
-
 }  // namespace avx2_int8
 
-template <int bits>
-void Avx2Int8::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                    int count, float* y) {
-  using namespace avx2_int8;
-  std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
-  const size_t stride = group_bytes(bits, tokens.group_size);
-  if (count <= avx2_int8::kDirectTokens<bits>) {
-    with_constant<1, avx2_int8::kDirectTokens<bits>>(count, MOEQ_LAMBDA {
-      for (int group = 0; group < groups; ++group)
-        avx2_int8::group_tokens<bits, decltype(index)::value, true>(
-            tile + group * stride, nullptr, tokens, group, rows, y);
-    });
-    return;
+struct Avx2Int8 {
+  using Code = int8_t;
+  using Unpacked = uint8_t;
+  static constexpr int kPlanes = 1;
+  template <int bits> static constexpr int kDirectTokens = bits == 8 ? 2 : 4;
+  template <int bits> static constexpr int kUnpacked = avx2_int8::kPlanes<bits>;
+
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+    quantize_int8(x, tokens, group, row);
   }
-  alignas(64) uint8_t unpacked[kTileRows * kMaxGroup * avx2_int8::kPlanes<bits>];
-  for (int group = 0; group < groups; ++group, tile += stride) {
-    avx2_int8::unpack<bits>(tile + kHeaderBytes, tokens.group_size, unpacked);
-    pieces(count, kMicroTokens, [&](int first, int size) {
-      with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
-        avx2_int8::group_tokens<bits, decltype(index)::value, false>(
-            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
-      });
-    });
+
+  template <int bits>
+  static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
+    avx2_int8::unpack<bits>(payload, group_size, buffer);
+    return buffer;
   }
-}
+
+  template <int bits, int tokens, bool direct>
+  MOEQ_NOINLINE void group(const uint8_t* header, const Unpacked* unpacked, const Tokens<Code>& x,
+                           int group, const int* rows, float* y) {
+    const Code* codes[tokens];
+    for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
+    for (int block = 0; block < kBlocks; ++block) {
+      avx2_int8::Sums<bits, tokens> sums;
+      const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
+      if constexpr (direct)
+        avx2_int8::dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
+      else
+        avx2_int8::dot_unpacked<bits, tokens>(
+            unpacked + block * kUnpacked<bits> * x.group_size * kBlockRows, codes, x.group_size,
+            sums);
+      avx2::add_block<bits, tokens>(header, block, x, group, rows, y,
+                                    [&](int token, int half) __attribute__((always_inline)) {
+                                      return sums.total(token, half);
+                                    });
+    }
+  }
+};
 
 }  // namespace moeq

@@ -4,60 +4,14 @@
 // bits, so no sum over lanes is ever needed. For 16-bit activations a token has two rows, its high
 // and its low bytes: to the kernel they are two tokens whose results are added in the end.
 #pragma once
-#include <algorithm>
-
-#include "layout.h"
 #include "simd512.h"
-#include "tokens.h"
-#include "unroll.h"
+#include "tile.h"
 
 namespace moeq {
-
-struct Avx512Tile {
-  using Code = int8_t;
-
-  // y [count][64] = the tile's 64 rows times the token rows given.
-  template <int bits>
-  static void tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                   int count, float* y);
-};
-
-struct Avx512Int8 : Avx512Tile {
-  static constexpr int kPlanes = 1;
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
-    quantize_int8(x, tokens, group, row);
-  }
-};
-
-struct Avx512 : Avx512Tile {
-  static constexpr int kPlanes = 2;
-
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
-    int32_t codes[kMaxGroup];
-    // The largest 16-bit code whose high byte, after rounding, is at most 127.
-    const float scale = quantize_group(x, tokens.group_size, 32512.0f, codes);
-    Code *high = tokens.row(group, row), *low = tokens.row(group, row + 1);
-    int32_t high_sum = 0, low_sum = 0;
-    for (int i = 0; i < tokens.group_size; ++i) {
-      const int32_t upper = (codes[i] + 128) >> 8, lower = codes[i] - 256 * upper;
-      high_sum += upper;
-      low_sum += lower;
-      high[i] = static_cast<Code>(upper);
-      low[i] = static_cast<Code>(lower);
-    }
-    const size_t place = tokens.place(group, row);
-    tokens.scale[place] = 256 * scale;
-    tokens.sum[place] = 256 * scale * static_cast<float>(high_sum);
-    tokens.scale[place + 1] = scale;
-    tokens.sum[place + 1] = scale * static_cast<float>(low_sum);
-  }
-};
 
 namespace avx512 {
 
 using namespace simd512;
-constexpr int kMicroTokens = 6;  // times 4 blocks of rows: 24 of 32 registers are sums
-constexpr int kDirectTokens = 6;  // more than these are worth unpacking the weights first
 
 // Bytes to fetch ahead: narrow codes keep the core busier per byte.
 template <int bits> constexpr int kAhead = bits <= 3 ? 8192 : 4096;
@@ -124,68 +78,79 @@ template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_si
     }
 }
 
-// One group of the tile times a few token rows, added to y. The weights come from the packed
-// payload, or from `unpacked` if not direct.
-template <int bits, int tokens, bool direct>
-MOEQ_NOINLINE void group_tokens(const uint8_t* header, const uint8_t* unpacked, const Tokens<int8_t>& x,
-                         int group, const int* rows, float* y) {
-  const int8_t* codes[tokens];
-  for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
-  Ints sums[tokens][kBlocks];
-  repeat<tokens * kBlocks>(MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
-  if constexpr (direct)
-    dot_direct<bits, tokens>(header + kHeaderBytes, codes, x.group_size, sums);
-  else
-    dot_unpacked<tokens>(unpacked, codes, x.group_size, sums);
-  // y += scale * (token scale * sums - zero * token sum)
-  repeat<kBlocks>([&](auto block) __attribute__((always_inline)) {
-    const int row = block * kBlockRows;
-    const Floats scale = half_to_float(header + 2 * row);
-    const Floats zeros =
-        multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>));
-    repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-      const size_t place = x.place(group, rows[t]);
-      float* out = y + t * kTileRows + row;
-      const Floats scaled = multiply(to_float(sums[t][block]), all(x.scale[place]));
-      const Floats centred = multiply_add(zeros, all(x.sum[place]), scaled);
-      store_floats(out, multiply_add(scale, centred, load_floats(out)));
-    });
-  });
-}
-
 }  // namespace avx512
 
-template <int bits>
-void Avx512Tile::tile(const uint8_t* tile, int groups, const Tokens<Code>& tokens, const int* rows,
-                  int count, float* y) {
-  using namespace avx512;
-  std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
-  const size_t stride = group_bytes(bits, tokens.group_size);
-  if (count <= kDirectTokens) {
-    with_constant<1, kDirectTokens>(count, MOEQ_LAMBDA {
-      for (int group = 0; group < groups; ++group) {
-        const uint8_t* header = tile + group * stride;
-        for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
-        group_tokens<bits, decltype(index)::value, true>(header, nullptr, tokens, group,
-                                                                     rows, y);
-      }
-    });
-    return;
+struct Avx512Int8 {
+  using Code = int8_t;
+  using Unpacked = uint8_t;
+  static constexpr int kPlanes = 1;
+  template <int bits> static constexpr int kDirectTokens = 6;
+  template <int bits> static constexpr int kUnpacked = 1;
+
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+    quantize_int8(x, tokens, group, row);
   }
-  alignas(64) uint8_t buffer[kTileRows * kMaxGroup];
-  for (int group = 0; group < groups; ++group, tile += stride) {
-    const uint8_t* unpacked = tile + kHeaderBytes;  // at 8 bits the payload is what unpack makes
-    if constexpr (bits != 8) {
-      unpack<bits>(tile + kHeaderBytes, tokens.group_size, buffer);
-      unpacked = buffer;
-    }
-    pieces(count, kMicroTokens, [&](int first, int size) {
-      with_constant<3, kMicroTokens>(size, MOEQ_LAMBDA {
-        group_tokens<bits, decltype(index)::value, false>(
-            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
+
+  template <int bits>
+  static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
+    if constexpr (bits == 8) return payload;  // already what unpack makes
+    avx512::unpack<bits>(payload, group_size, buffer);
+    return buffer;
+  }
+
+  // Sums of 6 token rows times 4 blocks take 24 of 32 registers.
+  template <int bits, int tokens, bool direct>
+  MOEQ_NOINLINE void group(const uint8_t* header, const Unpacked* unpacked, const Tokens<Code>& x,
+                           int group, const int* rows, float* y) {
+    using namespace avx512;
+    const Code* codes[tokens];
+    for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
+    for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
+    Ints sums[tokens][kBlocks];
+    repeat<tokens * kBlocks>(MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
+    if constexpr (direct)
+      dot_direct<bits, tokens>(header + kHeaderBytes, codes, x.group_size, sums);
+    else
+      dot_unpacked<tokens>(unpacked, codes, x.group_size, sums);
+    // y += scale * (token scale * sums - zero * token sum)
+    repeat<kBlocks>([&](auto block) __attribute__((always_inline)) {
+      const int row = block * kBlockRows;
+      const Floats scale = half_to_float(header + 2 * row);
+      const Floats zeros =
+          multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>));
+      repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+        const size_t place = x.place(group, rows[t]);
+        float* out = y + t * kTileRows + row;
+        const Floats scaled = multiply(to_float(sums[t][block]), all(x.scale[place]));
+        const Floats centred = multiply_add(zeros, all(x.sum[place]), scaled);
+        store_floats(out, multiply_add(scale, centred, load_floats(out)));
       });
     });
   }
-}
+};
+
+struct Avx512 : Avx512Int8 {
+  static constexpr int kPlanes = 2;
+
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+    int32_t codes[kMaxGroup];
+    // The largest 16-bit code whose high byte, after rounding, is at most 127.
+    const float scale = quantize_group(x, tokens.group_size, 32512.0f, codes);
+    Code *high = tokens.row(group, row), *low = tokens.row(group, row + 1);
+    int32_t high_sum = 0, low_sum = 0;
+    for (int i = 0; i < tokens.group_size; ++i) {
+      const int32_t upper = (codes[i] + 128) >> 8, lower = codes[i] - 256 * upper;
+      high_sum += upper;
+      low_sum += lower;
+      high[i] = static_cast<Code>(upper);
+      low[i] = static_cast<Code>(lower);
+    }
+    const size_t place = tokens.place(group, row);
+    tokens.scale[place] = 256 * scale;
+    tokens.sum[place] = 256 * scale * static_cast<float>(high_sum);
+    tokens.scale[place + 1] = scale;
+    tokens.sum[place + 1] = scale * static_cast<float>(low_sum);
+  }
+};
 
 }  // namespace moeq

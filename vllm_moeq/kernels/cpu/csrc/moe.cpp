@@ -201,11 +201,11 @@ template <class Kernel> class Pass {
     const int groups = columns / layer_.group_size, count = (last - first) * planes_;
     const int* chosen = rows.data() + static_cast<size_t>(first) * planes_;
     switch (matrix.bits) {
-      case 1: return Kernel::template tile<1>(weights, groups, acts, chosen, count, sums);
-      case 2: return Kernel::template tile<2>(weights, groups, acts, chosen, count, sums);
-      case 3: return Kernel::template tile<3>(weights, groups, acts, chosen, count, sums);
-      case 4: return Kernel::template tile<4>(weights, groups, acts, chosen, count, sums);
-      default: return Kernel::template tile<8>(weights, groups, acts, chosen, count, sums);
+      case 1: return multiply_tile<Kernel, 1>(weights, groups, acts, chosen, count, sums);
+      case 2: return multiply_tile<Kernel, 2>(weights, groups, acts, chosen, count, sums);
+      case 3: return multiply_tile<Kernel, 3>(weights, groups, acts, chosen, count, sums);
+      case 4: return multiply_tile<Kernel, 4>(weights, groups, acts, chosen, count, sums);
+      default: return multiply_tile<Kernel, 8>(weights, groups, acts, chosen, count, sums);
     }
   }
 
