@@ -6,12 +6,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)
-trap 'rm -rf "$build"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$build"' EXIT
 
 check() {  # name, compiler flags...
   local name=$1
   shift
-  "${CXX:-g++}" -std=c++20 -O1 -g -fopenmp -Wall -Wextra -Werror -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized \
+  "${CXX:-g++}" -std=c++20 -O0 -g -fopenmp -Wall -Wextra -Werror -Wno-psabi \
     -fsanitize=address,undefined -fno-sanitize-recover=all \
     "$@" tests/vllm_moeq/kernels/cpu/check.cpp -o "$build/$name"
   OMP_NUM_THREADS=2 "$build/$name" "$cases"
@@ -20,10 +20,12 @@ check() {  # name, compiler flags...
 cases=${1:-60}
 avx2=(-mavx2 -mfma -mf16c)
 check avx2 "${avx2[@]}" -DMOEQ_ISA_AVX2 &
+first=$!
 if grep -qw avx512_vnni /proc/cpuinfo; then
   check avx512_vnni "${avx2[@]}" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni &
 else
   check portable "${avx2[@]}" &
 fi
-wait -n
-wait -n
+second=$!
+wait "$first"
+wait "$second"

@@ -49,21 +49,19 @@ Figures = dict[str, list[float]]  # by name
 Report = dict[str, dict[str, Figures]]  # by way to run vLLM, then by variant
 
 MODEL = "OLMoE-1B-7B"
-INNER = 1024
-"""Its intermediate size; all else of its shape is the default of OlmoeConfig."""
+INNER = 1024  # its intermediate size; all else of its shape is the default of OlmoeConfig
 BITS = "2.5"
 VARIANTS = ("bf16", "packed")
 LLM_OPTIONS = {
     "dtype": "bfloat16",
     "max_model_len": 1024,
     "max_num_seqs": 8,
-    # vLLM warms up with as many tokens at every start; the default is 4096 or 2048, which take
-    # minutes on a CPU without AVX-512.
+    # vLLM warms up with as many at every start; its thousands take minutes without AVX-512.
     "max_num_batched_tokens": 512,
 }
 KV_CACHE_GIB = 1
 RUNTIME_BYTES = 3 << 30
-"""What vLLM takes beyond weights and KV cache: its processes, and a layer twice while it loads."""
+"""More than vLLM takes beyond weights and KV cache: about 1.6 GB, and a layer while it loads."""
 DISK_FACTOR = 1.25
 """Bytes on disk of both variants, relative to bf16."""
 CONCURRENT = (1, 8)
@@ -175,7 +173,7 @@ def _offline_main(connection: Connection, model: Path, log: Path) -> None:
         os.dup2(output.fileno(), sys.stderr.fileno())
     from vllm import LLM, SamplingParams
 
-    with connection, suppress(EOFError):
+    with connection, suppress(EOFError, BrokenPipeError):
         llm = LLM(str(model), **LLM_OPTIONS, enable_prefix_caching=False, skip_tokenizer_init=True)
         connection.send("ready")
         while True:
@@ -338,7 +336,7 @@ def write_report(report: Report, name: str, facts: list[str], options: argparse.
         f"{options.repeats} repetitions in each. Prefill: {options.prompt_tokens} tokens. Decode: "
         f"{options.new_tokens} tokens after a prompt of {SHORT_PROMPT}, less the time of an answer "
         "of one token. Memory: all processes of vLLM (Pss), mapped files included. Start-up: until "
-        "the first request can be sent, the checkpoint not in the page cache."
+        "the first request can be sent, the checkpoint not in the page cache; the first compiles."
     )
     write_section(
         options.results,

@@ -20,6 +20,8 @@ _GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": lambda gate, up: F.silu(gate) * up,
     "gelu": lambda gate, up: F.gelu(gate) * up,
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "relu": lambda gate, up: F.relu(gate) * up,
+    "relu2": lambda gate, up: F.relu(gate).square() * up,
     "swigluoai": _swigluoai,
 }
 _UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -30,7 +32,7 @@ _UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu2_no_mul": lambda hidden: F.relu(hidden).square(),
 }
 ACTIVATIONS = (*_GATED, *_UNGATED)
-"""Activations by vLLM's names; ``_no_mul`` means that there is no gate."""
+"""Activations by vLLM's names, or in their manner; ``_no_mul`` means that there is no gate."""
 
 
 def activate(hidden: torch.Tensor, activation: str) -> torch.Tensor:

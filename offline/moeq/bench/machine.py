@@ -32,7 +32,7 @@ class Machine:
 
     Attributes:
         processor: Name of the CPU.
-        cores: CPUs that the operating system sees.
+        cores: CPUs that this process may use.
         kernel: Index in the dispatch table of our fastest kernel, or of the one that
             ``MOEQ_KERNEL`` names.
         functions: The compiled CPU kernel, or None where it does not run.
@@ -62,7 +62,7 @@ class Machine:
             isa = functions.moeq_isa().decode()
         else:  # a compiler's messages take many lines, which the kernel has logged
             isa = f"none: {str(problem).splitlines()[0]}"
-        return cls(_processor(), os.cpu_count() or 1, kernel, functions, isa)
+        return cls(_processor(), len(os.sched_getaffinity(0)), kernel, functions, isa)
 
     @property
     def activations(self) -> str:

@@ -128,7 +128,7 @@ class Settings:
     runs: int
 
     def __post_init__(self) -> None:
-        shape, cores = self.shape, os.cpu_count() or 1
+        shape, cores = self.shape, len(os.sched_getaffinity(0))
         if self.group_size not in GROUP_SIZES:
             choices = ", ".join(map(str, GROUP_SIZES))
             raise UsageError(f"argument --group-size: {self.group_size} is not one of {choices}")

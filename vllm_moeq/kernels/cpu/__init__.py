@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from vllm_moeq.format import Projection
+from vllm_moeq.format import PROJECTIONS, Projection
 from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.layout import LAYOUT_HEADER_ROWS, ExpertLayout, ExpertWeights
@@ -33,13 +33,13 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it computes on the CPU and the weights are on {device}"
     activation_precision()
-    return _why_not_loaded(os.environ.get(library.ISA_VARIABLE))
+    return _why_not_loaded()
 
 
 @cache
-def _why_not_loaded(isa_name: str | None) -> str | None:
+def _why_not_loaded() -> str | None:
     try:
-        library.load(isa_name)
+        library.load()
     except (BuildError, OSError) as error:  # OSError: the loader of the operating system
         logger.warning("no moeq CPU kernel, only slow torch code: %s", error)
         return str(error)
@@ -57,7 +57,8 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Ex
         activation: Says whether gate and up alternate in the rows of w13.
     """
     alternating = activation == "swigluoai"
-    half, byte = torch.empty(0, dtype=torch.float16), torch.empty(0, dtype=torch.uint8)
+    half = torch.empty(0, dtype=torch.float16, device="cpu")
+    byte = torch.empty(0, dtype=torch.uint8, device="cpu")
     return ExpertWeights(
         _repack(*weights[:3], layout, "w13", alternating),
         half,
@@ -82,16 +83,19 @@ def _repack(
     gated = projection == "w13" and rows == 2 * layout.intermediate_size
     streams = 2 if gated else 1
     stream_rows = rows // streams
+    packed, scale, zero_point = packed.contiguous(), scale.contiguous(), zero_point.contiguous()
     group_size, slots = layout.group_size, range(len(layout.slots))
     widths = [layout.bits_and_offset(projection, slot)[0] for slot in slots]
     sizes = [
         streams * functions.moeq_tiles_bytes(bits, group_size, stream_rows, columns)
         for bits in widths
     ]
-    tiles = torch.empty(sum(sizes), dtype=torch.uint8)
+    # Explicitly on the CPU: vLLM builds models under a default device.
+    tiles = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     functions.moeq_use_huge_pages(tiles.data_ptr(), tiles.numel())
-    target = tiles.data_ptr()
+    target = tiles.data_ptr()  # of an expert
     for slot, bits, size in zip(slots, widths, sizes, strict=True):
+        tile_bytes = functions.moeq_tiles_bytes(bits, group_size, 1, columns)
         for stream in range(streams):
             first, stride = (stream, streams) if alternating else (stream * stream_rows, 1)
             functions.moeq_repack(
@@ -104,7 +108,7 @@ def _repack(
                 first,
                 stride,
                 stream_rows,
-                target + stream * functions.moeq_tiles_bytes(bits, group_size, 1, columns),
+                target + stream * tile_bytes,
                 streams,
             )
         target += size
@@ -131,10 +135,17 @@ def run(
     the channels 20 times as large. A token with a NaN or an infinity gives NaN.
 
     Raises:
-        ValueError: Unknown activation, or an expert id that is no expert.
+        ValueError: Unknown activation, an expert id that is no expert, or tensors whose sizes do
+            not belong together, such as weights that were prepared for another kernel.
     """
     if activation not in library.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(library.ACTIVATIONS)}")
+    if not len(x) == len(topk_ids) == len(topk_weights) or topk_ids.shape != topk_weights.shape:
+        raise ValueError(
+            f"{len(x)} tokens with router weights {list(topk_weights.shape)} and expert ids "
+            f"{list(topk_ids.shape)}"
+        )
+    _check_biases(w13_bias, w2_bias, layout)
     dtype = x.dtype
     tokens = x.contiguous() if dtype in library.DTYPES else x.float().contiguous()
     output = torch.empty_like(tokens)
@@ -154,6 +165,9 @@ def run(
         w13_bias=None if first_bias is None else first_bias.data_ptr(),
         w2_bias=None if second_bias is None else second_bias.data_ptr(),
         layout=layout.data_ptr(),
+        hidden_size=x.shape[-1],
+        w13_bytes=weights.w13_packed.nbytes,
+        w2_bytes=weights.w2_packed.nbytes,
         map_size=0 if local is None else local.numel(),
         experts=layout.shape[0] - LAYOUT_HEADER_ROWS,
         tokens=ids.shape[0],
@@ -169,9 +183,28 @@ def run(
             f"expert ids reach {int(topk_ids.max())}, but there are only {call.experts} local "
             f"experts{'' if local is None else f' and a map of {local.numel()}'}"
         )
+    if status == library.BAD_SIZES:
+        raise ValueError(
+            f"tokens {list(x.shape)} and {call.w13_bytes} + {call.w2_bytes} bytes of weights do "
+            "not fit the layout; are the weights prepared for this kernel?"
+        )
     if status == library.OUT_OF_MEMORY:
         raise MemoryError(f"not enough memory for the activations of {call.tokens} tokens")
     return output.to(dtype)
+
+
+def _check_biases(
+    w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None, layout: torch.Tensor
+) -> None:
+    if w13_bias is None and w2_bias is None:
+        return
+    sizes = ExpertLayout.from_tensor(layout)
+    for projection, bias in zip(PROJECTIONS, (w13_bias, w2_bias), strict=True):
+        rows, _ = sizes.shape(projection)
+        if bias is not None and bias.shape != (len(sizes.slots), rows):
+            raise ValueError(
+                f"{projection}_bias is {list(bias.shape)}, expected {[len(sizes.slots), rows]}"
+            )
 
 
 def activation_precision() -> str:

@@ -58,7 +58,7 @@ INSTRUCTION_SETS = (
     InstructionSet("avx2", _AVX2, (*_AVX2_FLAGS, "-DMOEQ_ISA_AVX2")),
 )
 """What the kernel is made for, the fastest first."""
-PORTABLE = InstructionSet("portable", _AVX2, _AVX2_FLAGS)
+PORTABLE = InstructionSet("portable", _AVX2, (*_AVX2_FLAGS, "-O1"))
 """The AVX-512 kernel made of smaller vectors: slow, to test it on CPUs without AVX-512."""
 
 _COMPILE_FLAGS = (
@@ -77,7 +77,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def library_path(isa: InstructionSet) -> Path:
+def library_path(isa: InstructionSet, *, packaged: bool = True) -> Path:
     """Return the compiled kernel for ``isa``; compile it if it is neither packaged nor cached.
 
     Several processes may ask at once: one compiles, the others wait for it. A process killed while
@@ -86,13 +86,21 @@ def library_path(isa: InstructionSet) -> Path:
     Raises:
         BuildError: No compiler, the compiler failed, or the cache cannot be written.
     """
-    packaged = PREBUILT / _file_name(isa, source_hash())
-    if packaged.exists():
-        return packaged
-    compiler = find_compiler()
-    key = hashlib.sha256("\n".join([source_hash(), *_version(compiler)]).encode()).hexdigest()
+    prebuilt = PREBUILT / _file_name(isa, source_hash())
+    if packaged and prebuilt.exists():
+        return prebuilt
     folder = _cache_folder()
-    library = folder / _file_name(isa, key)
+    try:
+        compiler = find_compiler()
+    except BuildError:
+        # One compiled while there was a compiler will do.
+        names = folder.glob(_file_name(isa, source_hash(), "*"))
+        found = next(filter(_is_whole, sorted(names)), None)
+        if found is None:
+            raise
+        return found
+    version = hashlib.sha256("\n".join(_version(compiler)).encode()).hexdigest()
+    library = folder / _file_name(isa, source_hash(), version)
     if _is_whole(library):
         return library
     try:
@@ -164,7 +172,10 @@ def find_compiler() -> tuple[str, ...]:
     """
     chosen = os.environ.get("CXX")
     for name in [chosen] if chosen else ["g++", "c++"]:
-        command = shlex.split(name)
+        try:
+            command = shlex.split(name)
+        except ValueError as error:
+            raise BuildError(f"CXX={name!r} is no command: {error}") from error
         path = shutil.which(command[0]) if command else None
         if path:
             return (path, *command[1:])
@@ -183,8 +194,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def _file_name(isa: InstructionSet, key: str) -> str:
-    return f"moeq-{isa.name}-{key[:16]}.so"
+def _file_name(isa: InstructionSet, *keys: str) -> str:
+    return "-".join(["moeq", isa.name, *(key[:16] for key in keys)]) + ".so"
 
 
 def _build_prefix(library: Path) -> str:

@@ -1,12 +1,15 @@
 """The compiled kernel as Python functions."""
 
 import ctypes
+import logging
 import os
 from functools import cache
 
 import torch
 
 from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE, BuildError, library_path
+
+logger = logging.getLogger(__name__)
 
 ISA_VARIABLE = "MOEQ_CPU_ISA"
 """Environment variable that chooses an instruction set by name; unset takes the fastest."""
@@ -17,6 +20,8 @@ ACTIVATIONS = {
     "silu": 0,
     "gelu": 1,
     "gelu_tanh": 2,
+    "relu": 4,
+    "relu2": 5,
     "swigluoai": 3,
     "silu_no_mul": 0,
     "gelu_no_mul": 1,
@@ -24,9 +29,9 @@ ACTIVATIONS = {
     "relu_no_mul": 4,
     "relu2_no_mul": 5,
 }
-"""Activations by vLLM's names, numbered as ``Activation`` in numeric.h."""
+"""Activations, numbered as ``Activation`` in numeric.h."""
 
-BAD_EXPERT_ID, OUT_OF_MEMORY = 1, 2
+BAD_EXPERT_ID, BAD_SIZES, OUT_OF_MEMORY = 1, 2, 3
 """What ``moeq_fused_experts`` returns instead of 0; ``Status`` in moe.h."""
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -40,7 +45,9 @@ class Call(ctypes.Structure):
             "x", "out", "router_weight", "expert_ids", "expert_map", "w13", "w2", "w13_bias",
             "w2_bias", "layout",
         )),
-        *((name, _int64) for name in ("map_size", "experts", "tokens", "top_k")),
+        *((name, _int64) for name in (
+            "hidden_size", "w13_bytes", "w2_bytes", "map_size", "experts", "tokens", "top_k",
+        )),
         *((name, _int32) for name in ("dtype", "activation", "int8", "router_weight_on_input")),
     )  # fmt: skip
 
@@ -55,24 +62,20 @@ _SIGNATURES = {
 }
 
 
-def load(isa_name: str | None = None) -> ctypes.CDLL:
+@cache
+def load() -> ctypes.CDLL:
     """Return the kernel for this CPU, compiling it if need be.
 
-    Args:
-        isa_name: Name of an instruction set; None reads ``MOEQ_CPU_ISA``, else the fastest that
-            the CPU has.
+    The choice holds for the life of the process: weights are laid out for it.
 
     Raises:
         BuildError: No instruction set of ours runs on this CPU, or it cannot be compiled.
-        ValueError: The chosen one is unknown or does not run on this CPU.
+        OSError: It cannot be loaded.
+        ValueError: ``MOEQ_CPU_ISA`` is unknown or does not run on this CPU.
     """
-    return _load(isa_name or os.environ.get(ISA_VARIABLE) or None)
-
-
-@cache
-def _load(isa_name: str | None) -> ctypes.CDLL:
+    isa_name = os.environ.get(ISA_VARIABLE)
     choices = {isa.name: isa for isa in (*INSTRUCTION_SETS, PORTABLE)}
-    if isa_name is None:
+    if not isa_name:
         isa = next((isa for isa in INSTRUCTION_SETS if isa.runs_here()), None)
         if isa is None:
             raise BuildError("this CPU has neither AVX2 nor AVX-512")
@@ -83,7 +86,11 @@ def _load(isa_name: str | None) -> ctypes.CDLL:
         if not isa.runs_here():
             lacking = ", ".join(sorted(isa.cpu_flags))
             raise ValueError(f"{ISA_VARIABLE}={isa_name!r} needs a CPU with {lacking}")
-    library = ctypes.CDLL(str(library_path(isa)))
+    try:
+        library = ctypes.CDLL(str(library_path(isa)))
+    except OSError as error:  # a packaged one, made for a newer system
+        logger.info("%s; compiling the kernel here", error)
+        library = ctypes.CDLL(str(library_path(isa, packaged=False)))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -111,11 +111,27 @@ double run(const Case& c) {
   const auto activation = c.alternating ? moeq::Activation::kSwigluOai
                           : c.gated     ? moeq::Activation::kSilu
                                         : moeq::Activation::kRelu2;
-  const moeq::Call call{x.get(), out.get(), weights.get(), ids.get(), c.remote ? map.get() : nullptr,
-                        tiles13.get(), tiles2.get(), c.bias ? bias13.get() : nullptr,
-                        c.bias ? bias2.get() : nullptr, layout.get(), c.remote ? 2 * c.experts : 0,
-                        c.experts, c.tokens, c.top_k, 0, static_cast<int32_t>(activation), c.int8,
-                        c.on_input};
+  const moeq::Call call{.x = x.get(),
+                        .out = out.get(),
+                        .router_weight = weights.get(),
+                        .expert_ids = ids.get(),
+                        .expert_map = c.remote ? map.get() : nullptr,
+                        .w13 = tiles13.get(),
+                        .w2 = tiles2.get(),
+                        .w13_bias = c.bias ? bias13.get() : nullptr,
+                        .w2_bias = c.bias ? bias2.get() : nullptr,
+                        .layout = layout.get(),
+                        .hidden_size = c.hidden,
+                        .w13_bytes = static_cast<int64_t>(bytes[0]),
+                        .w2_bytes = static_cast<int64_t>(bytes[1]),
+                        .map_size = c.remote ? 2 * c.experts : 0,
+                        .experts = c.experts,
+                        .tokens = c.tokens,
+                        .top_k = c.top_k,
+                        .dtype = static_cast<int32_t>(moeq::DType::kFloat32),
+                        .activation = static_cast<int32_t>(activation),
+                        .int8 = c.int8,
+                        .router_weight_on_input = c.on_input};
   if (moeq_fused_experts(&call) != moeq::kOk) return INFINITY;
 
   double largest = 0, square = 0;

@@ -3,13 +3,16 @@
 ``portable`` is the AVX-512 kernel made of smaller vectors, so its code is tested on any x86-64.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from support.experts import Experts, expected_output, random_experts
-from vllm_moeq.kernels import cpu
+from vllm_moeq.kernels import cpu, reference
+from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE
 from vllm_moeq.kernels.reference import ACTIVATIONS
 
@@ -18,15 +21,24 @@ MIXED = ([1, 2, 3, 4, 8], [8, 4, 1, 2, 3])
 ISAS = [isa.name for isa in (*INSTRUCTION_SETS, PORTABLE) if isa.runs_here()]
 # Relative to the norm of the output: 16-bit activations twice, and the rounding of the output.
 TOLERANCE = {torch.float32: 4e-4, torch.bfloat16: 3e-3, torch.float16: 6e-4, torch.float64: 4e-4}
+INT8_TOLERANCE = 2.5e-2
+both_precisions = pytest.mark.parametrize("precision", ["int16", "int8"])
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="needs x86-64 with AVX2")
 
 
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MOEQ_CPU_ISA", request.param)
+@pytest.fixture(params=ISAS, autouse=True, scope="module")
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEQ_CPU_ISA", request.param)
+        library.load.cache_clear()
+        yield request.param
+    library.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def default_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOEQ_CPU_ACTIVATION", raising=False)
-    return request.param
 
 
 def _routing(tokens: int, top_k: int = 2, experts: int = E) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,26 +81,41 @@ def _check(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str = "silu",
+    tolerance: float | None = None,
     **case: Any,
 ) -> None:
     result = _run(experts, x, topk_weights, topk_ids, activation, **case)
     expected = expected_output(experts, x, topk_weights, topk_ids, activation, **case)
     assert (result.dtype, result.shape) == (x.dtype, x.shape)
-    assert _error(result, expected) < TOLERANCE[x.dtype]
+    assert _error(result, expected) < (tolerance or TOLERANCE[x.dtype])
 
 
+def test_this_is_the_instruction_set_under_test(isa: str) -> None:
+    assert library.load().moeq_isa().decode() == isa
+
+
+@both_precisions
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_every_width_and_group_size(bits: int, group_size: int) -> None:
+def test_every_width_and_group_size(
+    bits: int, group_size: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEQ_CPU_ACTIVATION", precision)
+    tolerance = INT8_TOLERANCE if precision == "int8" else None
     experts = random_experts([bits] * 2, [bits] * 2, group_size, HIDDEN, INTERMEDIATE)
     # All numbers of tokens that a micro-kernel handles at once, and their remainders.
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 13):
-        _check(experts, _tokens(count), *_routing(count, experts=2))
+        _check(experts, _tokens(count), *_routing(count, experts=2), tolerance=tolerance)
 
 
+@both_precisions
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_all_codes_at_their_largest(bits: int) -> None:
+def test_all_codes_at_their_largest(
+    bits: int, sign: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums of products at the ends of their range do not overflow."""
+    monkeypatch.setenv("MOEQ_CPU_ACTIVATION", precision)
     experts = random_experts([bits], [bits], 128, HIDDEN, 128)
     for packed in (experts.weights.w13_packed, experts.weights.w2_packed):
         packed.fill_(255)
@@ -102,7 +129,7 @@ def test_all_codes_at_their_largest(bits: int) -> None:
     zero = experts.weights.w2_zero_point.double().repeat_interleave(128, -1)
     experts.w2.copy_(half * (2**bits - 1 - zero * 2**bits / 256))
     for count in (1, 3, 9):
-        x = torch.ones(count, HIDDEN)
+        x = torch.full((count, HIDDEN), float(sign))
         _check(experts, x, torch.ones(count, 1), torch.zeros(count, 1, dtype=torch.int32))
 
 
@@ -201,14 +228,12 @@ def test_tokens_of_any_strides() -> None:
 def test_more_tokens_than_one_pass_takes() -> None:
     experts = random_experts([3, 2], [2, 3], 32, 64, 64)
     count = 1100
-    x, (weights, ids) = _tokens(count, 64), _routing(count, 1, 2)
+    x, (weights, ids) = _tokens(count, 64), _routing(count, 2, 2)
     result = _run(experts, x, weights, ids)
-    expected = torch.zeros(count, 64, dtype=torch.float64)
-    for expert in range(2):
-        mine = ids[:, 0] == expert
-        gate, up = (x[mine].double() @ experts.w13[expert].T).chunk(2, -1)
-        hidden = torch.nn.functional.silu(gate) * up
-        expected[mine] = hidden @ experts.w2[expert].T * weights[mine].double()
+    expected = reference.fused_experts(
+        x.double(), weights.double(), ids, experts.weights, None, None, experts.layout, None,
+        "silu", False, compute_dtype=torch.float64,
+    )  # fmt: skip
     assert _error(result, expected) < TOLERANCE[torch.float32]
 
 
@@ -223,7 +248,7 @@ def _outlier_tokens(count: int, hidden: int) -> torch.Tensor:
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize(
     ("precision", "gaussian_limit", "outlier_limit"),
-    [("int16", 3e-4, 3e-4), ("int8", 2.5e-2, 6e-2)],
+    [("int16", 3e-4, 3e-4), ("int8", INT8_TOLERANCE, 6e-2)],
 )
 def test_error_of_the_activation_precision(
     monkeypatch: pytest.MonkeyPatch,
@@ -250,7 +275,7 @@ def test_bfloat16_error_is_below_the_documented_limit() -> None:
         assert error < 3e-3
 
 
-@pytest.mark.parametrize("precision", ["int16", "int8"])
+@both_precisions
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_equal_bits_at_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, precision: str, count: int
@@ -267,6 +292,22 @@ def test_equal_bits_at_any_number_of_threads(
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
+    experts = random_experts(*MIXED, 64, HIDDEN, INTERMEDIATE)
+    weights = cpu.prepare(experts.weights, experts.layout, "silu")
+    layout = experts.layout.to_tensor()
+    topk_weights, ids = _routing(20)
+    inputs = [_tokens(20, seed=seed) for seed in range(16)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return cpu.run(x, topk_weights, ids, weights, None, None, layout, None, "silu", False)
+
+    alone = [run(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, inputs))
+    assert all(map(torch.equal, alone, together))
 
 
 def test_a_token_gets_the_same_bits_alone_and_in_a_batch() -> None:
@@ -312,6 +353,27 @@ def test_a_map_to_more_experts_than_there_are_is_refused() -> None:
     case = {"expert_map": torch.arange(1, E + 1)}
     with pytest.raises(ValueError, match="5 local experts"):
         _run(random_experts(*MIXED, 32, HIDDEN), _tokens(6), *_routing(6), **case)
+
+
+def test_tensors_that_do_not_fit_the_layer_are_refused() -> None:
+    experts = random_experts(*MIXED, 32, HIDDEN)
+    weights, ids = _routing(6)
+    with pytest.raises(ValueError, match=r"tokens \[6, 128\] .* do not fit the layout"):
+        _run(experts, _tokens(6, 128), weights, ids)
+    with pytest.raises(ValueError, match=r"5 tokens with router weights \[6, 2\]"):
+        _run(experts, _tokens(5), weights, ids)
+    with pytest.raises(ValueError, match=r"router weights \[6, 1\] and expert ids \[6, 2\]"):
+        _run(experts, _tokens(6), weights[:, :1], ids)
+    with pytest.raises(ValueError, match=r"w2_bias is \[5, 255\], expected \[5, 256\]"):
+        _run(experts, _tokens(6), weights, ids, w2_bias=torch.zeros(E, HIDDEN - 1))
+
+
+def test_weights_that_were_not_prepared_are_refused() -> None:
+    experts = random_experts(*MIXED, 32, HIDDEN)
+    weights, ids = _routing(6)
+    layout = experts.layout.to_tensor()
+    with pytest.raises(ValueError, match="are the weights prepared for this kernel"):
+        cpu.run(_tokens(6), weights, ids, experts.weights, None, None, layout, None, "silu", False)
 
 
 def test_repacking_keeps_every_byte_once() -> None:

@@ -93,6 +93,7 @@ struct Avx512Int8 {
 
   template <int bits>
   static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
+    for (int i = -kHeaderBytes; i < 0; i += 64) avx512::prefetch<bits>(payload + i);
     if constexpr (bits == 8) return payload;  // already what unpack makes
     avx512::unpack<bits>(payload, group_size, buffer);
     return buffer;
@@ -105,7 +106,8 @@ struct Avx512Int8 {
     using namespace avx512;
     const Code* codes[tokens];
     for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
-    for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
+    if constexpr (direct)
+      for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
     Ints sums[tokens][kBlocks];
     repeat<tokens * kBlocks>(MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
     if constexpr (direct)
@@ -134,8 +136,8 @@ struct Avx512 : Avx512Int8 {
 
   static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     int32_t codes[kMaxGroup];
-    // The largest 16-bit code whose high byte, after rounding, is at most 127.
-    const float scale = quantize_group(x, tokens.group_size, 32512.0f, codes);
+    // 127 * 256 + 127: the largest code whose high byte, rounded, is still 127.
+    const float scale = quantize_group(x, tokens.group_size, 32639.0f, codes);
     Code *high = tokens.row(group, row), *low = tokens.row(group, row + 1);
     int32_t high_sum = 0, low_sum = 0;
     for (int i = 0; i < tokens.group_size; ++i) {

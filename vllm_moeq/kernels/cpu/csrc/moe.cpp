@@ -12,7 +12,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "numeric.h"
@@ -56,6 +58,7 @@ struct Matrix {
 struct Layer {
   int group_size, hidden, intermediate;
   bool gated;
+  bool sizes_fit;  // of the caller's tensors
   std::vector<Matrix> w13, w2;
 
   explicit Layer(const Call& call)
@@ -64,6 +67,8 @@ struct Layer {
         intermediate(static_cast<int>(call.layout[3])),
         gated(call.layout[4] != call.layout[3]) {
     const uint8_t *first = call.w13, *second = call.w2;
+    w13.reserve(call.experts);
+    w2.reserve(call.experts);
     for (int64_t slot = 0; slot < call.experts; ++slot) {
       const int64_t* row = call.layout + 4 * (2 + slot);
       w13.push_back(matrix(static_cast<int>(row[0]), hidden, first));
@@ -71,6 +76,8 @@ struct Layer {
       w2.push_back(matrix(static_cast<int>(row[2]), intermediate, second));
       second += w2.back().tile_bytes * tiles(hidden);
     }
+    sizes_fit = hidden == call.hidden_size && first == call.w13 + call.w13_bytes &&
+                second == call.w2 + call.w2_bytes;
   }
 
   Matrix matrix(int bits, int columns, const uint8_t* where) const {
@@ -84,7 +91,6 @@ struct Routing {
   std::vector<int> active;     // experts with tokens
   std::vector<int> choice;     // position to index into expert_ids
   std::vector<int> token_row;  // (position, plane) to row of the input
-  std::vector<int> hidden_row;
 
   bool build(const Call& call, int64_t first_token, int tokens, int planes) {
     const int top_k = static_cast<int>(call.top_k);
@@ -112,12 +118,9 @@ struct Routing {
     for (size_t i = 0; i < slots.size(); ++i)
       if (slots[i] >= 0) choice[next[slots[i]]++] = static_cast<int>(i);
     token_row.resize(static_cast<size_t>(used) * planes);
-    hidden_row.resize(token_row.size());
     for (int position = 0; position < used; ++position)
-      for (int plane = 0; plane < planes; ++plane) {
+      for (int plane = 0; plane < planes; ++plane)
         token_row[position * planes + plane] = choice[position] / top_k * planes + plane;
-        hidden_row[position * planes + plane] = position * planes + plane;
-      }
     return true;
   }
 };
@@ -131,15 +134,15 @@ class Scratch {
             take<float>(groups), rows, group_size};
   }
   template <class T> T* take(size_t count) {
-    std::vector<char>& buffer = buffers_[next_++];
+    std::vector<char>& buffer = buffers_.at(next_++);
     if (buffer.size() < count * sizeof(T) + 64) buffer.resize(count * sizeof(T) + 64);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
   }
   void reset() { next_ = 0; }
 
  private:
-  std::vector<char> buffers_[8];
-  int next_ = 0;
+  std::array<std::vector<char>, 8> buffers_;
+  size_t next_ = 0;
 };
 
 // Some tokens through all experts.
@@ -158,11 +161,14 @@ template <class Kernel> class Pass {
         unit_tiles_(std::max(1, layer.group_size / kTileRows)),
         sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
         x_(scratch.tokens<typename Kernel::Code>(tokens * planes_, layer.hidden, layer.group_size)),
-        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.hidden_row.size()), layer.intermediate,
+        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()), layer.intermediate,
                                layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
         outputs_(scratch.take<float>(static_cast<size_t>(tokens) * kTileRows *
-                                     omp_get_max_threads())) {}
+                                     omp_get_max_threads())),
+        hidden_rows_(routing.token_row.size()) {
+    std::iota(hidden_rows_.begin(), hidden_rows_.end(), 0);
+  }
 
   void run() {
     const int groups = layer_.hidden / layer_.group_size;
@@ -196,10 +202,10 @@ template <class Kernel> class Pass {
 
   // Run one tile on positions [first, last) of an expert.
   void run_tile(const Matrix& matrix, int tile, int columns, const Acts& acts,
-                const std::vector<int>& rows, int first, int last, float* sums) const {
+                const int* rows, int first, int last, float* sums) const {
     const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
     const int groups = columns / layer_.group_size, count = (last - first) * planes_;
-    const int* chosen = rows.data() + static_cast<size_t>(first) * planes_;
+    const int* chosen = rows + static_cast<size_t>(first) * planes_;
     switch (matrix.bits) {
       case 1: return multiply_tile<Kernel, 1>(weights, groups, acts, chosen, count, sums);
       case 2: return multiply_tile<Kernel, 2>(weights, groups, acts, chosen, count, sums);
@@ -232,7 +238,7 @@ template <class Kernel> class Pass {
     for (int first = routing_.begin[expert]; first < routing_.begin[expert + 1]; first += step) {
       const int last = std::min(first + step, routing_.begin[expert + 1]);
       for (int tile = first_tile * streams; tile < last_tile * streams; ++tile)
-        run_tile(w13, tile, layer_.hidden, x_, routing_.token_row, first, last,
+        run_tile(w13, tile, layer_.hidden, x_, routing_.token_row.data(), first, last,
                  sums + (tile - first_tile * streams) * tile_sums);
       for (int position = first; position < last; ++position) {
         alignas(64) float gate[kMaxGroup], up[kMaxGroup];
@@ -284,7 +290,7 @@ template <class Kernel> class Pass {
       const int end = routing_.begin[expert + 1];
       for (int first = routing_.begin[expert]; first < end; first += step) {
         const int last = std::min(first + step, end);
-        run_tile(layer_.w2[expert], tile, layer_.intermediate, hidden_, routing_.hidden_row, first,
+        run_tile(layer_.w2[expert], tile, layer_.intermediate, hidden_, hidden_rows_.data(), first,
                  last, sums);
         for (int position = first; position < last; ++position) {
           alignas(64) float values[kTileRows];
@@ -319,12 +325,14 @@ template <class Kernel> class Pass {
   Acts x_, hidden_;
   float* const sums_;
   float* const outputs_;
+  std::vector<int> hidden_rows_;  // all rows of hidden_, which are in the order of positions
 };
 
 template <class Kernel> Status run(const Call& call) {
   thread_local Scratch scratch;
   thread_local Routing routing;
   const Layer layer(call);
+  if (!layer.sizes_fit) return kBadSizes;
   for (int64_t first = 0; first < call.tokens; first += kTokensPerPass) {
     const int tokens = static_cast<int>(std::min(kTokensPerPass, call.tokens - first));
     if (!routing.build(call, first, tokens, Kernel::kPlanes)) return kBadExpertId;

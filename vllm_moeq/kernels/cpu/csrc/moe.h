@@ -18,6 +18,9 @@ struct Call {
   const float* w13_bias;  // [experts][w13_rows] or null
   const float* w2_bias;   // [experts][hidden_size] or null
   const int64_t* layout;
+  int64_t hidden_size;  // columns of x
+  int64_t w13_bytes;    // sizes of the buffers of tiles
+  int64_t w2_bytes;
   int64_t map_size;
   int64_t experts;
   int64_t tokens;
@@ -28,7 +31,7 @@ struct Call {
   int32_t router_weight_on_input;  // on the input of an expert instead of its output
 };
 
-enum Status : int32_t { kOk, kBadExpertId, kOutOfMemory };
+enum Status : int32_t { kOk, kBadExpertId, kBadSizes, kOutOfMemory };
 
 }  // namespace moeq
 

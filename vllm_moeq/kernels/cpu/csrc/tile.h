@@ -19,13 +19,14 @@
 namespace moeq {
 
 constexpr int kMicroTokens = 6;  // token rows for which the registers can hold sums
-constexpr int kSmallestPiece = 3;  // of more than kMicroTokens, cut into about equal pieces
+constexpr int kSmallestPiece = 3;  // when more than 2 are cut into about equal pieces of at most 6
 
 // y [count][64] = the tile's 64 rows times the token rows given.
 template <class Kernel, int bits>
 void multiply_tile(const uint8_t* tile, int groups, const Tokens<typename Kernel::Code>& tokens,
                    const int* rows, int count, float* y) {
   constexpr int direct_tokens = Kernel::template kDirectTokens<bits>;
+  static_assert(direct_tokens + 1 >= kSmallestPiece);
   std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
   const size_t stride = group_bytes(bits, tokens.group_size);
   if (count <= direct_tokens) {

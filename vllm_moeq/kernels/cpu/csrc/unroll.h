@@ -18,9 +18,9 @@ template <int n, class F> MOEQ_INLINE void repeat(F&& f) {
 
 // Call f(std::integral_constant<int, n>) for n = value, which is one of first .. last.
 template <int first, int last, class F> MOEQ_INLINE void with_constant(int value, F&& f) {
-  if constexpr (first < last)
-    if (value != first) return with_constant<first + 1, last>(value, f);
-  f(std::integral_constant<int, first>{});
+  if (value == first) return f(std::integral_constant<int, first>{});
+  if constexpr (first < last) return with_constant<first + 1, last>(value, f);
+  __builtin_unreachable();
 }
 
 // Call f(first, size) for pieces of about equal size, at most `largest`, that make up `count`.
