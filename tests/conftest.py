@@ -1,7 +1,7 @@
 """Fixtures for all tests."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch starts its threads: the machines that run these tests have few cores, and more
@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from support.models import make_model
+from vllm_moeq.kernels import cpu
+from vllm_moeq.kernels.cpu import library
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def new_cpu_kernel() -> Iterator[None]:
+    """Let a test choose the CPU kernel anew; in a process, the first choice holds."""
+    _forget_cpu_kernel()
+    yield
+    _forget_cpu_kernel()
+
+
+def _forget_cpu_kernel() -> None:
+    library.load.cache_clear()
+    cpu._why_not_loaded.cache_clear()

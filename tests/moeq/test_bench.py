@@ -183,6 +183,7 @@ def test_wrong_usage_exits_with_status_2_and_names_the_option(
     assert f"moeq bench: error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("new_cpu_kernel")
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("MOEQ_KERNEL", "fast"), ("MOEQ_CPU_ISA", "sse"), ("MOEQ_CPU_ACTIVATION", "int4")],

@@ -10,16 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_moeq.kernels import cpu as cpu_kernel
 from vllm_moeq.kernels import select_kernel
-from vllm_moeq.kernels.cpu import build, library
+from vllm_moeq.kernels.cpu import build
 from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS
 
 CPU = torch.device("cpu")
@@ -308,24 +306,14 @@ except ValueError as error:
             assert "there is no C++ compiler; install one" in text
 
 
-@pytest.fixture
-def new_choice() -> Iterator[None]:
-    """The choice of an instruction set holds for a process; these tests make a new one."""
-    library.load.cache_clear()
-    cpu_kernel._why_not_loaded.cache_clear()
-    yield
-    library.load.cache_clear()
-    cpu_kernel._why_not_loaded.cache_clear()
-
-
-@pytest.mark.usefixtures("new_choice")
+@pytest.mark.usefixtures("new_cpu_kernel")
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEQ_CPU_ISA", "sse2")
     with pytest.raises(ValueError, match="MOEQ_CPU_ISA='sse2' is not one of .*'avx2'"):
         select_kernel(CPU)
 
 
-@pytest.mark.usefixtures("new_choice")
+@pytest.mark.usefixtures("new_cpu_kernel")
 def test_an_instruction_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = next((isa for isa in INSTRUCTION_SETS if not isa.runs_here()), None)
     if lacking is None:
