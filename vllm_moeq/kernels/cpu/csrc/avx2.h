@@ -18,7 +18,7 @@ constexpr int kHalfRows = 8;  // of a block: one vector of 32-bit sums
 
 MOEQ_INLINE Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const Vector*>(p)); }
 MOEQ_INLINE Vector zero() { return _mm256_setzero_si256(); }
-MOEQ_INLINE Vector pair(const int16_t* x) {  // two activations for all rows
+MOEQ_INLINE Vector broadcast(const void* x) {  // 2 16-bit or 4 8-bit activations for all rows
   int value;
   __builtin_memcpy(&value, x, 4);
   return _mm256_set1_epi32(value);
@@ -71,7 +71,8 @@ template <int bits> struct Step {
 struct RowScales {
   __m256 scale, zero;
 
-  template <int bits> static __attribute__((always_inline)) RowScales load(const uint8_t* header, int row) {
+  template <int bits>
+  static __attribute__((always_inline)) RowScales load(const uint8_t* header, int row) {
     const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(header + 2 * row));
     const __m128i zeros =
         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + kZeroOffset + row));
@@ -126,7 +127,7 @@ MOEQ_INLINE void dot_single(const uint8_t* payload, const int16_t* x, int group_
       constexpr int f = decltype(index)::value;
       constexpr Field place = field<bits>(f);
       const Vector mask = _mm256_set1_epi16(((1 << bits) - 1) << place.shift);
-      const Vector even = pair(xs + 4 * f), odd = pair(xs + 4 * f + 2);
+      const Vector even = broadcast(xs + 4 * f), odd = broadcast(xs + 4 * f + 2);
       for (int half = 0; half < 2; ++half) {
         Vector& sum = sums[half][position_of(f)];
         add_dot(sum, _mm256_and_si256(low[half].word[place.word], mask), even);
@@ -159,7 +160,7 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x, int
       constexpr int f = decltype(index)::value / 2, odd = decltype(index)::value % 2;
       const Vector first = half[0].template codes<f, odd>(), second = half[1].template codes<f, odd>();
       repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-        const Vector xs = pair(x[t] + step * kStep<bits> + 4 * f + 2 * odd);
+        const Vector xs = broadcast(x[t] + step * kStep<bits> + 4 * f + 2 * odd);
         add_dot(sums[t][0], first, xs);
         add_dot(sums[t][1], second, xs);
       });
@@ -191,7 +192,7 @@ MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x, int
   for (int k = 0; k < group_size; k += 2, codes += 32) {
     const Vector first = load(codes), second = load(codes + 16);
     repeat<tokens>(MOEQ_LAMBDA {
-      const Vector xs = pair(x[index] + k);
+      const Vector xs = broadcast(x[index] + k);
       add_dot(sums[index][0], first, xs);
       add_dot(sums[index][1], second, xs);
     });

@@ -18,11 +18,6 @@ template <int bits> constexpr int kPlanes = bits / kPlaneBits<bits>;
 // Products of 4 k that fit in 16 bits, two of them added by the instruction itself.
 template <int bits> constexpr int kWindow = 32767 / (2 * 127 * ((1 << kPlaneBits<bits>)-1));
 
-MOEQ_INLINE Vector four(const int8_t* x) {  // four activations for all rows
-  int value;
-  __builtin_memcpy(&value, x, 4);
-  return _mm256_set1_epi32(value);
-}
 // Inline assembly for the same reason as in avx2.h.
 MOEQ_INLINE void add_dot(Vector& sum, Vector codes, Vector x) {
   Vector product;
@@ -75,7 +70,7 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x, int 
         repeat<kPlanes<bits>>([&](auto plane) __attribute__((always_inline)) {
           const Vector low = codes<bits, f, plane>(half[0]), high = codes<bits, f, plane>(half[1]);
           repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-            const Vector xs = four(x[t] + step * kStep<bits> + 4 * f);
+            const Vector xs = broadcast(x[t] + step * kStep<bits> + 4 * f);
             add_dot(narrow.value[t][0][plane], low, xs);
             add_dot(narrow.value[t][1][plane], high, xs);
           });
@@ -118,7 +113,7 @@ MOEQ_INLINE void dot_unpacked(const uint8_t* unpacked, const int8_t* const* x, i
         const Vector low = load(plane_codes + k * kBlockRows);
         const Vector high = load(plane_codes + k * kBlockRows + 32);
         repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-          const Vector xs = four(x[t] + k);
+          const Vector xs = broadcast(x[t] + k);
           add_dot(narrow.value[t][0][0], low, xs);
           add_dot(narrow.value[t][1][0], high, xs);
         });

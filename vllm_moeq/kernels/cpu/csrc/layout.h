@@ -13,7 +13,7 @@
 // activations, which are the same for all rows.
 //
 // At 3 bits a byte has room for two fields and 2 spare bits; the spare bits of three words make a
-// fourth, virtual one with the last two fields (`spare` in the tile kernels).
+// fourth, virtual one with the last two fields.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -161,8 +161,8 @@ template <class Kernel> class Pass {
         unit_tiles_(std::max(1, layer.group_size / kTileRows)),
         sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
         x_(scratch.tokens<typename Kernel::Code>(tokens * planes_, layer.hidden, layer.group_size)),
-        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()), layer.intermediate,
-                               layer.group_size)),
+        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()),
+                                                      layer.intermediate, layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
         outputs_(scratch.take<float>(static_cast<size_t>(tokens) * kTileRows *
                                      omp_get_max_threads())),
