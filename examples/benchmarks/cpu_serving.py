@@ -43,8 +43,8 @@ from serving import ServerError, exit_on_sigterm, vllm_server
 Shapes = dict[str, tuple[int, ...]]
 Generate = Callable[[list[list[int]], int], float]
 """Completes prompts, all at once, by a number of tokens; returns the seconds that it took."""
-Start = Callable[[Path, Path], AbstractContextManager[Generate]]
-"""Starts vLLM with a model and a log file; is entered when vLLM is ready."""
+Start = Callable[[Path, str, Path], AbstractContextManager[Generate]]
+"""Starts vLLM with a model, a dtype and a log file; is entered when vLLM is ready."""
 Figures = dict[str, list[float]]  # by name
 Report = dict[str, dict[str, Figures]]  # by way to run vLLM, then by variant
 
@@ -53,7 +53,6 @@ INNER = 1024  # its intermediate size; all else of its shape is the default of O
 BITS = "2.5"
 VARIANTS = ("bf16", "packed")
 LLM_OPTIONS = {
-    "dtype": "bfloat16",
     "max_model_len": 1024,
     "max_num_seqs": 8,
     # vLLM warms up with as many at every start; its thousands take minutes without AVX-512.
@@ -165,7 +164,7 @@ def _kib(pid: int, file: str, field: str) -> int:
     return int(found[1]) if found else 0  # a process that is ending has none
 
 
-def _offline_main(connection: Connection, model: Path, log: Path) -> None:
+def _offline_main(connection: Connection, model: Path, dtype: str, log: Path) -> None:
     """Run prompts with ``vllm.LLM`` until nobody is left to ask."""
     os.setsid()
     with log.open("w") as output:
@@ -174,7 +173,13 @@ def _offline_main(connection: Connection, model: Path, log: Path) -> None:
     from vllm import LLM, SamplingParams
 
     with connection, suppress(EOFError, BrokenPipeError):
-        llm = LLM(str(model), **LLM_OPTIONS, enable_prefix_caching=False, skip_tokenizer_init=True)
+        llm = LLM(
+            str(model),
+            dtype=dtype,
+            **LLM_OPTIONS,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+        )
         connection.send("ready")
         while True:
             prompts, tokens = connection.recv()
@@ -187,11 +192,11 @@ def _offline_main(connection: Connection, model: Path, log: Path) -> None:
 
 
 @contextmanager
-def offline(model: Path, log: Path) -> Iterator[Generate]:
+def offline(model: Path, dtype: str, log: Path) -> Iterator[Generate]:
     """Run a model with ``vllm.LLM`` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_offline_main, args=(there, model, log))
+    process = context.Process(target=_offline_main, args=(there, model, dtype, log))
     process.start()
     there.close()
 
@@ -213,10 +218,10 @@ def offline(model: Path, log: Path) -> Iterator[Generate]:
 
 
 @contextmanager
-def serve(model: Path, log: Path) -> Iterator[Generate]:
+def serve(model: Path, dtype: str, log: Path) -> Iterator[Generate]:
     """Run a model with ``vllm serve``; every prompt is an HTTP request of its own."""
     arguments = [f"--{name}={value}" for name, value in LLM_OPTIONS.items()]
-    arguments += ["--no-enable-prefix-caching", "--skip-tokenizer-init"]
+    arguments += [f"--dtype={dtype}", "--no-enable-prefix-caching", "--skip-tokenizer-init"]
     pool = ThreadPoolExecutor(max(CONCURRENT))
     with pool, vllm_server(model, log, *arguments) as address:
 
@@ -234,7 +239,9 @@ OFFLINE = "LLM.generate"
 MODES: dict[str, Start] = {OFFLINE: offline, "vllm serve": serve}
 
 
-def measure(start: Start, model: Path, log: Path, options: argparse.Namespace) -> Figures:
+def measure(
+    start: Start, model: Path, dtype: str, log: Path, options: argparse.Namespace
+) -> Figures:
     """Start vLLM and measure.
 
     Decoding is the difference between answers of one token and longer ones, so that neither the
@@ -250,7 +257,7 @@ def measure(start: Start, model: Path, log: Path, options: argparse.Namespace) -
     figures: Figures = {PREFILL: [], **{name: [] for name in DECODE.values()}}
     forget_files(model)
     started = time.perf_counter()
-    with start(model, log) as generate:
+    with start(model, dtype, log) as generate:
         figures[START] = [time.perf_counter() - started]
         figures[MEMORY_READY] = [tree_memory()[0]]
         seconds(max(CONCURRENT), SHORT_PROMPT, 2)  # warms up
@@ -275,6 +282,7 @@ def kernel(log: Path) -> str:
 def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> Report:
     """Measure both variants in turns, so that a slower hour of the machine hits both."""
     report: Report = {mode: {variant: {} for variant in VARIANTS} for mode in MODES}
+    dtypes = dict(zip(VARIANTS, ("bfloat16", options.packed_dtype), strict=True))
     shutil.rmtree(work / "caches", ignore_errors=True)
     for number in range(options.rounds):
         for variant, folder in folders.items():
@@ -283,7 +291,7 @@ def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespac
             os.environ["VLLM_CACHE_ROOT"] = os.environ["MOEQ_CACHE_DIR"] = cache
             for mode, start in MODES.items():
                 log = work / f"{variant}-{start.__name__}.log"
-                figures = measure(start, folder, log, options)
+                figures = measure(start, folder, dtypes[variant], log, options)
                 if number == 0 and mode == OFFLINE:
                     figures[FIRST_START] = figures.pop(START)
                 for name, values in figures.items():
@@ -352,6 +360,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu_serving"), help="folder")
     parser.add_argument("--layers", type=int, help="default: all, or as many as fit")
     parser.add_argument("--config", type=json.loads, default={}, help="changes of OlmoeConfig")
+    parser.add_argument(
+        "--packed-dtype", default="bfloat16", help="vLLM's --dtype for packed (default bfloat16)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind (default 2)")
     parser.add_argument("--repeats", type=int, default=2, help="in each process (default 2)")
@@ -375,6 +386,9 @@ def main() -> None:
     choice = f"{layers} of {config.num_hidden_layers} layers ({why})"
     config.num_hidden_layers = layers
     shape = MODEL + (f" with {json.dumps(options.config)}" if options.config else "")
+    title = f"vLLM on a CPU: {shape}"
+    if options.packed_dtype != "bfloat16":
+        title += f", packed in {options.packed_dtype}"
     print(f"== {shape}, {choice}", flush=True)
     folders = make_variants(config, work)
     tensors = [CheckpointReader(folder).tensors.values() for folder in folders.values()]
@@ -387,11 +401,12 @@ def main() -> None:
     set_up = (
         f"The shape of {shape}, random weights, {choice}, on a CPU "
         f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
-        f"thread(s), {KV_CACHE_GIB} GiB of KV cache, "
+        f"thread(s), {KV_CACHE_GIB} GiB of KV cache, packed with "
+        f"`dtype={options.packed_dtype}`, "
         f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
         f"caching. {'; '.join(kernels)}."
     )
-    write_report(report, f"vLLM on a CPU: {shape}", [verdict(report, weights), set_up], options)
+    write_report(report, title, [verdict(report, weights), set_up], options)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def required_bytes(settings: Settings) -> int:
     shape = settings.shape
     up_and_gate = 2 * shape.intermediate_size * shape.hidden_size
     half_precision = 2 * shape.experts * (up_and_gate + up_and_gate // 2)
-    packed = [sum(expert_bytes(layout)) for layout in _layouts(settings)]
+    packed = [sum(expert_bytes(layout)) for layout in layouts(settings)]
     # What is kept, and the most that is there beside it at any time.
     kept, beside = sum(packed), max(packed)
     if "reference" in settings.against:
@@ -139,7 +139,8 @@ def required_bytes(settings: Settings) -> int:
     return kept + beside + activations + buffer_bytes()
 
 
-def _layouts(settings: Settings) -> Iterator[ExpertLayout]:
+def layouts(settings: Settings) -> Iterator[ExpertLayout]:
+    """Yield the layout of the layer at each of the widths."""
     for widths in settings.bits:
         bits = [widths.of(expert) for expert in range(settings.shape.experts)]
         yield ExpertLayout.build(
@@ -152,14 +153,15 @@ def _layouts(settings: Settings) -> Iterator[ExpertLayout]:
 
 
 def _packed_contenders(settings: Settings, machine: Machine) -> Iterator[Contender]:
-    for widths, layout in zip(settings.bits, _layouts(settings), strict=True):
-        weights = _canonical_weights(layout)
+    for widths, layout in zip(settings.bits, layouts(settings), strict=True):
+        weights = random_weights(layout)
         yield packed_contender("moeq", widths, layout, weights, machine.kernel)
         if "reference" in settings.against:
             yield packed_contender("reference", widths, layout, weights, _REFERENCE)
 
 
-def _canonical_weights(layout: ExpertLayout) -> ExpertWeights:
+def random_weights(layout: ExpertLayout) -> ExpertWeights:
+    """Return random canonical weights that neither overflow nor vanish."""
     tensors = []
     for projection in PROJECTIONS:
         rows, columns = layout.shape(projection)
