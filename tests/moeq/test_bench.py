@@ -125,12 +125,14 @@ def test_all_contenders_compute_the_same(tokens: int) -> None:
     experts = random_experts(widths.values, widths.values, 64, hidden=256, intermediate=128)
     contenders = [
         packed_contender("moeq", widths, experts.layout, experts.weights, index)
-        for index in range(len(KERNELS))
+        for index, kernel in enumerate(KERNELS)
+        if kernel.unavailable(torch.device("cpu")) is None
     ]
     contenders.append(vllm_contender(experts.w13.bfloat16(), experts.w2.bfloat16()))
     inputs = draw_inputs(tiny_settings().shape, tokens, torch.Generator().manual_seed(0))
     expected = expected_output(experts, *inputs)
-    for contender, tolerance in zip(contenders, (5e-3, 5e-3, 1.5e-2), strict=True):
+    for contender in contenders:
+        tolerance = 1.5e-2 if contender.name == "vllm" else 5e-3
         result = contender.run(*inputs)
         assert result.dtype == torch.bfloat16
         error = (result.double() - expected).norm() / expected.norm()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_moeq.kernels import cpu, reference
+from vllm_moeq.kernels import cpu, reference, triton
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 KERNEL_VARIABLE = "MOEQ_KERNEL"
@@ -34,6 +34,7 @@ class Kernel:
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(name="cpu", unavailable=cpu.unavailable, prepare=cpu.prepare, run=cpu.run),
+    Kernel(name="triton", unavailable=triton.unavailable, prepare=triton.prepare, run=triton.run),
     Kernel(
         name="reference",
         unavailable=lambda device: None,

@@ -1,0 +1,91 @@
+"""A process that runs Triton kernels with numpy, so that they are tested without a GPU.
+
+Triton decides when it is imported whether it compiles or interprets, hence the process.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+
+from support.experts import Experts, prepared
+from vllm_moeq.kernels import fused_experts
+
+
+@contextmanager
+def triton_interpreter() -> Iterator[Executor]:
+    """Start the process; give it the functions of this module to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(int).result()  # starts it with this environment
+            yield pool
+
+
+def run_layer(
+    experts: Experts,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str = "silu",
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    on_input: bool = False,
+) -> torch.Tensor:
+    """Run the op on the Triton kernel; what it allocates starts as NaN or nonsense."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    weights, layout = prepared(experts, "triton", activation)
+    return fused_experts(
+        x, topk_weights, topk_ids, weights, w13_bias, w2_bias, layout, expert_map, activation,
+        on_input,
+    )  # fmt: skip
+
+
+def route(
+    topk_ids: torch.Tensor,
+    turns: torch.Tensor,
+    block_m: int,
+    expert_map: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Run the kernel that sorts choices by expert.
+
+    Args:
+        topk_ids: [M, top_k].
+        turns: Place of each expert in the order of work.
+        block_m: Choices of a block.
+        expert_map: As the op has it.
+    """
+    import triton
+
+    from vllm_moeq.kernels.triton.rows import route_kernel
+    from vllm_moeq.kernels.triton.tiles import most_blocks
+
+    chosen, experts = topk_ids.numel(), len(turns)
+    blocks = most_blocks(chosen, experts, block_m)
+    # More than the kernel may write, to see that it does not.
+    order = torch.full((blocks * block_m + 7,), -77, dtype=torch.int32)
+    block_experts = torch.full((blocks + 7,), -77, dtype=torch.int32)
+    route_kernel[(experts + 1,)](
+        ids_ptr=topk_ids,
+        map_ptr=expert_map,
+        map_size=0 if expert_map is None else len(expert_map),
+        table_ptr=turns.int(),
+        order_ptr=order,
+        block_ptr=block_experts,
+        chosen=chosen,
+        experts=experts,
+        blocks_m=blocks,
+        MAPPED=expert_map is not None,
+        TABLE_COLUMNS=1,
+        BLOCK_M=block_m,
+        BINS=triton.next_power_of_2(experts + 1),
+        BLOCK=64,
+    )
+    return {"order": order, "block_experts": block_experts, "blocks": blocks}

@@ -1,0 +1,491 @@
+"""The two matrix products of a fused MoE layer: experts of every width in one launch.
+
+Each program multiplies BLOCK_N rows of one expert's matrix with up to BLOCK_M tokens. Weights are
+the left operand of the tensor cores, tokens the right one. Codes enter as whole numbers; scale and
+zero point stay out of the product: for each group, with a = the sum of a token's values in it,
+
+    result += scale * (products - (zero + offset) * a)
+
+in float32, which is both less work per weight and more exact than rounding dequantized weights.
+"""
+# Code for Triton's compiler: no annotations, and conditions of the compiler apart from others.
+# ruff: noqa: D417, SIM102
+# mypy: ignore-errors
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_moeq.format import WIDTHS
+from vllm_moeq.kernels.triton import planes
+from vllm_moeq.kernels.triton.rows import CHANGING, expert_slot
+
+BLOCK_K: tl.constexpr = tl.constexpr(planes.BLOCK_K)
+LANES: tl.constexpr = tl.constexpr(planes.LANES)
+CODES: tl.constexpr = tl.constexpr(planes.CODES)
+WORDS_PER_UNIT: tl.constexpr = tl.constexpr(planes.ALIGNMENT // 2)
+TABLE_COLUMNS: tl.constexpr = tl.constexpr(5)
+"""Of each expert's row: width and offset of w13, those of w2, place in the order of work."""
+
+# Triton lets a function that runs while it compiles use constants only, no other functions.
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WIDTHS: tl.constexpr = tl.constexpr(WIDTHS)
+_SEGMENTS: tl.constexpr = tl.constexpr({bits: planes.segments(bits) for bits in WIDTHS})
+_ASSEMBLY: tl.constexpr = tl.constexpr(
+    {
+        (bits, name): planes.decode_assembly(bits, dtype)
+        for bits in WIDTHS
+        for name, dtype in _DTYPES.items()
+    }
+)
+_CONSTRAINTS: tl.constexpr = tl.constexpr(
+    {bits: planes.decode_constraints(bits) for bits in WIDTHS}
+)
+_OFFSETS: tl.constexpr = tl.constexpr(
+    {
+        (bits, name): planes.code_offset(bits, dtype)
+        for bits in WIDTHS
+        for name, dtype in _DTYPES.items()
+    }
+)
+
+
+@triton.constexpr_function
+def _width(index):
+    return _WIDTHS.value[index]
+
+
+@triton.constexpr_function
+def _segments(bits, code):
+    return len(_SEGMENTS.value[bits][code])
+
+
+@triton.constexpr_function
+def _segment(bits, code, index, field):
+    return _SEGMENTS.value[bits][code][index][field]
+
+
+@triton.constexpr_function
+def _assembly(bits, dtype):
+    return _ASSEMBLY.value[bits, dtype.name]
+
+
+@triton.constexpr_function
+def _constraints(bits):
+    return _CONSTRAINTS.value[bits]
+
+
+@triton.constexpr_function
+def _code_dtypes(dtype):
+    return (dtype,) * CODES.value
+
+
+@triton.constexpr_function
+def _offset(bits, dtype):
+    return _OFFSETS.value[bits, dtype.name]
+
+
+@triton.jit
+def _decode_plain(words, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """Do what the assembly does, for the interpreter, which has neither it nor bfloat16."""
+    codes = ()
+    for h in tl.static_range(CODES):
+        code = tl.zeros_like(words[0]).to(tl.int32)
+        for i in tl.static_range(_segments(BITS, h)):
+            word = words[_segment(BITS, h, i, 0)].to(tl.int32)
+            bits = (word >> _segment(BITS, h, i, 1)) & ((1 << _segment(BITS, h, i, 2)) - 1)
+            code |= bits << _segment(BITS, h, i, 3)
+        codes = codes + (code.to(tl.float32) + OFFSET,)
+    return codes
+
+
+@triton.jit
+def _columns(codes, FIRST: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Put COUNT tensors [ROWS, LANES] side by side."""
+    if COUNT == 1:
+        result = codes[FIRST]
+    else:
+        left = _columns(codes, FIRST, COUNT // 2, ROWS)
+        right = _columns(codes, FIRST + COUNT // 2, COUNT // 2, ROWS)
+        result = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, LANES * COUNT))
+    return result
+
+
+@triton.jit
+def _load_groups(scale_ptr, sums_ptr, block, rows, N, PER_BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Return scales with zero points, and token sums, of all groups of a block of columns."""
+    pairs = ()
+    sums = ()
+    for i in tl.static_range(PER_BLOCK):
+        group = block * PER_BLOCK + i
+        pairs = pairs + (tl.load(scale_ptr + group * N + rows),)
+        total = tl.load(sums_ptr + group * PARTS)
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(sums_ptr + group * PARTS + part)
+        sums = sums + (total,)
+    return pairs, sums
+
+
+@triton.jit
+def _half(pair):
+    return (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    x_ptr,
+    x_mask,
+    w_ptr,
+    scale_ptr,
+    sums_ptr,
+    rows,
+    N,
+    K,
+    first,
+    last,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Add the products of blocks [first, last) of columns.
+
+    Args:
+        acc: float32 [BLOCK_N, BLOCK_M].
+        x_ptr: Addresses of the tokens, [1, BLOCK_M].
+        x_mask: Which of them exist.
+        w_ptr, scale_ptr: Planes and scales of the expert.
+        sums_ptr: Addresses of the tokens' sums, [BLOCK_M]: PARTS numbers for each group.
+        rows: int [BLOCK_N], of N.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: tl.constexpr = _offset(BITS, DTYPE)
+    PER_BLOCK: tl.constexpr = BLOCK_K // GROUP_SIZE
+    PER_GROUP: tl.constexpr = GROUP_SIZE // LANES
+    columns = tl.arange(0, GROUP_SIZE)[:, None]
+    plane = N * LANES
+    w_ptr += first * (BITS * plane) + rows[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Fetched a block ahead: Triton pipelines only what tl.dot reads.
+    pairs, sums = _load_groups(scale_ptr, sums_ptr, first, rows, N, PER_BLOCK, PARTS)
+    for block in range(first, last):
+        words = (tl.load(w_ptr),)
+        for i in tl.static_range(1, BITS):
+            words = words + (tl.load(w_ptr + i * plane),)
+        if PLAIN:
+            codes = _decode_plain(words, BITS, OFFSET)
+        else:
+            codes = tl.inline_asm_elementwise(
+                _assembly(BITS, DTYPE),
+                _constraints(BITS),
+                words,
+                dtype=_code_dtypes(DTYPE),
+                is_pure=True,
+                pack=2,
+            )
+        following = tl.minimum(block + 1, last - 1)
+        next_pairs, next_sums = _load_groups(
+            scale_ptr, sums_ptr, following, rows, N, PER_BLOCK, PARTS
+        )
+        for i in tl.static_range(PER_BLOCK):
+            place = block * BLOCK_K + i * GROUP_SIZE + columns
+            mask = x_mask & (place < K) if MASK_K else x_mask
+            x = tl.load(x_ptr + place, mask=mask, other=0.0)
+            if PLAIN:
+                x = x.to(tl.float32)
+            products = tl.dot(_columns(codes, i * PER_GROUP, PER_GROUP, BLOCK_N), x)
+            scale = _half(pairs[i])
+            zero = _half(pairs[i] >> 16) + OFFSET
+            acc += scale[:, None] * (products - zero[:, None] * sums[i][None, :])
+        pairs, sums = next_pairs, next_sums
+        w_ptr += BITS * plane
+    return acc
+
+
+@triton.jit
+def _multiply(
+    x_ptr,
+    x_mask,
+    w_ptr,
+    scale_ptr,
+    sums_ptr,
+    table_ptr,
+    expert,
+    rows,
+    N,
+    K,
+    first,
+    last,
+    PROJECTION: tl.constexpr,
+    WIDTH_SET: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Multiply rows of one expert's matrix with tokens, at the expert's width.
+
+    Returns:
+        float32 [BLOCK_N, BLOCK_M].
+    """
+    entry = table_ptr + expert * TABLE_COLUMNS + 2 * PROJECTION
+    bits = tl.load(entry)
+    # In units of 128 bytes: the compiler knows that the address is aligned.
+    w_ptr += tl.load(entry + 1).to(tl.int64) * WORDS_PER_UNIT
+    scale_ptr += expert.to(tl.int64) * (tl.cdiv(K, BLOCK_K) * (BLOCK_K // GROUP_SIZE)) * N
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in tl.static_range(len(_WIDTHS)):
+        if (WIDTH_SET >> _width(i)) & 1:
+            if bits == _width(i):
+                acc = _accumulate(
+                    acc, x_ptr, x_mask, w_ptr, scale_ptr, sums_ptr, rows, N, K, first, last,
+                    _width(i), GROUP_SIZE, PARTS, MASK_K, BLOCK_N, PLAIN,
+                )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _program(tiles_n, blocks_m, BLOCKS_TOGETHER: tl.constexpr):
+    """Return which rows and which block of tokens this program has: (n, m).
+
+    BLOCKS_TOGETHER blocks take turns on the same rows of weights, which then stay in the cache.
+    """
+    pid = tl.program_id(0)
+    together = BLOCKS_TOGETHER * tiles_n
+    first = pid // together * BLOCKS_TOGETHER
+    size = tl.minimum(blocks_m - first, BLOCKS_TOGETHER)
+    within = pid % together
+    return within // size, first + within % size
+
+
+@triton.jit
+def _block(
+    m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size,
+    BLOCK_M: tl.constexpr, DIRECT: tl.constexpr, MAPPED: tl.constexpr,
+):  # fmt: skip
+    """Return the expert of a block of tokens, -1 for none, and its choices (token and turn)."""
+    column = tl.arange(0, BLOCK_M)
+    if DIRECT:  # each choice is a block
+        expert = expert_slot(ids_ptr, map_ptr, m, True, map_size, MAPPED)
+        choices = tl.where(column == 0, m, chosen)
+    else:
+        expert = tl.load(block_ptr + m)
+        choices = tl.load(order_ptr + m * BLOCK_M + column)
+    return expert, choices
+
+
+@triton.jit
+def _activate(gate, up, ACTIVATION: tl.constexpr):
+    """Apply the activation of vLLM's name; ``up`` is not used by those without a gate."""
+    if ACTIVATION == "swigluoai":
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        result = (up + 1) * gate * tl.sigmoid(1.702 * gate)
+    else:
+        if ACTIVATION == "silu" or ACTIVATION == "silu_no_mul":
+            result = gate * tl.sigmoid(gate)
+        elif ACTIVATION == "gelu" or ACTIVATION == "gelu_no_mul":
+            result = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+        elif ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu_tanh_no_mul":
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            result = gate * tl.sigmoid(2 * inner)  # 0.5 * (1 + tanh(inner))
+        elif ACTIVATION == "relu" or ACTIVATION == "relu_no_mul":
+            result = tl.maximum(gate, 0.0)
+        else:
+            tl.static_assert(ACTIVATION == "relu2" or ACTIVATION == "relu2_no_mul")
+            positive = tl.maximum(gate, 0.0)
+            result = positive * positive
+        if up is not None:
+            result *= up
+    return result
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def up_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    sums_ptr,
+    table_ptr,
+    bias_ptr,
+    router_weight_ptr,
+    hidden_ptr,
+    hidden_sums_ptr,
+    order_ptr,
+    block_ptr,
+    ids_ptr,
+    map_ptr,
+    map_size,
+    N,
+    K,
+    inner,
+    padded_inner,
+    chosen,
+    top_k,
+    blocks_m,
+    WIDTH_SET: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SUM_SIZE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ON_INPUT: tl.constexpr,
+    MAPPED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_TOGETHER: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """w13 of every chosen expert, its activation, and the sums that ``down_kernel`` needs.
+
+    Args:
+        x_ptr: Tokens [M, K].
+        w_ptr, scale_ptr, table_ptr: Prepared weights; rows of gate and up alternate by eights.
+        sums_ptr: float32 [M, groups].
+        bias_ptr: [experts, rows of w13] in canonical order, if BIAS.
+        router_weight_ptr: [M, top_k], used if ON_INPUT.
+        hidden_ptr: Output [chosen, padded_inner].
+        hidden_sums_ptr: Output float32 [chosen, padded_inner / SUM_SIZE].
+        order_ptr, block_ptr: Choices in the order of experts, and the expert of each block of
+            them; see ``route_kernel``. Not used if DIRECT.
+        ids_ptr, map_ptr, map_size: Routing as the op has it.
+        N: Rows of w13, padded.
+        inner, padded_inner: Intermediate size.
+        chosen: Choices of all tokens, M * top_k.
+        blocks_m: Blocks of the grid.
+    """
+    n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
+    expert, choices = _block(
+        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size, BLOCK_M, DIRECT, MAPPED
+    )
+    if expert < 0:
+        return
+    exists = choices < chosen
+    token = tl.where(exists, choices, 0) // top_k
+    rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    acc = _multiply(
+        x_ptr + (token.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
+        sums_ptr + token * (blocks_k * (BLOCK_K // GROUP_SIZE)), table_ptr, expert, rows, N, K,
+        0, blocks_k, 0, WIDTH_SET, GROUP_SIZE, 1, MASK_K, BLOCK_M, BLOCK_N, PLAIN,
+    )  # fmt: skip
+    if ON_INPUT:  # the projection is linear: the same as scaling its input
+        acc *= tl.load(router_weight_ptr + choices, mask=exists, other=0.0)[None, :].to(tl.float32)
+    if GATED:
+        COLUMNS: tl.constexpr = BLOCK_N // 2
+        eights = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+        gate, up = tl.split(eights)
+        gate = tl.reshape(gate, (COLUMNS, BLOCK_M))
+        up = tl.reshape(up, (COLUMNS, BLOCK_M))
+    else:
+        COLUMNS: tl.constexpr = BLOCK_N
+        gate = acc
+        up = None
+    columns = n * COLUMNS + tl.arange(0, COLUMNS)
+    if BIAS:
+        inside = columns < inner
+        if GATED:
+            bias_ptr += expert * (2 * inner)
+            if ACTIVATION == "swigluoai":
+                gate_place = 2 * columns
+                up_place = gate_place + 1
+            else:
+                gate_place = columns
+                up_place = columns + inner
+            up += tl.load(bias_ptr + up_place, mask=inside, other=0.0).to(tl.float32)[:, None]
+        else:
+            bias_ptr += expert * inner
+            gate_place = columns
+        gate += tl.load(bias_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)[:, None]
+    result = _activate(gate, up, ACTIVATION).to(hidden_ptr.dtype.element_ty)
+    target = choices.to(tl.int64)[None, :] * padded_inner + columns[:, None]
+    tl.store(hidden_ptr + target, result, mask=exists[None, :])
+    # Of the rounded values, which are what down_kernel multiplies.
+    values = result.to(tl.float32)
+    PARTS: tl.constexpr = COLUMNS // SUM_SIZE
+    target = hidden_sums_ptr + choices * (padded_inner // SUM_SIZE) + n * PARTS
+    if PARTS == 1:  # Triton 3.6 does not compile a sum within blocks of which there is one
+        tl.store(target, tl.sum(values, axis=0), mask=exists)
+    else:
+        sums = tl.sum(tl.reshape(values, (PARTS, SUM_SIZE, BLOCK_M)), axis=1)
+        part = tl.arange(0, PARTS)[:, None]
+        tl.store(target[None, :] + part, sums, mask=exists[None, :])
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def down_kernel(
+    hidden_ptr,
+    w_ptr,
+    scale_ptr,
+    sums_ptr,
+    table_ptr,
+    bias_ptr,
+    out_ptr,
+    order_ptr,
+    block_ptr,
+    ids_ptr,
+    map_ptr,
+    map_size,
+    N,
+    K,
+    outer,
+    chosen,
+    blocks_m,
+    WIDTH_SET: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SUM_SIZE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MAPPED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS_TOGETHER: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """w2 of every chosen expert; ``combine_kernel`` adds the choices of a token.
+
+    Args:
+        hidden_ptr: Output of ``up_kernel`` [chosen, K], padded.
+        w_ptr, scale_ptr, table_ptr: Prepared weights.
+        sums_ptr: float32 [chosen, K / SUM_SIZE].
+        bias_ptr: [experts, outer], if BIAS.
+        out_ptr: Output [SPLIT_K, chosen, outer]: parts to be added.
+        order_ptr, block_ptr, ids_ptr, map_ptr, map_size, blocks_m: As in ``up_kernel``.
+        N: Rows of w2, padded.
+        outer: Hidden size.
+    """
+    n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
+    expert, choices = _block(
+        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size, BLOCK_M, DIRECT, MAPPED
+    )
+    if expert < 0:
+        return
+    exists = choices < chosen
+    source = tl.where(exists, choices, 0)
+    rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    blocks_k = K // BLOCK_K
+    acc = _multiply(
+        hidden_ptr + (source.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
+        sums_ptr + source * (K // SUM_SIZE), table_ptr, expert, rows, N, K,
+        part * blocks_k // SPLIT_K, (part + 1) * blocks_k // SPLIT_K, 1, WIDTH_SET, GROUP_SIZE,
+        GROUP_SIZE // SUM_SIZE, False, BLOCK_M, BLOCK_N, PLAIN,
+    )  # fmt: skip
+    inside = rows < outer
+    if BIAS:
+        if part == 0:
+            bias = tl.load(bias_ptr + expert * outer + rows, mask=inside, other=0.0)
+            acc += bias.to(tl.float32)[:, None]
+    place = (part * chosen + choices).to(tl.int64)[None, :] * outer + rows[:, None]
+    tl.store(
+        out_ptr + place,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=exists[None, :] & inside[:, None],
+    )

@@ -1,0 +1,187 @@
+"""Weights as the Triton kernel reads them: "b planes" of 16-bit words.
+
+A matrix [N, K] of b-bit codes becomes int16 [K / 128, b, N, 8]. The b words at [kb, :, n, lane] are
+one record: the 16 codes of row n at k = 128 * kb + 8 * h + lane, h from 0 to 15. A word holds
+``16 // b`` whole codes, lowest bits first; codes that are left over lie in the spare top bits of
+all words, so that no width wastes a bit. Loading eight lanes of a row is one 16-byte access, and
+the codes of one thread are already where the tensor cores want them.
+
+A code c becomes a number with a shift and one three-input logic instruction: its bits are set into
+the mantissa of a constant, which gives ``offset + c``. The offset is subtracted with the zero
+point, once for each group.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from vllm_moeq.format import unpack, zero_point_unit
+
+BLOCK_K = 128
+"""Columns of a record."""
+CODES = 16
+"""Codes of a record."""
+LANES = BLOCK_K // CODES
+BLOCK_N = 128
+"""Rows are padded to a multiple of this, with weights of zero."""
+ALIGNMENT = 128
+"""Bytes; unit of the offsets of experts."""
+
+_WORD_BITS = 16
+_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the number 1
+# 2 ** mantissa bits: its last mantissa bit counts 1.
+_MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}
+_AND_OR, _AND_XOR = "0xea", "0x6a"  # (a & b) | c and (a & b) ^ c as tables of lop3
+
+
+class Segment(NamedTuple):
+    """Where some bits of a code are: in which word, from which bit, how many, from which of it."""
+
+    word: int
+    word_bit: int
+    bits: int
+    code_bit: int
+
+
+@cache
+def segments(bits: int) -> tuple[tuple[Segment, ...], ...]:
+    """Return for each of the 16 codes of a record where its bits are."""
+    whole = _WORD_BITS // bits
+    places: list[tuple[Segment, ...]] = [
+        (Segment(h // whole, bits * (h % whole), bits, 0),) for h in range(min(CODES, bits * whole))
+    ]
+    spare = [(word, bit) for word in range(bits) for bit in range(bits * whole, _WORD_BITS)]
+    for first in range(0, len(spare), bits):
+        code: list[Segment] = []
+        for code_bit, (word, bit) in enumerate(spare[first : first + bits]):
+            last = code[-1] if code else None
+            if last and (last.word, last.word_bit + last.bits) == (word, bit):
+                code[-1] = last._replace(bits=last.bits + 1)
+            else:
+                code.append(Segment(word, bit, 1, code_bit))
+        places.append(tuple(code))
+    return tuple(places)
+
+
+def padded(size: int, multiple: int) -> int:
+    """Return the next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def matrix_words(rows: int, columns: int, bits: int) -> int:
+    """Return the 16-bit words of one matrix."""
+    return padded(rows, BLOCK_N) * padded(columns, BLOCK_K) // CODES * bits
+
+
+def pack_planes(
+    packed: torch.Tensor, bits: int, row_order: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Bring one canonical matrix into planes.
+
+    Args:
+        packed: Canonical codes, uint8 [rows, K * bits / 8].
+        bits: Their width.
+        row_order: int64 [N]: which row comes where; ``rows`` stands for a row of zeros.
+        out: int16 [matrix_words(N, K, bits)], on the same device.
+    """
+    codes = unpack(packed, bits)
+    rows, columns = codes.shape
+    blocks = padded(columns, BLOCK_K) // BLOCK_K
+    codes = F.pad(codes, (0, blocks * BLOCK_K - columns, 0, 1))[row_order]
+    records = codes.view(-1, blocks, CODES, LANES)
+    planes = out.view(blocks, bits, -1, LANES).zero_()
+    for h, places in enumerate(segments(bits)):
+        code = records[:, :, h].transpose(0, 1).to(torch.int16)
+        for word, word_bit, count, code_bit in places:
+            planes[:, word] |= ((code >> code_bit) & ((1 << count) - 1)) << word_bit
+
+
+def pack_scales(
+    scale: torch.Tensor, zero_point: torch.Tensor, bits: int, row_order: torch.Tensor, groups: int
+) -> torch.Tensor:
+    """Return scales and zero points as int32 [groups, N]: float16 scale, float16 zero << 16.
+
+    Args:
+        scale: float16 [rows, K / group_size].
+        zero_point: uint8 of the same shape, in units of ``zero_point_unit(bits)``; in codes it is
+            a multiple of a power of two below 256, which float16 holds exactly.
+        bits: Width of the codes.
+        row_order: As in :func:`pack_planes`.
+        groups: With those of padded columns, whose scale is zero.
+    """
+    zero = (zero_point.float() * zero_point_unit(bits)).half()
+    pair = torch.stack((scale, zero), -1).view(torch.int32).squeeze(-1)  # little-endian
+    pair = F.pad(pair, (0, groups - pair.shape[1], 0, 1))
+    return pair[row_order].t().contiguous()
+
+
+def code_offset(bits: int, dtype: torch.dtype) -> float:
+    """Return what :func:`decode_assembly` adds to every code."""
+    if _signed(bits, dtype):
+        return -128.0
+    return float(1 << _MANTISSA_BITS[dtype] >> _code_position(bits, dtype))
+
+
+def decode_assembly(bits: int, dtype: torch.dtype) -> str:
+    """Return PTX for two records at once: ``bits`` inputs of two words, 16 outputs of two numbers.
+
+    Outputs are $0 to $15 (``offset + code`` in ``dtype``), inputs follow.
+    """
+    lines: list[str] = []
+    registers = 0
+
+    def assign(instruction: str, *operands: str) -> str:
+        nonlocal registers
+        registers += 1
+        lines.append(f"{instruction} t{registers}, {', '.join(operands)};")
+        return f"t{registers}"
+
+    one = assign("mov.b32", _twice(_ONE[dtype])) if _signed(bits, dtype) else ""
+    position = _code_position(bits, dtype)
+    magic = _twice(_MAGIC[dtype] - (position << _MANTISSA_BITS[dtype]))
+    for h, places in enumerate(segments(bits)):
+        value = magic
+        for word, word_bit, count, code_bit in places:
+            shift = word_bit - code_bit - position
+            source = f"${CODES + word}"
+            if shift:
+                instruction = "shr.b32" if shift > 0 else "shl.b32"
+                source = assign(instruction, source, str(abs(shift)))
+            if _signed(bits, dtype):
+                # 8 bits do not fit into 7: (128 + low 7 bits) * 1 + (-256 or -128).
+                low = assign("lop3.b32", source, _twice(0x7F), magic, _AND_OR)
+                high = assign("lop3.b32", source, _twice(0x80), _twice(0xC380), _AND_XOR)
+                value = assign("fma.rn.bf16x2", low, one, high)
+            else:
+                mask = _twice(((1 << count) - 1) << (code_bit + position))
+                value = assign("lop3.b32", source, mask, value, _AND_OR)
+        lines.append(f"mov.b32 ${h}, {value};")
+    names = ", ".join(f"t{i}" for i in range(1, registers + 1))
+    return f"{{ .reg .b32 {names}; {' '.join(lines)} }}"
+
+
+def decode_constraints(bits: int) -> str:
+    """Return the constraints of :func:`decode_assembly`; outputs are written before all is read."""
+    return ",".join(["=&r"] * CODES + ["r"] * bits)
+
+
+def _signed(bits: int, dtype: torch.dtype) -> bool:
+    """Say whether codes have more bits than the mantissa."""
+    return bits > _MANTISSA_BITS[dtype]
+
+
+def _code_position(bits: int, dtype: torch.dtype) -> int:
+    """Return the mantissa bit where a code starts: high, so that the offset is small.
+
+    A multiple of the width: most codes of a word are there without a shift of their own.
+    """
+    if _signed(bits, dtype):
+        return 0
+    return (_MANTISSA_BITS[dtype] - bits) // bits * bits
+
+
+def _twice(half: int) -> str:
+    return hex(half << 16 | half)

@@ -1,0 +1,66 @@
+"""The choice of tile sizes: one table, by how many tokens an expert gets."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a matrix product is cut into programs.
+
+    Attributes:
+        block_m: Tokens of a program.
+        block_n: Rows of weights of a program.
+        num_warps: Warps of a program.
+        num_stages: Blocks of columns in flight.
+        blocks_together: Blocks of tokens that take turns on the same weights.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 4
+    blocks_together: int = 1
+
+
+# (most tokens per expert, tiles). Few tokens: wide tiles of weights, deep pipelines, since memory
+# is the limit. Many: as many tokens as registers hold without spilling, so that each weight is
+# decoded seldom. All of them compile with Triton 3.6 to 3.9, for sm_80 and sm_90.
+TABLE: tuple[tuple[float, Tiles], ...] = (
+    (16, Tiles(16, 128)),
+    (32, Tiles(32, 64)),
+    (float("inf"), Tiles(64, 128, num_stages=3, blocks_together=8)),
+)
+
+DIRECT_SHARE = 4
+"""Below one choice for this many experts two seldom meet: each choice is a block of its own, which
+saves the kernel that sorts them."""
+PROGRAMS_PER_PROCESSOR = 2
+"""What split-K aims at."""
+_FEWEST_BLOCKS = 4  # of columns that a part of a split gets
+
+
+def choose_tiles(choices: int, experts: int) -> Tiles:
+    """Return the tiles for a number of choices (tokens times top-k) of local experts."""
+    return next(tiles for most, tiles in TABLE if choices <= most * experts)
+
+
+def is_direct(choices: int, experts: int) -> bool:
+    """Say whether each choice becomes a block of its own."""
+    return choices * DIRECT_SHARE <= experts
+
+
+def most_blocks(choices: int, experts: int, block_m: int) -> int:
+    """Return the most blocks of tokens that any routing leads to."""
+    return min(choices, (choices + experts * (block_m - 1)) // block_m)
+
+
+def choose_split(programs: int, blocks_k: int, processors: int) -> int:
+    """Return how many programs share the columns of a product.
+
+    Args:
+        programs: Programs that have work when nothing is split.
+        blocks_k: Blocks of columns.
+        processors: Multiprocessors of the device.
+    """
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(1, programs))
+    return max(1, min(wanted, blocks_k // _FEWEST_BLOCKS))
