@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeq.calibration import Calibration
     from moeq.checkpoint import CheckpointReader
+    from moeq.convert import Conversion, Rounding
     from moeq.families import MoELayer
     from vllm_moeq.format import BitPlan
 
@@ -43,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
     quantize.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
     quantize.add_argument("--plan", type=Path, help="use this plan.json instead of making a plan")
-    quantize.add_argument("--method", default="rtn", choices=["rtn"], help="rounding method")
+    quantize.add_argument(
+        "--resume", action="store_true", help="go on with a calibration that was interrupted"
+    )
     quantize.add_argument(
         "--dry-run", action="store_true", help="print plan, sizes and memory; write nothing"
     )
@@ -54,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="largest file of the result, which is also held in memory (default 2GB)",
     )
     _add_plan_options(quantize)
+    _add_rounding_options(quantize)
     quantize.set_defaults(run=_quantize)
 
     plan = commands.add_parser("plan", help="decide the width of every expert; write plan.json")
@@ -108,6 +113,26 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=["stable", "one-pass"],
         help="repeat the MaxVar re-order until stable (default), or visit each place once",
     )
+
+
+def _add_rounding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rounding")
+    group.add_argument(
+        "--method",
+        choices=["gptq", "hqq", "rtn"],
+        help="gptq needs calibration text and is the default with --calib; hqq and rtn (the "
+        "default without) do not",
+    )
+    group.add_argument(
+        "--calib",
+        metavar="TEXT",
+        help="calibration text: a file, a folder of .txt files, a .jsonl file, a dataset of the "
+        "hub, or default (the manual of Python)",
+    )
+    group.add_argument("--nsamples", type=int, help="calibration sequences (default 128)")
+    group.add_argument("--seqlen", type=int, help="tokens of each (default 512)")
+    group.add_argument("--seed", type=int, help="of the draw of sequences (default 0)")
+    group.add_argument("--device", help="where to calibrate: cpu (default) or cuda")
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +212,7 @@ def _make_plan(
 def _quantize(options: argparse.Namespace) -> int:
     from moeq.convert import Conversion, check_output_is_free
     from moeq.errors import MoeqError
-    from moeq.report import describe_conversion, describe_plan, load_plan
+    from moeq.report import describe_conversion, describe_plan, describe_result, load_plan
 
     output = options.output.absolute()
     check_output_is_free(output)
@@ -200,13 +225,48 @@ def _quantize(options: argparse.Namespace) -> int:
     else:
         plan = _make_plan(options, reader, layers)
     conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
+    rounding, note = _rounding(options, conversion)
+    conversion = conversion.noting("rounding", note)
     print(describe_plan(conversion.plan))
-    print(describe_conversion(conversion), flush=True)
+    print(describe_conversion(conversion, rounding), flush=True)
     if not options.dry_run:
-        conversion.run(output, options.model, options.method)
+        conversion.run(output, options.model, rounding, options.resume)
+        print(describe_result(rounding), end="")
         print(f"wrote {options.output}")
         print(f"serve it with: vllm serve {options.output} --quantization moeq")
     return 0
+
+
+def _rounding(
+    options: argparse.Namespace, conversion: "Conversion"
+) -> tuple["Rounding | Calibration", str]:
+    """Return how to round, and that in words."""
+    from moeq.calibration import Calibration
+    from moeq.convert import DATA_FREE
+    from moeq.errors import MoeqError
+    from moeq.text import calibration_sequences
+
+    method = options.method or ("rtn" if options.calib is None else "gptq")
+    if method in DATA_FREE:
+        for name in ("calib", "nsamples", "seqlen", "seed", "device"):
+            if getattr(options, name) is not None:
+                raise MoeqError(f"--{name} has no effect with --method {method}; leave it out")
+        if options.resume:
+            raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
+        return DATA_FREE[method], method
+    if options.calib is None:
+        raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
+    counts = {"nsamples": options.nsamples, "seqlen": options.seqlen}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise MoeqError(f"--{name} {value} is not a positive number")
+    count, length, seed = options.nsamples or 128, options.seqlen or 512, options.seed or 0
+    tokens = calibration_sequences(conversion.reader.folder, options.calib, count, length, seed)
+    note = f"gptq, {len(tokens)} x {length} tokens of {options.calib}, seed {seed}"
+    calibration = Calibration(
+        conversion.reader, conversion.layers, conversion.plan, tokens, options.device or "cpu"
+    )
+    return calibration, note
 
 
 def _plan(options: argparse.Namespace) -> int:

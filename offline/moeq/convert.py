@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from moeq.allocation import with_sizes
+from moeq.calibration import Calibration
 from moeq.checkpoint import INDEX_NAME, CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits
 from moeq.model_card import write_model_card
-from moeq.rounding import QuantizedWeight, quantize_rtn
+from moeq.rounding import QuantizedWeight, quantize_hqq, quantize_rtn
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
@@ -30,12 +32,16 @@ from vllm_moeq.format import (
 )
 
 Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
-METHODS: dict[str, Rounding] = {"rtn": quantize_rtn}
-"""Rounding methods by the name that ``--method`` takes."""
+DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
+"""Rounding methods without calibration, by the name that ``--method`` takes."""
+METHODS = ("gptq", *DATA_FREE)
 DEFAULT_SHARD_BYTES = 2 << 30
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
 _WORKERS = len(os.sched_getaffinity(0))
+
+Convert = Callable[[str, int], dict[str, torch.Tensor]]
+"""Takes a weight's name and width; returns its packed tensors by name."""
 
 
 class _Job(NamedTuple):
@@ -101,6 +107,13 @@ class Conversion:
         # A plan that somebody edited, or made for a sister model, states other sizes.
         return cls(reader, layers, with_sizes(plan, reader, layers), shards)
 
+    def noting(self, name: str, text: str) -> "Conversion":
+        """Return the same conversion with a note in the provenance of its plan."""
+        provenance = self.plan.provenance
+        details = {**provenance.details, name: text}
+        plan = replace(self.plan, provenance=replace(provenance, details=details))
+        return replace(self, plan=plan)
+
     @property
     def output_bytes(self) -> int:
         """Bytes of all tensors of the result."""
@@ -120,16 +133,25 @@ class Conversion:
         largest_shard = max(sum(job.output_bytes for job in shard) for shard in self.shards)
         return largest_shard + _WORKERS * _WORKING_BYTES_PER_WEIGHT * largest_tensor
 
-    def run(self, output: Path, source: str, method: str = "rtn", progress: bool = True) -> None:
+    def run(
+        self,
+        output: Path,
+        source: str,
+        rounding: Rounding | Calibration = quantize_rtn,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> None:
         """Write the packed checkpoint to ``output``, which appears only when it is complete.
 
         Everything is written to a hidden folder beside it, which is renamed at the end. A failed
-        run removes that folder; what a killed run left there is removed by the next one.
+        run removes that folder; what a killed run left there is removed by the next one. The
+        layers that a calibration has finished are in another one, so that it can be resumed.
 
         Args:
             output: Folder to create.
             source: The model as the user named it, for the model card.
-            method: One of :data:`METHODS`.
+            rounding: One of :data:`DATA_FREE`, or a calibration of this plan.
+            resume: Go on where a calibration that failed or was killed ended.
             progress: Show a progress bar.
 
         Raises:
@@ -137,35 +159,45 @@ class Conversion:
                 cannot be quantized; names the file or tensor.
         """
         check_output_is_free(output)
-        self._check_disk(output)
+        self._check_disk(output, rounding)
         try:
             with _work_folder(output) as work:
-                self._write(work, source, METHODS[method], progress)
+                calibrated = output.parent / f".{output.name}.moeq-calibration"
+                if not resume:
+                    shutil.rmtree(calibrated, ignore_errors=True)
+                if isinstance(rounding, Calibration):
+                    rounding.run(calibrated, resume, progress)
+                    read = rounding.stored(calibrated)
+                    self._write(work, source, lambda name, _: read(name), progress)
+                else:
+                    self._write(work, source, partial(self._round, rounding), progress)
                 _sync(work)
                 check_output_is_free(output)
                 work.rename(output)
                 _sync_one(output.parent)
+                shutil.rmtree(calibrated, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise MoeqError(f"cannot write {output}: {error}") from error
 
-    def _check_disk(self, output: Path) -> None:
+    def _check_disk(self, output: Path, rounding: Rounding | Calibration) -> None:
+        needed = self.output_bytes
+        if isinstance(rounding, Calibration):
+            needed += rounding.disk_bytes
         parent = output.parent
         if not parent.is_dir():
             raise MoeqError(f"the folder {parent} of --output does not exist; create it first")
         free = shutil.disk_usage(parent).free
-        if free < self.output_bytes:
+        if free < needed:
             raise MoeqError(
-                f"cannot write {output}: the result takes {self.output_bytes:,} bytes, "
-                f"{parent} has {free:,} bytes free"
+                f"cannot write {output}: it takes {needed:,} bytes, {parent} has {free:,} bytes "
+                "free"
             )
 
-    def _write(self, work: Path, source: str, rounding: Rounding, progress: bool) -> None:
+    def _write(self, work: Path, source: str, convert: Convert, progress: bool) -> None:
         weight_map: dict[str, str] = {}
         total = sum(info.num_bytes for info in self.reader.tensors.values())
         with (
-            tqdm(
-                total=total, unit="B", unit_scale=True, desc="quantize", disable=not progress
-            ) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not progress) as bar,
             # One tensor to a thread, torch single-threaded inside: its chunks are too small to
             # split, and OpenMP threads that wait for a busy core cost more than they bring.
             ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -173,7 +205,7 @@ class Conversion:
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
                 tensors: dict[str, torch.Tensor] = {}
-                converted = pool.map(lambda job: self._convert(job, rounding), shard)
+                converted = pool.map(lambda job: self._convert(job, convert), shard)
                 for job, result in zip(shard, converted, strict=True):
                     tensors |= result
                     bar.update(self.reader.tensors[job.name].num_bytes)
@@ -198,20 +230,18 @@ class Conversion:
         write_model_card(work, self.plan, source)
         write_manifest(work)
 
-    def _convert(self, job: _Job, rounding: Rounding) -> dict[str, torch.Tensor]:
-        tensor = self.reader.tensor(job.name)
+    def _convert(self, job: _Job, convert: Convert) -> dict[str, torch.Tensor]:
         if job.bits is None:
-            return {job.name: tensor}
+            return {job.name: self.reader.tensor(job.name)}
+        return convert(job.name, job.bits)
+
+    def _round(self, rounding: Rounding, name: str, bits: int) -> dict[str, torch.Tensor]:
         try:
-            quantized = rounding(tensor, job.bits, self.plan.group_size)
+            quantized = rounding(self.reader.tensor(name), bits, self.plan.group_size)
         except ValueError as error:
-            raise MoeqError(f"{self.reader.folder}: cannot quantize {job.name}: {error}") from error
-        stem = job.name.removesuffix(".weight")
-        return {
-            f"{stem}.weight_packed": quantized.packed,
-            f"{stem}.weight_scale": quantized.scale,
-            f"{stem}.weight_zero_point": quantized.zero_point,
-        }
+            raise MoeqError(f"{self.reader.folder}: cannot quantize {name}: {error}") from error
+        stem = name.removesuffix(".weight")
+        return {f"{stem}.weight_{kind}": tensor for kind, tensor in quantized._asdict().items()}
 
 
 def check_output_is_free(output: Path) -> None:

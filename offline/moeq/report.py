@@ -6,11 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
-from moeq.convert import Conversion
+from moeq.convert import Conversion, Rounding
 from moeq.errors import MoeqError
 from moeq.verify import read_plan
 from vllm_moeq.format import BitPlan, FormatError
+
+_CPU_FLOPS = 1e11
 
 
 def load_plan(path: Path) -> BitPlan:
@@ -86,17 +89,38 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
     }
 
 
-def describe_conversion(conversion: Conversion) -> str:
-    """Return what a conversion will need: files, disk and memory."""
+def describe_conversion(conversion: Conversion, rounding: Rounding | Calibration) -> str:
+    """Return what a conversion will need: files, disk, memory and time."""
     source = sum(info.num_bytes for info in conversion.reader.tensors.values())
-    return "\n".join(
-        (
-            f"{'source':<16} {_bytes(source)}",
-            f"{'result':<16} {_bytes(conversion.output_bytes)} in {len(conversion.shards)} file(s)",
-            f"{'peak memory':<16} about {_bytes(conversion.peak_memory_bytes)} "
-            "beyond Python and torch",
-        )
+    memory = conversion.peak_memory_bytes
+    rows = [
+        ("source", _bytes(source)),
+        ("result", f"{_bytes(conversion.output_bytes)} in {len(conversion.shards)} file(s)"),
+    ]
+    if isinstance(rounding, Calibration):
+        memory = max(memory, rounding.peak_memory_bytes)
+        rows += [
+            ("disk on the way", f"{_bytes(rounding.disk_bytes)} more than the result"),
+            ("arithmetic", f"{rounding.operations / 1e12:.3g} TFLOP; {_hours(rounding)}"),
+        ]
+    rows.append(("peak memory", f"about {_bytes(memory)} beyond Python and torch"))
+    return "\n".join(f"{name:<16} {value}" for name, value in rows)
+
+
+def describe_result(rounding: Rounding | Calibration) -> str:
+    """Return what there is to know about a rounding that is done."""
+    if not isinstance(rounding, Calibration) or not rounding.uncalibrated:
+        return ""
+    experts = sum(layer.num_experts for layer in rounding.layers)
+    return (
+        f"{rounding.uncalibrated} of {experts} experts got fewer than {rounding.fewest_tokens} "
+        "calibration tokens and were rounded without them (hqq); more text helps: --nsamples\n"
     )
+
+
+def _hours(calibration: Calibration) -> str:
+    hours = calibration.operations / _CPU_FLOPS / 3600
+    return f"about {hours:.1g} hours at {_CPU_FLOPS / 1e9:.0f} GFLOP/s, what a few CPU cores do"
 
 
 def _widths(widths: tuple[int, ...]) -> str:

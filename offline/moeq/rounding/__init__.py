@@ -1,5 +1,8 @@
 """Rounding: weights to codes, scales and zero points."""
 
-from moeq.rounding.rtn import QuantizedWeight, quantize_rtn
+from moeq.rounding.gptq import REFINEMENT, quantize_gptq
+from moeq.rounding.grid import QuantizedWeight
+from moeq.rounding.hqq import quantize_hqq
+from moeq.rounding.rtn import quantize_rtn
 
-__all__ = ["QuantizedWeight", "quantize_rtn"]
+__all__ = ["REFINEMENT", "QuantizedWeight", "quantize_gptq", "quantize_hqq", "quantize_rtn"]

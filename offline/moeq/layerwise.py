@@ -1,0 +1,199 @@
+"""Runs a checkpoint one decoder layer at a time: a model larger than memory can be calibrated.
+
+The layers are those of transformers, in float32. Only the routed experts are run here, one after
+another, so that the caller decides which weights they have and sees what reaches them.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from moeq.checkpoint import CheckpointReader
+from moeq.errors import MoeqError
+from moeq.families import MoELayer
+
+_MOE_MODULE = "mlp"
+"""Name of the MoE block inside a decoder layer of transformers 5, for every family."""
+
+
+class Routed(NamedTuple):
+    """What the experts of one layer get, for all tokens.
+
+    Attributes:
+        x: float32 [T, hidden_size].
+        ids: int64 [T, top_k].
+        weights: float32 [T, top_k], as the experts' outputs are multiplied with.
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    def of_expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens that an expert gets: their places [n] and router weights [n, 1]."""
+        places, turns = (self.ids == expert).nonzero(as_tuple=True)
+        return places, self.weights[places, turns].unsqueeze(1)
+
+
+class ExpertMatrices(NamedTuple):
+    """float32 weights of one expert: gate and up [I, H], down [H, I]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class LayerwiseModel:
+    """The layers of a checkpoint, to be run in order on the same sequences.
+
+    Args:
+        reader: The checkpoint; its experts may be packed.
+        layers: Its MoE layers.
+        device: Where layers run.
+
+    Raises:
+        MoeqError: transformers builds another model than the checkpoint holds.
+    """
+
+    def __init__(
+        self, reader: CheckpointReader, layers: list[MoELayer], device: torch.device
+    ) -> None:
+        self.reader, self.device = reader, device
+        self.moe_layers = {layer.index: layer for layer in layers}
+        config = AutoConfig.from_pretrained(reader.folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the experts are ours, all else is not quantized
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self._body, self._head = model.model.eval(), model.lm_head
+        with torch.device(device):
+            self._body.rotary_emb = type(self._body.rotary_emb)(config=config)
+        self._layers: list[nn.Module] = list(self._body.layers)
+        self._activation = ACT2FN[config.hidden_act]
+        self._arguments: list[dict[str, Any]] = []
+        first = layers[0]
+        self._prefix = first.container.removesuffix(f"{first.index}.{first.family.experts}")
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.inference_mode()
+    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Start with sequences: write their embeddings to ``hidden``.
+
+        Args:
+            tokens: int64 [n, L]; all sequences are full, none is padded.
+            hidden: float32 [n, L, hidden_size].
+        """
+        entrances = [_Entrance() for _ in self._layers]
+        self._body.layers = nn.ModuleList(entrances)
+        # "model.layers." holds the layers, "model." what is around them.
+        around = self._prefix.removesuffix("layers.")
+        self._fill(self._body.embed_tokens, f"{around}embed_tokens.")
+        self._fill(self._body.norm, f"{around}norm.")
+        for sequence, target in zip(tokens, hidden, strict=True):
+            self._body(input_ids=sequence[None].to(self.device), use_cache=False)
+            target.copy_(entrances[0].hidden[0])
+        self._arguments = [entrance.arguments for entrance in entrances]
+        self._body.embed_tokens.to("meta")
+
+    @torch.inference_mode()
+    def run(self, index: int, hidden: torch.Tensor, x: torch.Tensor) -> Routed | None:
+        """Run one layer in place, all but its routed experts.
+
+        Args:
+            index: Which layer.
+            hidden: float32 [n, L, hidden_size]: input, and then output, to which the experts'
+                share has to be added.
+            x: Memory of the same shape for the result.
+
+        Returns:
+            What the experts get; None for a layer without experts.
+        """
+        layer = self._layers[index]
+        moe, router = self.moe_layers.get(index), _Recorder()
+        if moe is not None:
+            getattr(layer, _MOE_MODULE).experts = router
+        self._fill(layer, f"{self._prefix}{index}.", moe)
+        ids, weights = [], []
+        for sequence, target in zip(hidden, x, strict=True):
+            output = layer(sequence[None].to(self.device), **self._arguments[index])
+            sequence.copy_((output[0] if isinstance(output, tuple) else output)[0])
+            if moe is not None:
+                target.copy_(router.routed.x.view(target.shape))
+                ids.append(router.routed.ids.cpu())
+                weights.append(router.routed.weights.float().cpu())
+        layer.to("meta")
+        if moe is None:
+            return None
+        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), torch.cat(weights))
+
+    def expert_hidden(self, gate: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
+        activated: torch.Tensor = self._activation(F.linear(x, gate))
+        return activated * F.linear(x, up)
+
+    def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
+        """Read an expert's 16- or 32-bit weights."""
+        return ExpertMatrices(
+            *(
+                self.reader.tensor(layer.tensor_name(expert, matrix)).to(self.device).float()
+                for matrix in ("gate", "up", "down")
+            )
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the logits of each sequence, [L, vocabulary], after the last layer ran."""
+        around = self._prefix.removesuffix("layers.")
+        head = "lm_head." if "lm_head.weight" in self.reader.tensors else f"{around}embed_tokens."
+        self._fill(self._head, head)
+        for sequence in hidden:
+            yield self._head(self._body.norm(sequence.to(self.device)))
+        self._head.to("meta")
+
+    def _fill(self, module: nn.Module, prefix: str, moe: MoELayer | None = None) -> None:
+        """Give a module its tensors from the checkpoint."""
+        state = {}
+        for name in module.state_dict():
+            stored = name
+            if moe is not None:  # Mixtral's checkpoints have another name for the block
+                block = moe.family.experts.split(".")[0]
+                stored = name.replace(f"{_MOE_MODULE}.", f"{block}.", 1)
+            tensor = self.reader.tensor(prefix + stored).to(self.device)
+            state[name] = tensor.float() if tensor.is_floating_point() else tensor
+        module.load_state_dict(state, assign=True)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_meta:
+                raise MoeqError(
+                    f"{self.reader.folder}: {prefix}{name} is not in the checkpoint, but "
+                    "transformers needs it"
+                )
+
+
+class _Entrance(nn.Module):
+    """Stands for a layer and remembers what it would have got."""
+
+    hidden: torch.Tensor
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        return hidden_states
+
+
+class _Recorder(nn.Module):
+    """Stands for the experts: remembers what they get and gives zeros."""
+
+    routed: Routed
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        self.routed = Routed(hidden_states, top_k_index, top_k_weights)
+        return torch.zeros_like(hidden_states)

@@ -1,0 +1,141 @@
+"""The grid of a group: a float16 scale and a stored zero point, searched for the least error."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from vllm_moeq.format import dequantize, zero_point_unit
+
+_SHARES = {1: (0.15, 5), 2: (0.3, 5), 3: (0.5, 5), 4: (0.7, 5), 8: (0.9, 3)}
+"""Per width: the smallest share of a group's extreme that either end of a grid is tried at, and
+how many shares up to 1 are tried; every pair of ends is one range."""
+_REFINEMENTS = 2
+_SMALLEST_SCALE = 2.0**-24
+_LARGEST_SCALE = 65504.0
+_LARGEST_ZERO_POINT = 255
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight matrix [N, K] in the three tensors of the checkpoint format."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def dequantize(self, bits: int) -> torch.Tensor:
+        """Return the weights float32 [N, K]."""
+        return dequantize(self.packed, self.scale, self.zero_point, bits)
+
+
+class Grid(NamedTuple):
+    """One grid per group, its zero in codes, with the squared error that it leads to.
+
+    All tensors are float32 [n, 1]; the values are those that the format can store.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    error: torch.Tensor
+
+    @classmethod
+    def searched(
+        cls, groups: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+    ) -> "Grid":
+        """Find the grid with the least squared error among ranges that differ at both ends.
+
+        The best of them is refined by least squares.
+
+        Args:
+            groups: float32 [n, G].
+            bits: Width of the codes.
+            importance: Weights of the squared errors, of a shape that broadcasts to ``groups``.
+
+        Raises:
+            ValueError: The weights are not finite, or too large for float16 scales.
+        """
+        low = groups.amin(-1, keepdim=True).clamp(max=0)
+        high = groups.amax(-1, keepdim=True).clamp(min=0)
+        largest = (high - low).max().item()
+        if not largest <= _LARGEST_SCALE * largest_code(bits):  # also true for NaN
+            raise ValueError("weights are NaN, infinite, or too large for float16 scales")
+        shares = torch.linspace(1.0, *_SHARES[bits]).tolist()
+        best = functools.reduce(
+            cls.better,
+            (
+                cls.between(groups, low * low_share, high * high_share, bits, importance)
+                for low_share, high_share in itertools.product(shares, repeat=2)
+            ),
+        )
+        for _ in range(_REFINEMENTS):
+            codes = best.codes(groups, bits)
+            best = best.better(cls.fitted(groups, codes, bits, importance))
+        return best
+
+    @classmethod
+    def between(
+        cls,
+        groups: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        bits: int,
+        importance: torch.Tensor | None = None,
+    ) -> "Grid":
+        """Lay the codes from ``low`` to ``high``, as nearly as the format allows."""
+        scale, zero = storable((high - low) / largest_code(bits), low, bits)
+        steps = (groups / scale).add_(zero)
+        error = steps.round().clamp_(0, largest_code(bits)).sub_(steps).square_()
+        if importance is not None:
+            error *= importance
+        return cls(scale, zero, error.sum(-1, keepdim=True) * scale.square())
+
+    @classmethod
+    def fitted(
+        cls,
+        groups: torch.Tensor,
+        codes: torch.Tensor,
+        bits: int,
+        importance: torch.Tensor | None = None,
+    ) -> "Grid":
+        """Fit scale and zero point to given codes by least squares."""
+        weights = torch.ones_like(codes) if importance is None else importance.expand_as(codes)
+        total = weights.sum(-1, keepdim=True).clamp(min=1e-30)
+        mean_code = (weights * codes).sum(-1, keepdim=True) / total
+        mean = (weights * groups).sum(-1, keepdim=True) / total
+        centred = codes - mean_code
+        weighted = weights * centred
+        variance = (weighted * centred).sum(-1, keepdim=True) / total
+        scale = (weighted * groups).sum(-1, keepdim=True) / total / variance.clamp(min=1e-12)
+        low = mean - scale * mean_code
+        return cls.between(groups, low, low + scale * largest_code(bits), bits, importance)
+
+    def codes(self, groups: torch.Tensor, bits: int) -> torch.Tensor:
+        """Return the code of each weight, still as a float: the grid point nearest to it."""
+        return (groups / self.scale).add_(self.zero).round_().clamp_(0, largest_code(bits))
+
+    def better(self, other: "Grid") -> "Grid":
+        """Return, group by group, the grid with the smaller error."""
+        wins = other.error < self.error
+        return Grid(*(torch.where(wins, new, old) for old, new in zip(self, other, strict=True)))
+
+
+def storable(
+    scale: torch.Tensor, low: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero (in codes) that the format can store, code 0 being near ``low``.
+
+    Args:
+        scale: Float; values below the smallest float16 become that.
+        low: Value of code 0.
+        bits: Width of the codes.
+    """
+    scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).float()
+    unit = zero_point_unit(bits)
+    zero = (low / (-unit * scale)).round_().clamp_(0, _LARGEST_ZERO_POINT).mul_(unit)
+    return scale, zero
+
+
+def largest_code(bits: int) -> int:
+    """Return the largest code of a width."""
+    return (1 << bits) - 1

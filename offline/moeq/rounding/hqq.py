@@ -1,0 +1,67 @@
+"""HQQ: rounding without data that lets outliers go.
+
+Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): the zero
+point minimizes not the squares of the errors but their 0.7-th powers, by alternating between a
+shrinkage of the errors and a closed-form zero point. The scale stays.
+"""
+
+import torch
+
+from moeq.rounding.grid import Grid, QuantizedWeight, largest_code, storable
+from vllm_moeq.format import pack, zero_point_unit
+
+_POWER = 0.7
+_BETA, _BETA_GROWTH = 10.0, 1.01
+_ROUNDS = 20
+
+
+def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    """Quantize a matrix; see the module.
+
+    Args:
+        weight: [N, K], any floating type; K is a multiple of ``group_size``.
+        bits: Width, one of the format's.
+        group_size: Weights of a row that share a grid.
+
+    Raises:
+        ValueError: The weights are not finite, or too large for float16 scales.
+    """
+    rows, columns = weight.shape
+    groups = weight.float().reshape(-1, group_size)
+    grid = Grid.searched(groups, bits)
+    scale, zero = grid.scale, grid.zero
+    steps = groups / scale
+    beta, best = _BETA, _error(steps, zero, bits)
+    for _ in range(_ROUNDS):
+        codes = _nearest(steps, zero, bits)
+        outliers = _shrink(steps - (codes - zero), beta)
+        wanted = (codes - (steps - outliers)).mean(-1, keepdim=True)
+        _, new_zero = storable(scale, -wanted * scale, bits)
+        error = _error(steps, new_zero, bits)
+        better = error < best
+        if not better.any():
+            break
+        zero, best = torch.where(better, new_zero, zero), torch.where(better, error, best)
+        beta *= _BETA_GROWTH
+    codes = _nearest(steps, zero, bits).to(torch.uint8)
+    return QuantizedWeight(
+        pack(codes.view(rows, columns), bits),
+        scale.to(torch.float16).view(rows, -1),
+        (zero / zero_point_unit(bits)).to(torch.uint8).view(rows, -1),
+    )
+
+
+def _nearest(steps: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    return (steps + zero).round_().clamp_(0, largest_code(bits))
+
+
+def _error(steps: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    difference = steps - (_nearest(steps, zero, bits) - zero)
+    return difference.abs().pow_(_POWER).sum(-1, keepdim=True)
+
+
+def _shrink(difference: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the minimizer of |e| ** p + beta / 2 * (e - difference) ** 2, approximately."""
+    size = difference.abs()
+    threshold = size.clamp(min=1e-12).pow(_POWER - 1) * (_POWER / beta)
+    return difference.sign() * (size - threshold).clamp(min=0)

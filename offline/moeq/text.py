@@ -1,0 +1,130 @@
+"""Text for calibration and evaluation, cut into sequences of tokens."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from moeq.errors import MoeqError
+
+DEFAULT_TEXT = "default"
+"""Stands for text that every Python has: the reference manual inside ``pydoc``."""
+
+_HUB_ROWS = 20_000  # of a dataset that are read at most
+
+
+def read_texts(source: str) -> dict[str, str]:
+    """Return texts by name.
+
+    Args:
+        source: ``default``; a text file; a folder of text files (``*.txt``, ``*.md``); a
+            ``.jsonl`` file whose lines have a field "text"; or a dataset of the hub, whose split
+            "train" has a column "text".
+
+    Raises:
+        MoeqError: It is none of these, or holds no text; names it.
+    """
+    path = Path(source)
+    if source == DEFAULT_TEXT:
+        from pydoc_data.topics import topics
+
+        texts = {"default": "\n\n".join(topics[name] for name in sorted(topics))}
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".md"))
+        texts = {file.stem: _read(file) for file in files}
+    elif path.suffix == ".jsonl":
+        texts = {path.stem: "\n\n".join(_json_lines(path))}
+    elif path.is_file():
+        texts = {path.stem: _read(path)}
+    else:
+        texts = {source: "\n\n".join(_hub_dataset(source))}
+    if not any(text.strip() for text in texts.values()):
+        raise MoeqError(f"{source} holds no text")
+    return texts
+
+
+def calibration_sequences(
+    folder: Path, source: str, count: int, length: int, seed: int
+) -> torch.Tensor:
+    """Return int64 [n, length]: sequences drawn from a text without overlap, n <= count.
+
+    Args:
+        folder: A checkpoint, for its tokenizer.
+        source: As :func:`read_texts` takes it.
+        count: Sequences wanted; fewer come back if the text is too short for them.
+        length: Tokens of each.
+        seed: Of the draw.
+
+    Raises:
+        MoeqError: The text is shorter than one sequence, or the checkpoint has no tokenizer.
+    """
+    windows = torch.cat(
+        [_windows(tokens, length) for tokens in tokenized(folder, read_texts(source)).values()]
+    )
+    if not len(windows):
+        raise MoeqError(
+            f"{source}: no text in it has the {length} tokens of one sequence; give more text or "
+            "a smaller --seqlen"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]
+
+
+def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tokens of texts, int64 [T] each.
+
+    Raises:
+        MoeqError: The checkpoint has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoeqError(f"{folder}: cannot read its tokenizer: {reason}") from error
+    return {
+        name: torch.tensor(
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            dtype=torch.int64,
+        )
+        for name, text in texts.items()
+    }
+
+
+def _windows(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoeqError(f"cannot read the text {path}: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            text = json.loads(line)["text"] if line.strip() else ""
+        except (json.JSONDecodeError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise MoeqError(f'{path}, line {number}: no JSON object with a string "text"')
+        yield text
+
+
+def _hub_dataset(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise MoeqError(
+            f"{name} is no file or folder here; for a dataset of the hub, pip install datasets"
+        ) from error
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        texts = [row["text"] for row, _ in zip(rows, range(_HUB_ROWS), strict=False)]
+    except (OSError, ValueError, KeyError) as error:
+        raise MoeqError(f"{name} is no dataset with a column text: {error}") from error
+    yield from texts

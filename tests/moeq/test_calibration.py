@@ -1,0 +1,219 @@
+"""Calibrated rounding through the real ``moeq`` command."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from support.cli import run_moeq, start_moeq
+from support.reference import dequantize_checkpoint
+
+TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
+OPTIONS = ("--bits", 2.5, "--group-size", 32, "--nsamples", 24, "--seqlen", 48)
+UNFINISHED = ".out.moeq-calibration"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _copy(source: Path, target: Path, **changes: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """Copy a checkpoint; change tensors whose name ends as a key says, dots as underlines."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    for ending, change in changes.items():
+        for name in tensors:
+            if name.replace(".", "_").endswith(ending):
+                tensors[name] = change(tensors[name])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen2_moe"])
+def test_outputs_stay_nearer_to_the_original_than_without_calibration(
+    family: str, tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    def correlate(embedding: torch.Tensor) -> torch.Tensor:
+        """Leave few directions, as training does; without any, no rounding beats the nearest."""
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(8, embedding.shape[1], generator=generator)
+        places = torch.randn(embedding.shape[0], 8, generator=generator)
+        return (places @ basis).to(embedding.dtype)
+
+    source = _copy(tiny_model(family), tmp_path / "model", embed_tokens_weight=correlate)
+    tokens = torch.tensor([list(TEXT[:200].encode())]) + 3
+    logits = {}
+    for method in ("gptq", "rtn"):
+        out = tmp_path / method
+        calibration = ("--calib", text, *OPTIONS[4:]) if method == "gptq" else ()
+        done = run_moeq(
+            "quantize", source, "-o", out, *OPTIONS[:4], "--method", method, *calibration
+        )
+        assert done.returncode == 0, done.stderr
+        assert run_moeq("verify", out).returncode == 0
+        dequantize_checkpoint(out, tmp_path / f"{method}-float")
+        logits[method] = _logits(tmp_path / f"{method}-float", tokens)
+    original = _logits(source, tokens)
+    errors = {name: (found - original).norm() for name, found in logits.items()}
+    assert errors["gptq"] < 0.95 * errors["rtn"]
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    note = config["quantization_config"]["provenance"]["details"]["rounding"]
+    assert note == f"gptq, 24 x 48 tokens of {text}, seed 0"
+
+
+def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(tokens).logits
+
+
+def test_experts_that_few_tokens_reach_are_counted(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    def close_two(router: torch.Tensor) -> torch.Tensor:
+        router = router.clone()
+        router[1:3] = -router[3:4].abs() - 10 * torch.sign(router[3:4])
+        return router
+
+    source = _copy(tiny_model("qwen3_moe"), tmp_path / "model", mlp_gate_weight=close_two)
+    out = tmp_path / "out"
+    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:4], "--nsamples=2",
+                    "--seqlen=8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "16 of 16 experts got fewer than 32 calibration tokens" in done.stdout
+    for path in out.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert torch.isfinite(tensor.float()).all(), name
+
+
+def test_a_killed_run_is_resumed_and_gives_the_same_bytes(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = tiny_model("deepseek_v3"), tmp_path / "out"
+    command = ("quantize", source, "-o", out, "--calib", text, *OPTIONS)
+    assert run_moeq(*command).returncode == 0
+    expected = _files(out)
+    shutil.rmtree(out)
+
+    # Killed while the first layer with experts is rounded, after it, and while files are written.
+    waits = ("fingerprint.json", "layer-00001.safetensors", "state.json")
+    for number, file in enumerate(waits):
+        resume = ("--resume",) if number else ()
+        process = start_moeq(*command, *resume)
+        waited = tmp_path / UNFINISHED / file
+        while process.poll() is None and not waited.exists():
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, process.communicate()
+        assert not out.exists()
+    done = run_moeq(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert _files(out) == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+
+
+def test_a_run_with_other_options_is_not_resumed(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    command = ("quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--calib", text)
+    process = start_moeq(*command, *OPTIONS)
+    while process.poll() is None and not (tmp_path / UNFINISHED / "fingerprint.json").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = run_moeq(*command, *OPTIONS, "--seed", 1, "--resume")
+    assert done.returncode == 1
+    assert "the unfinished run had another calibration text; use the same options" in done.stderr
+    done = run_moeq(*command, *OPTIONS, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ending", ["experts_3_w1_weight", "q_proj_weight"])
+def test_values_that_are_not_finite_are_named(
+    ending: str, tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    def poison(weight: torch.Tensor) -> torch.Tensor:
+        return weight.index_fill(0, torch.tensor([1]), float("nan"))
+
+    source = _copy(tiny_model("mixtral"), tmp_path / "model", **{ending: poison})
+    command = ("quantize", source, "-o", tmp_path / "out", "--strategy", "random:0")
+    done = run_moeq(*command, "--calib", text, *OPTIONS)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    if ending == "q_proj_weight":
+        assert "layer 0 gives NaN or infinity on the calibration text" in done.stderr
+    else:
+        name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+        assert f"cannot quantize {name}: weights are NaN" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--calib", "short.txt"), "no text in it has the 512 tokens of one sequence"),
+        (("--calib", "empty.txt"), "empty.txt holds no text"),
+        (("--calib", "missing.txt"), "missing.txt is no file or folder here"),
+        (("--calib", "bad.jsonl"), 'bad.jsonl, line 2: no JSON object with a string "text"'),
+        (("--calib", "binary.txt"), "cannot read the text binary.txt"),
+        (("--method", "gptq"), "--method gptq needs calibration text: --calib FILE"),
+        (("--method", "hqq", "--seed", "1"), "--seed has no effect with --method hqq"),
+        (("--resume",), "--resume has no effect with --method rtn"),
+        (("--calib", "short.txt", "--nsamples", "0"), "--nsamples 0 is not a positive number"),
+    ],
+)
+def test_bad_options_are_named(
+    options: tuple[str, ...],
+    message: str,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moeq.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    Path("empty.txt").write_text(" \n")
+    Path("bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    command = ["quantize", str(tiny_model("mixtral")), "-o", "out", "--bits=2", "--group-size=32"]
+    assert main([*command, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["default", "folder", "jsonl"])
+def test_sources_of_text(kind: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    if kind == "folder":
+        (tmp_path / kind).mkdir()
+        for name in ("a.txt", "b.md", "c.bin"):
+            (tmp_path / kind / name).write_text(TEXT[:2000])
+    if kind == "jsonl":
+        lines = [json.dumps({"text": line}) for line in TEXT.splitlines()]
+        (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    source = {"default": "default", "folder": tmp_path / kind, "jsonl": tmp_path / "text.jsonl"}
+    done = run_moeq(
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", *OPTIONS, "--calib",
+        source[kind], "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rounding         gptq, 24 x 48 tokens of" in done.stdout
+    assert "peak memory" in done.stdout and "TFLOP" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "text.jsonl"}
