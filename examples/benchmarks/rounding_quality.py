@@ -141,9 +141,9 @@ def main() -> None:
         [
             " ".join(verdicts),
             f"Increase of the held-out loss (nats per token over 16 bits, {full:.4f}), "
-            f"{sum(text.tokens for text in texts):,} tokens, group size {options.group_size}. gptq: "
-            f"mean and standard deviation over {options.seeds} draws of {options.nsamples} × "
-            f"{options.seqlen} calibration tokens.",
+            f"{sum(text.tokens for text in texts):,} tokens, group size {options.group_size}. "
+            f"gptq: mean and standard deviation over {options.seeds} draws of "
+            f"{options.nsamples} × {options.seqlen} calibration tokens.",
             table(["bits", "rtn", "hqq", "gptq", "gptq / rtn"], rows),
         ],
         packages=("torch", "transformers", "vllm-moeq"),
