@@ -131,8 +131,8 @@ class Calibration:
         """Round all experts.
 
         Args:
-            folder: Gets the finished layers; see :meth:`rounded`.
-            resume: Go on with what is there.
+            folder: Gets the finished layers; see :meth:`stored`.
+            resume: Go on with what is there; otherwise it is overwritten.
             progress: Show a progress bar.
 
         Raises:
@@ -144,7 +144,7 @@ class Calibration:
         shape = (*self.tokens.shape, self.layers[0].hidden_size)
         hidden, x = (_memory(folder / name, shape) for name in ("hidden.bin", "x.bin"))
         self._check_fingerprint(folder, resume)
-        done = self._restore(folder, hidden)
+        done = self._restore(folder, hidden) if resume else 0
         if done == 0:
             model.embed(self.tokens, hidden)
         else:

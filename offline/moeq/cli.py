@@ -260,13 +260,25 @@ def _rounding(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise MoeqError(f"--{name} {value} is not a positive number")
+    device = _device(options.device or "cpu")
     count, length, seed = options.nsamples or 128, options.seqlen or 512, options.seed or 0
     tokens = calibration_sequences(conversion.reader.folder, options.calib, count, length, seed)
     note = f"gptq, {len(tokens)} x {length} tokens of {options.calib}, seed {seed}"
-    calibration = Calibration(
-        conversion.reader, conversion.layers, conversion.plan, tokens, options.device or "cpu"
-    )
+    calibration = Calibration(conversion.reader, conversion.layers, conversion.plan, tokens, device)
     return calibration, note
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from moeq.errors import MoeqError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise MoeqError(f"--device {name} cannot be used: {reason}") from error
+    return name
 
 
 def _plan(options: argparse.Namespace) -> int:

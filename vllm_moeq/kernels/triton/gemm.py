@@ -30,6 +30,7 @@ TABLE_COLUMNS: tl.constexpr = tl.constexpr(5)
 # Triton lets a function that runs while it compiles use constants only, no other functions.
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDTHS: tl.constexpr = tl.constexpr(WIDTHS)
+_WIDTH_COUNT: tl.constexpr = tl.constexpr(len(WIDTHS))
 _SEGMENTS: tl.constexpr = tl.constexpr({bits: planes.segments(bits) for bits in WIDTHS})
 _ASSEMBLY: tl.constexpr = tl.constexpr(
     {
@@ -238,7 +239,7 @@ def _multiply(
     w_ptr += tl.load(entry + 1).to(tl.int64) * WORDS_PER_UNIT
     scale_ptr += expert.to(tl.int64) * (tl.cdiv(K, BLOCK_K) * (BLOCK_K // GROUP_SIZE)) * N
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i in tl.static_range(len(_WIDTHS)):
+    for i in tl.static_range(_WIDTH_COUNT):
         if (WIDTH_SET >> _width(i)) & 1:
             if bits == _width(i):
                 acc = _accumulate(
