@@ -99,8 +99,7 @@ class ExpertBuffers:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Checkpoint matrices of an expert: w1 (gate or only), w3 (up, if gated), w2 (down)."""
-        gated = self.layout.w13_rows == 2 * self.layout.intermediate_size
-        return ("w1", "w3", "w2") if gated else ("w1", "w2")
+        return ("w1", "w3", "w2") if self.layout.gated else ("w1", "w2")
 
     def fill(
         self, kind: Kind, shard: Shard, slot: int, loaded: torch.Tensor, tensor_name: str

@@ -261,8 +261,9 @@ def main() -> None:
     if machine.functions is None:
         parser.exit(1, f"the CPU kernel does not run here: {machine.isa}\n")
     repacking: dict[str, float] = {}
-    for setting in (setting for settings in shapes for setting in settings):
-        repacking |= repack_rates(setting, machine)
+    for settings in shapes:
+        for setting in settings:
+            repacking |= repack_rates(setting, machine)
     cases = [case for settings in shapes for case in measure_shape(settings, machine)]
     write_section(
         options.results,

@@ -8,7 +8,7 @@ import argparse
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from moeq.allocation import (
 )
 from moeq.checkpoint import CheckpointReader, resolve_model
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
+from moeq.families import MoELayer, expert_widths
 from moeq.rounding import quantize_rtn
 from moeq.signals import load_base_routers, router_norms
 from vllm_moeq.format import BitPlan, LayerBits
@@ -93,9 +93,17 @@ class PlannedModel:
         }
         self._dequantized: dict[tuple[str, int, int], torch.Tensor] = {}
 
-    @torch.inference_mode()
     def apply(self, plan: BitPlan | None) -> None:
         """Give every expert the weights that ``plan`` stores; None restores the original ones."""
+        if plan is None:
+            self.fill(self.reader.tensor)
+        else:
+            widths, group_size = expert_widths(plan, self.layers), plan.group_size
+            self.fill(lambda name: self._weight(name, widths[name], group_size))
+
+    @torch.inference_mode()
+    def fill(self, weight: Callable[[str], torch.Tensor]) -> None:
+        """Give every expert the weights that a function returns by their names on disk."""
         for layer in self.layers:
             gate_up = self._fused[layer.index, "gate_up_proj"]
             targets = {
@@ -103,14 +111,8 @@ class PlannedModel:
                 "up": gate_up[:, layer.intermediate_size :],
                 "down": self._fused[layer.index, "down_proj"],
             }
-            for expert, matrix, projection in layer.weights():
-                name = layer.tensor_name(expert, matrix)
-                if plan is None:
-                    weight = self.reader.tensor(name)
-                else:
-                    width = plan.expert_bits[layer.container].width(projection, expert)
-                    weight = self._weight(name, width, plan.group_size)
-                targets[matrix][expert].copy_(weight)
+            for expert, matrix, _ in layer.weights():
+                targets[matrix][expert].copy_(weight(layer.tensor_name(expert, matrix)))
 
     def _weight(self, name: str, bits: int, group_size: int) -> torch.Tensor:
         key = (name, bits, group_size)

@@ -20,8 +20,10 @@ from moeq.allocation import PlanOptions, make_plan
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, resolve_model
 from moeq.convert import DATA_FREE, Conversion
+from moeq.families import expert_widths
+from moeq.rounding import QuantizedWeight
 from moeq.text import calibration_sequences
-from vllm_moeq.format import BitPlan, dequantize
+from vllm_moeq.format import BitPlan
 
 PLANS: dict[str, PlanOptions] = {
     "2": PlanOptions(2, None, "uniform"),
@@ -33,47 +35,19 @@ REQUIRED = {"2": 0.45, "3": 0.35}
 """Increase of the loss with gptq, relative to that with rtn."""
 
 
-class RoundedModel(PlannedModel):
-    """A model whose experts can be exchanged for those of a packed checkpoint."""
+def load_packed(model: PlannedModel, folder: Path, plan: BitPlan) -> None:
+    """Give every expert the weights of a packed checkpoint of the same model."""
+    packed, widths = CheckpointReader(folder), expert_widths(plan, model.layers)
 
-    @torch.inference_mode()
-    def load(self, folder: Path, plan: BitPlan) -> None:
-        """Give every expert the weights of a packed checkpoint of the same model."""
-        packed = CheckpointReader(folder)
-        self.apply(None)
-        original = self.reader
-        try:
-            self.reader = _Dequantized(packed, self, plan)  # type: ignore[assignment]
-            self.apply(None)
-        finally:
-            self.reader = original
+    def weight(name: str) -> torch.Tensor:
+        stored = QuantizedWeight(*map(packed.tensor, QuantizedWeight.names(name)))
+        return stored.dequantize(widths[name])
 
-
-class _Dequantized:
-    """Reads packed weights as if they were those of the original checkpoint."""
-
-    def __init__(self, packed: CheckpointReader, model: PlannedModel, plan: BitPlan) -> None:
-        self._packed = packed
-        self._bits = {
-            layer.tensor_name(expert, matrix): plan.expert_bits[layer.container].width(
-                projection, expert
-            )
-            for layer in model.layers
-            for expert, matrix, projection in layer.weights()
-        }
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a dequantized weight."""
-        stem = name.removesuffix(".weight")
-        stored = (
-            self._packed.tensor(f"{stem}.weight_{kind}")
-            for kind in ("packed", "scale", "zero_point")
-        )
-        return dequantize(*stored, self._bits[name])
+    model.fill(weight)
 
 
 def losses(
-    model: RoundedModel, texts: list[Text], options: argparse.Namespace
+    model: PlannedModel, texts: list[Text], options: argparse.Namespace
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Yield the losses of each plan and method: one for each seed where there is a seed."""
     for name, wanted in PLANS.items():
@@ -92,7 +66,7 @@ def losses(
                 with tempfile.TemporaryDirectory(dir=options.work) as folder:
                     output = Path(folder) / "packed"
                     conversion.run(output, options.model, rounding, progress=False)
-                    model.load(output, conversion.plan)
+                    load_packed(model, output, conversion.plan)
                 values.append(model.losses(texts).mean)
                 print(f"== {name} bits, {method}, seed {seed}: {values[-1]:.4f}", flush=True)
             yield name, method, values
@@ -113,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for checkpoints on the way")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
-    model = RoundedModel(resolve_model(options.model))
+    model = PlannedModel(resolve_model(options.model))
     texts = read_texts(options.text, model.reader.folder, options.max_tokens, 512, 8)
     model.check(texts[0])
     full = model.losses(texts).mean

@@ -6,19 +6,21 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import LayerwiseModel, Routed
 from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_hqq
-from vllm_moeq.format import BitPlan, LayerBits, packed_bytes
+from vllm_moeq._version import __version__
+from vllm_moeq.format import BitPlan, LayerBits
 
 FEWEST_TOKENS = 32
 """An expert that gets fewer calibration tokens is rounded without them: so few say more about
@@ -28,18 +30,6 @@ _HESSIAN_COPIES = 4
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
 Tensors = dict[str, torch.Tensor]
-
-
-class Coverage(NamedTuple):
-    """How many calibration tokens reach the experts of one layer.
-
-    Attributes:
-        tokens: Of each expert.
-        weight: Sum of each expert's router weights.
-    """
-
-    tokens: list[int]
-    weight: list[float]
 
 
 @dataclass(slots=True)
@@ -57,7 +47,7 @@ class Calibration:
         tokens: int64 [n, L]: the calibration text.
         device: Where layers run and experts are rounded.
         fewest_tokens: See :data:`FEWEST_TOKENS`.
-        coverage: Of the layers done so far, by container.
+        coverage: How many tokens reach each expert, by container of the layers done so far.
     """
 
     reader: CheckpointReader
@@ -66,7 +56,7 @@ class Calibration:
     tokens: torch.Tensor
     device: str = "cpu"
     fewest_tokens: int = FEWEST_TOKENS
-    coverage: dict[str, Coverage] = field(default_factory=dict)
+    coverage: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -76,15 +66,7 @@ class Calibration:
     @property
     def disk_bytes(self) -> int:
         """Bytes of files that go at the end: finished layers, activations and their snapshots."""
-        packed = sum(
-            packed_bytes(
-                *layer.shape(matrix),
-                self.plan.expert_bits[layer.container].width(projection, expert),
-                self.plan.group_size,
-            )
-            for layer in self.layers
-            for expert, matrix, projection in layer.weights()
-        )
+        packed = plan_sizes(self.plan, self.reader, self.layers).expert_bytes
         return packed + 4 * self.activation_bytes
 
     @property
@@ -106,9 +88,7 @@ class Calibration:
     def uncalibrated(self) -> int:
         """Experts that were rounded without calibration because too few tokens reach them."""
         return sum(
-            count < self.fewest_tokens
-            for coverage in self.coverage.values()
-            for count in coverage.tokens
+            count < self.fewest_tokens for counts in self.coverage.values() for count in counts
         )
 
     @property
@@ -140,10 +120,10 @@ class Calibration:
                 something else; names it.
         """
         folder.mkdir(exist_ok=True)
+        self._check_fingerprint(folder, resume)
         model = LayerwiseModel(self.reader, self.layers, torch.device(self.device))
         shape = (*self.tokens.shape, self.layers[0].hidden_size)
         hidden, x = (_memory(folder / name, shape) for name in ("hidden.bin", "x.bin"))
-        self._check_fingerprint(folder, resume)
         done = self._restore(folder, hidden) if resume else 0
         if done == 0:
             model.embed(self.tokens, hidden)
@@ -176,8 +156,7 @@ class Calibration:
         file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
         def read(weight: str) -> Tensors:
-            stem = weight.removesuffix(".weight")
-            names = (f"{stem}.weight_{kind}" for kind in QuantizedWeight._fields)
+            names = QuantizedWeight.names(weight)
             return {name: file_of[name].get_tensor(name) for name in names}
 
         return read
@@ -186,17 +165,16 @@ class Calibration:
         self, model: LayerwiseModel, layer: MoELayer, routed: Routed, hidden: torch.Tensor
     ) -> Iterator[Tensors]:
         """Round the experts of a layer, and add their outputs to ``hidden``."""
-        coverage = Coverage([], [])
+        counts = []
         flat = hidden.view(-1, hidden.shape[-1])
         for expert in range(layer.num_experts):
             places, weights = routed.of_expert(expert)
-            coverage.tokens.append(len(places))
-            coverage.weight.append(float(weights.sum()))
+            counts.append(len(places))
             x, weights = routed.x[places].to(model.device), weights.to(model.device)
             stored, output = self._round_expert(model, layer, expert, x, weights)
             flat.index_add_(0, places, (output * weights).to(flat.device))
             yield stored
-        self.coverage[layer.container] = coverage
+        self.coverage[layer.container] = counts
 
     def _round_expert(
         self,
@@ -221,9 +199,8 @@ class Calibration:
                 raise MoeqError(f"{self.reader.folder}: cannot quantize {name}: {error}") from error
             parts = (tensor.chunk(len(names)) for tensor in quantized)
             for name, *tensors in zip(names, *parts, strict=True):
-                stem = layer.tensor_name(expert, name).removesuffix(".weight")
-                for kind, tensor in zip(QuantizedWeight._fields, tensors, strict=True):
-                    stored[f"{stem}.weight_{kind}"] = tensor.cpu().contiguous()
+                weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in tensors))
+                stored.update(weight.named(layer.tensor_name(expert, name)))
             return list(quantized.dequantize(width).chunk(len(names)))
 
         gate, up = rounded(x, bits.width("w13", expert), "gate", "up")
@@ -245,7 +222,9 @@ class Calibration:
         files = {info.file for info in self.reader.tensors.values()}
         stats = {name: (self.reader.folder / name).stat() for name in sorted(files)}
         fingerprint = {
+            "moeq version": __version__,
             "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "config.json": self.reader.config,
             "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
             "group size": self.plan.group_size,
             "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
@@ -279,7 +258,7 @@ class Calibration:
         if not (folder / _STATE).exists():
             return 0
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        self.coverage = {name: Coverage(*counts) for name, counts in state["coverage"].items()}
+        self.coverage = state["coverage"]
         done = int(state["done"])
         hidden.copy_(load_file(_snapshot(folder, done))["hidden"])
         return done

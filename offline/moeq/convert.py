@@ -21,7 +21,7 @@ from moeq.allocation import with_sizes
 from moeq.calibration import Calibration
 from moeq.checkpoint import INDEX_NAME, CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer, check_plan_fits
+from moeq.families import MoELayer, check_plan_fits, expert_widths
 from moeq.model_card import write_model_card
 from moeq.rounding import QuantizedWeight, quantize_hqq, quantize_rtn
 from vllm_moeq.format import (
@@ -34,7 +34,6 @@ from vllm_moeq.format import (
 Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
 DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
 """Rounding methods without calibration, by the name that ``--method`` takes."""
-METHODS = ("gptq", *DATA_FREE)
 DEFAULT_SHARD_BYTES = 2 << 30
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
@@ -82,21 +81,15 @@ class Conversion:
             MoeqError: The plan does not fit the model.
         """
         check_plan_fits(plan, layers)
-        expert_weights = {
-            layer.tensor_name(expert, matrix): (
-                layer.shape(matrix),
-                plan.expert_bits[layer.container].width(projection, expert),
-            )
-            for layer in layers
-            for expert, matrix, projection in layer.weights()
-        }
+        widths = expert_widths(plan, layers)
         shards: list[list[_Job]] = [[]]
         filled = 0
         # In file order, so that each source shard is read once from start to end.
         for name, info in reader.tensors.items():
-            if name in expert_weights:
-                (rows, columns), bits = expert_weights[name]
-                job = _Job(name, bits, packed_bytes(rows, columns, bits, plan.group_size))
+            if name in widths:
+                rows, columns = info.shape
+                size = packed_bytes(rows, columns, widths[name], plan.group_size)
+                job = _Job(name, widths[name], size)
             else:
                 job = _Job(name, None, info.num_bytes)
             if shards[-1] and filled + job.output_bytes > shard_bytes:
@@ -240,8 +233,7 @@ class Conversion:
             quantized = rounding(self.reader.tensor(name), bits, self.plan.group_size)
         except ValueError as error:
             raise MoeqError(f"{self.reader.folder}: cannot quantize {name}: {error}") from error
-        stem = name.removesuffix(".weight")
-        return {f"{stem}.weight_{kind}": tensor for kind, tensor in quantized._asdict().items()}
+        return quantized.named(name)
 
 
 def check_output_is_free(output: Path) -> None:

@@ -108,6 +108,17 @@ class MoELayer:
             yield expert, "down", "w2"
 
 
+def expert_widths(plan: BitPlan, layers: list[MoELayer]) -> dict[str, int]:
+    """Return the width of every routed weight by its name on disk."""
+    return {
+        layer.tensor_name(expert, matrix): plan.expert_bits[layer.container].width(
+            projection, expert
+        )
+        for layer in layers
+        for expert, matrix, projection in layer.weights()
+    }
+
+
 def check_plan_fits(plan: BitPlan, layers: list[MoELayer]) -> None:
     """Check that a plan was made for a model of these layers.
 

@@ -4,14 +4,11 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.activations import ACT2FN
 
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
@@ -52,25 +49,24 @@ class LayerwiseModel:
     """The layers of a checkpoint, to be run in order on the same sequences.
 
     Args:
-        reader: The checkpoint; its experts may be packed.
+        reader: The checkpoint.
         layers: Its MoE layers.
         device: Where layers run.
-
-    Raises:
-        MoeqError: transformers builds another model than the checkpoint holds.
     """
 
     def __init__(
         self, reader: CheckpointReader, layers: list[MoELayer], device: torch.device
     ) -> None:
+        # Takes seconds to import, which other commands should not wait for.
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.activations import ACT2FN
+
         self.reader, self.device = reader, device
         self.moe_layers = {layer.index: layer for layer in layers}
         config = AutoConfig.from_pretrained(reader.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the experts are ours, all else is not quantized
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self._body, self._head = model.model.eval(), model.lm_head
+        self._body = model.model.eval()
         with torch.device(device):
             self._body.rotary_emb = type(self._body.rotary_emb)(config=config)
         self._layers: list[nn.Module] = list(self._body.layers)
@@ -147,18 +143,12 @@ class LayerwiseModel:
             )
         )
 
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the logits of each sequence, [L, vocabulary], after the last layer ran."""
-        around = self._prefix.removesuffix("layers.")
-        head = "lm_head." if "lm_head.weight" in self.reader.tensors else f"{around}embed_tokens."
-        self._fill(self._head, head)
-        for sequence in hidden:
-            yield self._head(self._body.norm(sequence.to(self.device)))
-        self._head.to("meta")
-
     def _fill(self, module: nn.Module, prefix: str, moe: MoELayer | None = None) -> None:
-        """Give a module its tensors from the checkpoint."""
+        """Give a module its tensors from the checkpoint.
+
+        Raises:
+            MoeqError: transformers builds another model than the checkpoint holds.
+        """
         state = {}
         for name in module.state_dict():
             stored = name

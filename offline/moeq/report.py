@@ -98,10 +98,10 @@ def describe_conversion(conversion: Conversion, rounding: Rounding | Calibration
         ("result", f"{_bytes(conversion.output_bytes)} in {len(conversion.shards)} file(s)"),
     ]
     if isinstance(rounding, Calibration):
-        memory = max(memory, rounding.peak_memory_bytes)
+        memory, operations = max(memory, rounding.peak_memory_bytes), rounding.operations
         rows += [
             ("disk on the way", f"{_bytes(rounding.disk_bytes)} more than the result"),
-            ("arithmetic", f"{rounding.operations / 1e12:.3g} TFLOP; {_hours(rounding)}"),
+            ("time", f"{operations / 1e12:.3g} TFLOP: {_time_class(operations)}"),
         ]
     rows.append(("peak memory", f"about {_bytes(memory)} beyond Python and torch"))
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
@@ -118,9 +118,10 @@ def describe_result(rounding: Rounding | Calibration) -> str:
     )
 
 
-def _hours(calibration: Calibration) -> str:
-    hours = calibration.operations / _CPU_FLOPS / 3600
-    return f"about {hours:.1g} hours at {_CPU_FLOPS / 1e9:.0f} GFLOP/s, what a few CPU cores do"
+def _time_class(operations: float) -> str:
+    seconds = operations / _CPU_FLOPS
+    unit = "minutes" if seconds < 3600 else "hours" if seconds < 86400 else "days"
+    return f"{unit} at {_CPU_FLOPS / 1e9:.0f} GFLOP/s"
 
 
 def _widths(widths: tuple[int, ...]) -> str:

@@ -85,16 +85,12 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 def test_experts_that_few_tokens_reach_are_counted(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    def close_two(router: torch.Tensor) -> torch.Tensor:
-        router = router.clone()
-        router[1:3] = -router[3:4].abs() - 10 * torch.sign(router[3:4])
-        return router
-
-    source = _copy(tiny_model("qwen3_moe"), tmp_path / "model", mlp_gate_weight=close_two)
+    source = tiny_model("qwen3_moe")
     out = tmp_path / "out"
-    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:4], "--nsamples=2",
-                    "--seqlen=8")  # fmt: skip
+    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:4], "--nsamples=1",
+                    "--seqlen=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # Two tokens make four choices: some of the eight experts of a layer get none.
     assert "16 of 16 experts got fewer than 32 calibration tokens" in done.stdout
     for path in out.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
@@ -110,8 +106,8 @@ def test_a_killed_run_is_resumed_and_gives_the_same_bytes(
     expected = _files(out)
     shutil.rmtree(out)
 
-    # Killed while the first layer with experts is rounded, after it, and while files are written.
-    waits = ("fingerprint.json", "layer-00001.safetensors", "state.json")
+    # Killed before a layer is done, after the experts of one, and while the result is written.
+    waits = ("fingerprint.json", "layer-00001.safetensors", "hidden-00002.safetensors")
     for number, file in enumerate(waits):
         resume = ("--resume",) if number else ()
         process = start_moeq(*command, *resume)

@@ -75,7 +75,7 @@ def route(
     route_kernel[(experts + 1,)](
         ids_ptr=topk_ids,
         map_ptr=expert_map,
-        map_size=0 if expert_map is None else len(expert_map),
+        known=experts if expert_map is None else len(expert_map),
         table_ptr=turns.int(),
         order_ptr=order,
         block_ptr=block_experts,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_moeq.format import Projection, packed_columns
+from vllm_moeq.format import PROJECTIONS, Projection, packed_columns
 
 LAYOUT_HEADER_ROWS = 2
 """Rows of the tensor form before those of the experts."""
@@ -87,6 +87,11 @@ class ExpertLayout:
             w2_offset += hidden_size * packed_columns(intermediate_size, second)
         return cls(group_size, hidden_size, intermediate_size, w13_rows, tuple(slots))
 
+    @property
+    def gated(self) -> bool:
+        """Whether w13 holds gate and up."""
+        return self.w13_rows == 2 * self.intermediate_size
+
     def shape(self, projection: Projection) -> tuple[int, int]:
         """Return (rows, columns) of one expert's matrix."""
         if projection == "w13":
@@ -126,3 +131,32 @@ class ExpertLayout:
         kernel, group_size, hidden_size, intermediate_size = rows[0]
         slots = tuple(ExpertSlot(*row) for row in rows[LAYOUT_HEADER_ROWS:])
         return cls(group_size, hidden_size, intermediate_size, rows[1][0], slots, kernel)
+
+
+def check_inputs(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    layout: torch.Tensor,
+) -> None:
+    """Check that arguments of the op belong together: kernels trust their sizes.
+
+    Raises:
+        ValueError: They do not; says which.
+    """
+    if not len(x) == len(topk_ids) == len(topk_weights) or topk_ids.shape != topk_weights.shape:
+        raise ValueError(
+            f"{len(x)} tokens with router weights {list(topk_weights.shape)} and expert ids "
+            f"{list(topk_ids.shape)}"
+        )
+    if w13_bias is None and w2_bias is None:
+        return
+    sizes = ExpertLayout.from_tensor(layout)
+    for projection, bias in zip(PROJECTIONS, (w13_bias, w2_bias), strict=True):
+        rows, _ = sizes.shape(projection)
+        if bias is not None and bias.shape != (len(sizes.slots), rows):
+            raise ValueError(
+                f"{projection}_bias is {list(bias.shape)}, expected {[len(sizes.slots), rows]}"
+            )

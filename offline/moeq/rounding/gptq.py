@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, largest_code, storable
-from vllm_moeq.format import pack, zero_point_unit
+from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, storable
 
 DAMPING, DAMPING_PER_COLUMN = 0.01, 0.5
 """Added to the diagonal of H, relative to its mean: at least the first, and more the fewer samples
@@ -78,16 +77,7 @@ def quantize_gptq(
             scale, zero = _fit_scales(weight, hessian, codes, scale, zero, bits)
         if not _descend(weight, hessian, codes, scale, zero, bits):
             break
-    return QuantizedWeight(
-        pack(codes.to(torch.uint8), bits),
-        scale.to(torch.float16),
-        (zero / zero_point_unit(bits)).to(torch.uint8),
-    )
-
-
-def objective(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Return tr(D H D^T): the squared error of the output, summed over the inputs of H."""
-    return (difference @ hessian * difference).sum()
+    return QuantizedWeight.of(codes, scale, zero, bits)
 
 
 def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, "_Factor"]:
@@ -139,7 +129,7 @@ def _feed_back(
         for i in range(last - first):
             column = block[:, i]
             step, origin = scale[:, groups[first + i]], zero[:, groups[first + i]]
-            code = (column / step + origin).round_().clamp_(0, largest_code(bits))
+            code = nearest_codes(column, step, origin, bits)
             codes[:, order[first + i]] = code
             errors[:, i] = (column - (code - origin) * step) / local[i, i]
             block[:, i + 1 :] -= errors[:, i : i + 1] * local[i, i + 1 :]
@@ -171,7 +161,7 @@ def _descend(
             place = first + i
             step, origin = scale[:, place // group_size], zero[:, place // group_size]
             wanted = weight[:, place] + difference[:, place] - gradient[:, i] / local[i, i]
-            code = (wanted / step + origin).round_().clamp_(0, largest_code(bits))
+            code = nearest_codes(wanted, step, origin, bits)
             change = (code - codes[:, place]) * step
             changed = changed or bool(change.any())
             codes[:, place] = code

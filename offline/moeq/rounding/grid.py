@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_moeq.format import dequantize, zero_point_unit
+from vllm_moeq.format import dequantize, pack, zero_point_unit
 
 _SHARES = {1: (0.15, 5), 2: (0.3, 5), 3: (0.5, 5), 4: (0.7, 5), 8: (0.9, 3)}
 """Per width: the smallest share of a group's extreme that either end of a grid is tried at, and
@@ -24,9 +24,37 @@ class QuantizedWeight(NamedTuple):
     scale: torch.Tensor
     zero_point: torch.Tensor
 
+    @classmethod
+    def of(
+        cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+    ) -> "QuantizedWeight":
+        """Store codes [N, K] on grids [N, K / group_size] that the format can store.
+
+        Args:
+            codes: Any type.
+            scale: Float.
+            zero: Float, in codes.
+            bits: Width of the codes.
+        """
+        return cls(
+            pack(codes.to(torch.uint8), bits),
+            scale.to(torch.float16),
+            (zero / zero_point_unit(bits)).to(torch.uint8),
+        )
+
     def dequantize(self, bits: int) -> torch.Tensor:
         """Return the weights float32 [N, K]."""
         return dequantize(self.packed, self.scale, self.zero_point, bits)
+
+    @classmethod
+    def names(cls, weight: str) -> tuple[str, ...]:
+        """Return the names of the three tensors that replace the tensor ``weight`` on disk."""
+        stem = weight.removesuffix(".weight")
+        return tuple(f"{stem}.weight_{kind}" for kind in cls._fields)
+
+    def named(self, weight: str) -> dict[str, torch.Tensor]:
+        """Return the three tensors by :meth:`names`."""
+        return dict(zip(self.names(weight), self, strict=True))
 
 
 class Grid(NamedTuple):
@@ -112,7 +140,7 @@ class Grid(NamedTuple):
 
     def codes(self, groups: torch.Tensor, bits: int) -> torch.Tensor:
         """Return the code of each weight, still as a float: the grid point nearest to it."""
-        return (groups / self.scale).add_(self.zero).round_().clamp_(0, largest_code(bits))
+        return nearest_codes(groups, self.scale, self.zero, bits)
 
     def better(self, other: "Grid") -> "Grid":
         """Return, group by group, the grid with the smaller error."""
@@ -134,6 +162,13 @@ def storable(
     unit = zero_point_unit(bits)
     zero = (low / (-unit * scale)).round_().clamp_(0, _LARGEST_ZERO_POINT).mul_(unit)
     return scale, zero
+
+
+def nearest_codes(
+    values: torch.Tensor, scale: torch.Tensor | float, zero: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return the code of each value, still as a float: the grid point nearest to it."""
+    return (values / scale).add_(zero).round_().clamp_(0, largest_code(bits))
 
 
 def largest_code(bits: int) -> int:

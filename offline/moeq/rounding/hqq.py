@@ -7,8 +7,7 @@ shrinkage of the errors and a closed-form zero point. The scale stays.
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, largest_code, storable
-from vllm_moeq.format import pack, zero_point_unit
+from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, storable
 
 _POWER = 0.7
 _BETA, _BETA_GROWTH = 10.0, 1.01
@@ -33,7 +32,7 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     steps = groups / scale
     beta, best = _BETA, _error(steps, zero, bits)
     for _ in range(_ROUNDS):
-        codes = _nearest(steps, zero, bits)
+        codes = nearest_codes(steps, 1.0, zero, bits)
         outliers = _shrink(steps - (codes - zero), beta)
         wanted = (codes - (steps - outliers)).mean(-1, keepdim=True)
         _, new_zero = storable(scale, -wanted * scale, bits)
@@ -43,20 +42,14 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
             break
         zero, best = torch.where(better, new_zero, zero), torch.where(better, error, best)
         beta *= _BETA_GROWTH
-    codes = _nearest(steps, zero, bits).to(torch.uint8)
-    return QuantizedWeight(
-        pack(codes.view(rows, columns), bits),
-        scale.to(torch.float16).view(rows, -1),
-        (zero / zero_point_unit(bits)).to(torch.uint8).view(rows, -1),
+    codes = nearest_codes(steps, 1.0, zero, bits)
+    return QuantizedWeight.of(
+        codes.view(rows, columns), scale.view(rows, -1), zero.view(rows, -1), bits
     )
 
 
-def _nearest(steps: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    return (steps + zero).round_().clamp_(0, largest_code(bits))
-
-
 def _error(steps: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    difference = steps - (_nearest(steps, zero, bits) - zero)
+    difference = steps - (nearest_codes(steps, 1.0, zero, bits) - zero)
     return difference.abs().pow_(_POWER).sum(-1, keepdim=True)
 
 

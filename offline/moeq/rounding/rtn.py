@@ -3,7 +3,6 @@
 import torch
 
 from moeq.rounding.grid import Grid, QuantizedWeight
-from vllm_moeq.format import pack, zero_point_unit
 
 _CHUNK = 1 << 18
 """Weights searched at once: few enough for the temporaries to stay in a core's cache, many enough
@@ -29,16 +28,14 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     rows, columns = weight.shape
     groups = weight.reshape(-1, group_size)
     codes = torch.empty(groups.shape, dtype=torch.uint8)
-    scale = torch.empty(len(groups), dtype=torch.float16)
-    zero_point = torch.empty(len(groups), dtype=torch.uint8)
+    scale, zero = torch.empty(2, len(groups))
     step = max(1, _CHUNK // group_size)
     for start in range(0, len(groups), step):
         part = slice(start, start + step)
         values = groups[part].float()
         grid = Grid.searched(values, bits)
         codes[part] = grid.codes(values, bits).to(torch.uint8)
-        scale[part] = grid.scale.to(torch.float16).flatten()
-        zero_point[part] = (grid.zero / zero_point_unit(bits)).to(torch.uint8).flatten()
-    return QuantizedWeight(
-        pack(codes.view(rows, columns), bits), scale.view(rows, -1), zero_point.view(rows, -1)
+        scale[part], zero[part] = grid.scale.flatten(), grid.zero.flatten()
+    return QuantizedWeight.of(
+        codes.view(rows, columns), scale.view(rows, -1), zero.view(rows, -1), bits
     )

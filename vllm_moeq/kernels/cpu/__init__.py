@@ -11,10 +11,15 @@ from functools import cache
 
 import torch
 
-from vllm_moeq.format import PROJECTIONS, Projection
+from vllm_moeq.format import Projection
 from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import BuildError
-from vllm_moeq.kernels.layout import LAYOUT_HEADER_ROWS, ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.layout import (
+    LAYOUT_HEADER_ROWS,
+    ExpertLayout,
+    ExpertWeights,
+    check_inputs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +85,7 @@ def _repack(
     """Return the tiles of one projection of all experts; tiles of gate and up take turns."""
     functions = library.load()
     rows, columns = layout.shape(projection)
-    gated = projection == "w13" and rows == 2 * layout.intermediate_size
-    streams = 2 if gated else 1
+    streams = 2 if projection == "w13" and layout.gated else 1
     stream_rows = rows // streams
     packed, scale, zero_point = packed.contiguous(), scale.contiguous(), zero_point.contiguous()
     group_size, slots = layout.group_size, range(len(layout.slots))
@@ -140,12 +144,7 @@ def run(
     """
     if activation not in library.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(library.ACTIVATIONS)}")
-    if not len(x) == len(topk_ids) == len(topk_weights) or topk_ids.shape != topk_weights.shape:
-        raise ValueError(
-            f"{len(x)} tokens with router weights {list(topk_weights.shape)} and expert ids "
-            f"{list(topk_ids.shape)}"
-        )
-    _check_biases(w13_bias, w2_bias, layout)
+    check_inputs(x, topk_weights, topk_ids, w13_bias, w2_bias, layout)
     dtype = x.dtype
     tokens = x.contiguous() if dtype in library.DTYPES else x.float().contiguous()
     output = torch.empty_like(tokens)
@@ -191,20 +190,6 @@ def run(
     if status == library.OUT_OF_MEMORY:
         raise MemoryError(f"not enough memory for the activations of {call.tokens} tokens")
     return output.to(dtype)
-
-
-def _check_biases(
-    w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None, layout: torch.Tensor
-) -> None:
-    if w13_bias is None and w2_bias is None:
-        return
-    sizes = ExpertLayout.from_tensor(layout)
-    for projection, bias in zip(PROJECTIONS, (w13_bias, w2_bias), strict=True):
-        rows, _ = sizes.shape(projection)
-        if bias is not None and bias.shape != (len(sizes.slots), rows):
-            raise ValueError(
-                f"{projection}_bias is {list(bias.shape)}, expected {[len(sizes.slots), rows]}"
-            )
 
 
 def activation_precision() -> str:

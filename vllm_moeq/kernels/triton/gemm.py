@@ -265,13 +265,13 @@ def _program(tiles_n, blocks_m, BLOCKS_TOGETHER: tl.constexpr):
 
 @triton.jit
 def _block(
-    m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size,
+    m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known,
     BLOCK_M: tl.constexpr, DIRECT: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """Return the expert of a block of tokens, -1 for none, and its choices (token and turn)."""
     column = tl.arange(0, BLOCK_M)
     if DIRECT:  # each choice is a block
-        expert = expert_slot(ids_ptr, map_ptr, m, True, map_size, MAPPED)
+        expert = expert_slot(ids_ptr, map_ptr, m, True, known, MAPPED)
         choices = tl.where(column == 0, m, chosen)
     else:
         expert = tl.load(block_ptr + m)
@@ -320,7 +320,7 @@ def up_kernel(
     block_ptr,
     ids_ptr,
     map_ptr,
-    map_size,
+    known,
     N,
     K,
     inner,
@@ -355,7 +355,7 @@ def up_kernel(
         hidden_sums_ptr: Output float32 [chosen, padded_inner / SUM_SIZE].
         order_ptr, block_ptr: Choices in the order of experts, and the expert of each block of
             them; see ``route_kernel``. Not used if DIRECT.
-        ids_ptr, map_ptr, map_size: Routing as the op has it.
+        ids_ptr, map_ptr, known: Routing as the op has it.
         N: Rows of w13, padded.
         inner, padded_inner: Intermediate size.
         chosen: Choices of all tokens, M * top_k.
@@ -363,7 +363,7 @@ def up_kernel(
     """
     n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
     expert, choices = _block(
-        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size, BLOCK_M, DIRECT, MAPPED
+        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known, BLOCK_M, DIRECT, MAPPED
     )
     if expert < 0:
         return
@@ -432,7 +432,7 @@ def down_kernel(
     block_ptr,
     ids_ptr,
     map_ptr,
-    map_size,
+    known,
     N,
     K,
     outer,
@@ -458,13 +458,13 @@ def down_kernel(
         sums_ptr: float32 [chosen, K / SUM_SIZE].
         bias_ptr: [experts, outer], if BIAS.
         out_ptr: Output [SPLIT_K, chosen, outer]: parts to be added.
-        order_ptr, block_ptr, ids_ptr, map_ptr, map_size, blocks_m: As in ``up_kernel``.
+        order_ptr, block_ptr, ids_ptr, map_ptr, known, blocks_m: As in ``up_kernel``.
         N: Rows of w2, padded.
         outer: Hidden size.
     """
     n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
     expert, choices = _block(
-        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, map_size, BLOCK_M, DIRECT, MAPPED
+        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known, BLOCK_M, DIRECT, MAPPED
     )
     if expert < 0:
         return

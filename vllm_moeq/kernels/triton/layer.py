@@ -6,7 +6,7 @@ from functools import cache
 import torch
 import triton  # type: ignore[import-untyped]
 
-from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights, check_inputs
 from vllm_moeq.kernels.reference import ACTIVATIONS
 from vllm_moeq.kernels.triton import gemm
 from vllm_moeq.kernels.triton.planes import BLOCK_K, padded
@@ -18,7 +18,7 @@ from vllm_moeq.kernels.triton.tiles import (
     is_direct,
     most_blocks,
 )
-from vllm_moeq.kernels.triton.weights import PlaneWeights, is_gated, padded_intermediate
+from vllm_moeq.kernels.triton.weights import PlaneWeights, padded_intermediate
 
 DTYPES = (torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(gemm.up_kernel, triton.JITFunction)
@@ -44,8 +44,12 @@ def run(
     Never waits for the device, and no size depends on the routing: safe in CUDA graphs. Equal
     inputs give equal bits.
 
+    An expert id that is no expert is left out, as padding is: to notice it, the host would have to
+    wait.
+
     Raises:
-        ValueError: Unknown activation, or tokens that are neither bfloat16 nor float16.
+        ValueError: Unknown activation, tokens that are neither bfloat16 nor float16, or tensors
+            whose sizes do not belong together.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(ACTIVATIONS)}")
@@ -54,7 +58,13 @@ def run(
             f"the triton kernel takes bfloat16 or float16, not {x.dtype}: choose one of them "
             "(--dtype), or MOEQ_KERNEL=reference"
         )
+    check_inputs(x, topk_weights, topk_ids, w13_bias, w2_bias, layout)
     sizes = ExpertLayout.from_tensor(layout)
+    if x.shape[-1] != sizes.hidden_size:
+        raise ValueError(
+            f"tokens {list(x.shape)} do not fit the layout, whose hidden_size is "
+            f"{sizes.hidden_size}"
+        )
     packed = PlaneWeights(*weights)
     tokens, top_k = topk_ids.shape
     chosen, experts = tokens * top_k, len(sizes.slots)
@@ -72,7 +82,7 @@ def run(
     routing = {
         "ids_ptr": ids,
         "map_ptr": None if expert_map is None else expert_map.contiguous(),
-        "map_size": 0 if expert_map is None else expert_map.numel(),
+        "known": experts if expert_map is None else expert_map.numel(),
         "MAPPED": expert_map is not None,
     }
     if not direct:
@@ -106,9 +116,9 @@ def run(
         **_tile_arguments(tiles),
         **routing,
     }
-    inner, gated = padded_intermediate(sizes), is_gated(sizes)
+    inner = padded_intermediate(sizes)
     # What one program of the first product sums, up to a group.
-    sum_size = min(sizes.group_size, tiles.block_n // 2 if gated else tiles.block_n)
+    sum_size = min(sizes.group_size, tiles.block_n // 2 if sizes.gated else tiles.block_n)
     hidden = x.new_empty((chosen, inner))
     hidden_sums = x.new_empty((chosen, inner // sum_size), dtype=torch.float32)
     rows = packed.w13_scales.shape[-1]
@@ -130,7 +140,7 @@ def run(
         SUM_SIZE=sum_size,
         MASK_K=sizes.hidden_size % BLOCK_K != 0,
         ACTIVATION=activation,
-        GATED=gated,
+        GATED=sizes.gated,
         BIAS=w13_bias is not None,
         ON_INPUT=apply_router_weight_on_input,
         **common,

@@ -6,17 +6,22 @@
 import triton
 import triton.language as tl
 
-CHANGING = ("chosen", "blocks_m", "map_size")
+CHANGING = ("chosen", "blocks_m", "known")
 """Arguments that change from call to call: no variants of a kernel for special values."""
 
 
 @triton.jit
-def expert_slot(ids_ptr, map_ptr, index, mask, map_size, MAPPED: tl.constexpr):
-    """Return the local expert of choices, -1 for those that are padding or of another rank."""
-    slot = tl.load(ids_ptr + index, mask=mask, other=-1).to(tl.int32)
+def expert_slot(ids_ptr, map_ptr, index, mask, known, MAPPED: tl.constexpr):
+    """Return the local expert of choices, -1 for those that are padding or of another rank.
+
+    Ids of ``known`` and more are no experts, and nothing may be read for them: -1, too.
+    """
+    expert = tl.load(ids_ptr + index, mask=mask, other=-1).to(tl.int32)
+    exists = (expert >= 0) & (expert < known)
     if MAPPED:
-        known = (slot >= 0) & (slot < map_size)
-        slot = tl.load(map_ptr + slot, mask=known, other=-1).to(tl.int32)
+        slot = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32)
+    else:
+        slot = tl.where(exists, expert, -1)
     return slot
 
 
@@ -24,7 +29,7 @@ def expert_slot(ids_ptr, map_ptr, index, mask, map_size, MAPPED: tl.constexpr):
 def route_kernel(
     ids_ptr,
     map_ptr,
-    map_size,
+    known,
     table_ptr,
     order_ptr,
     block_ptr,
@@ -43,7 +48,7 @@ def route_kernel(
     so that none waits for another and the result is the same every time.
 
     Args:
-        ids_ptr, map_ptr, map_size: Routing as the op has it.
+        ids_ptr, map_ptr, known: Routing as the op has it.
         table_ptr: The last column says in which order experts are worked on.
         order_ptr: Output int32 [blocks_m * BLOCK_M]: indices of choices; ``chosen`` is none.
         block_ptr: Output int32 [blocks_m]: expert of each block, -1 for none.
@@ -55,7 +60,7 @@ def route_kernel(
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, chosen, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, map_size, MAPPED)
+        slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, known, MAPPED)
         counts += tl.histogram(tl.where(slot >= 0, slot, BINS - 1), BINS)
     bins = tl.arange(0, BINS)
     local = bins < experts
@@ -73,7 +78,7 @@ def route_kernel(
         place = first * BLOCK_M
         for start in range(0, chosen, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, map_size, MAPPED)
+            slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, known, MAPPED)
             mine = (slot == expert).to(tl.int32)
             tl.store(order_ptr + place + tl.cumsum(mine) - 1, index, mask=mine > 0)
             place += tl.sum(mine)
@@ -105,7 +110,7 @@ def combine_kernel(
     router_weight_ptr,
     ids_ptr,
     map_ptr,
-    map_size,
+    known,
     out_ptr,
     outer,
     chosen,
@@ -125,7 +130,7 @@ def combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for turn in range(top_k):
         choice = token * top_k + turn
-        if expert_slot(ids_ptr, map_ptr, choice, True, map_size, MAPPED) >= 0:
+        if expert_slot(ids_ptr, map_ptr, choice, True, known, MAPPED) >= 0:
             result = tl.zeros((BLOCK,), tl.float32)
             for part in tl.static_range(SPLIT_K):
                 row = (part * chosen + choice).to(tl.int64)

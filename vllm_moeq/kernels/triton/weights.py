@@ -66,11 +66,6 @@ def padded_intermediate(layout: ExpertLayout) -> int:
     return padded(layout.intermediate_size, BLOCK_K)
 
 
-def is_gated(layout: ExpertLayout) -> bool:
-    """Say whether w13 holds gate and up."""
-    return layout.w13_rows == 2 * layout.intermediate_size
-
-
 def _row_order(rows: int, size: int) -> torch.Tensor:
     """Return all rows and then the row of zeros, whose number is ``rows``."""
     return torch.arange(size, device="cpu").clamp(max=rows)
@@ -78,7 +73,7 @@ def _row_order(rows: int, size: int) -> torch.Tensor:
 
 def _up_row_order(layout: ExpertLayout, alternating: bool) -> torch.Tensor:
     size, rows = padded_intermediate(layout), layout.w13_rows
-    if not is_gated(layout):
+    if not layout.gated:
         return _row_order(rows, size)
     column = torch.arange(size, device="cpu")
     if alternating:
@@ -92,7 +87,7 @@ def _up_row_order(layout: ExpertLayout, alternating: bool) -> torch.Tensor:
 def _sizes(layout: ExpertLayout, projection: Projection) -> tuple[int, int]:
     rows, columns = layout.shape(projection)
     if projection == "w13":
-        rows = padded_intermediate(layout) * (2 if is_gated(layout) else 1)
+        rows = padded_intermediate(layout) * (2 if layout.gated else 1)
     return padded(rows, BLOCK_N), padded(columns, BLOCK_K)
 
 

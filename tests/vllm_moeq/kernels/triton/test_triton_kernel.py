@@ -177,6 +177,33 @@ def test_equal_inputs_give_equal_bits(interpreter: Executor) -> None:
     assert torch.equal(_check(*case), _check(*case))
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_ids_that_are_no_expert_are_left_out(interpreter: Executor, tokens: int) -> None:
+    """Nothing is read from where their weights would be."""
+    experts = random_experts([3] * 8, [2] * 8, 32, HIDDEN)
+    weights, ids = _routing(tokens, 2, experts=8)
+    left_out, wrong = ids.clone(), ids.clone()
+    left_out[0, 0], wrong[0, 0] = -1, 99
+    x = _tokens(tokens)
+    result = interpreter.submit(run_layer, experts, x, weights, wrong).result()
+    assert torch.equal(result, _check(interpreter, experts, x, weights, left_out))
+
+
+def test_arguments_that_do_not_belong_together_are_refused(interpreter: Executor) -> None:
+    experts = random_experts(*MIXED, 32, HIDDEN)
+    weights, ids = _routing(6)
+
+    def refused(message: str, *arguments: torch.Tensor, **case: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=message):
+            interpreter.submit(run_layer, experts, *arguments, **case).result()
+
+    refused(r"tokens \[6, 128\] do not fit the layout", _tokens(6, 128), weights, ids)
+    refused(r"5 tokens with router weights \[6, 2\]", _tokens(5), weights, ids)
+    refused(r"\[6, 1\] and expert ids \[6, 2\]", _tokens(6), weights[:, :1], ids)
+    bias = torch.zeros(E, HIDDEN - 1)
+    refused(r"w2_bias is \[5, 255\], expected", _tokens(6), weights, ids, w2_bias=bias)
+
+
 def test_float32_is_refused(interpreter: Executor) -> None:
     x = _tokens(3, 128, torch.float32)
     with pytest.raises(ValueError, match=r"not torch\.float32: choose one of them \(--dtype\)"):
