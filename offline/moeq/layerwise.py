@@ -121,7 +121,7 @@ class LayerwiseModel:
         self._fill(layer, f"{self._prefix}{index}.", moe)
         ids, weights = [], []
         size = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
-        for sequences, target in zip(hidden.split(size), x.split(size), strict=True):
+        for sequences, target in zip(torch.split(hidden, size), torch.split(x, size), strict=True):
             output = layer(sequences.to(self.device), **self._arguments[index])
             sequences.copy_(output[0] if isinstance(output, tuple) else output)
             if moe is not None:
