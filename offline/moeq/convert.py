@@ -34,6 +34,8 @@ from vllm_moeq.format import (
 Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
 DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
 """Rounding methods without calibration, by the name that ``--method`` takes."""
+CALIBRATION_NAME = "moeq_calibration.json"
+"""What each expert got of the calibration text; beside the packed weights."""
 DEFAULT_SHARD_BYTES = 2 << 30
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
@@ -161,6 +163,7 @@ class Conversion:
                 if isinstance(rounding, Calibration):
                     rounding.run(calibrated, resume, progress)
                     read = rounding.stored(calibrated)
+                    _write_json(work / CALIBRATION_NAME, rounding.summary())
                     self._write(work, source, lambda name, _: read(name), progress)
                 else:
                     self._write(work, source, partial(self._round, rounding), progress)

@@ -6,11 +6,12 @@ import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
-from moeq.convert import Conversion, Rounding
+from moeq.convert import CALIBRATION_NAME, Conversion, Rounding
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
 from moeq.verify import read_plan
@@ -112,13 +113,20 @@ def describe_conversion(conversion: Conversion, rounding: Rounding | Calibration
 
 def describe_result(rounding: Rounding | Calibration) -> str:
     """Return what there is to know about a rounding that is done."""
-    if not isinstance(rounding, Calibration) or not rounding.uncalibrated:
+    if not isinstance(rounding, Calibration):
         return ""
-    experts = sum(layer.num_experts for layer in rounding.layers)
-    return (
-        f"{rounding.uncalibrated} of {experts} experts got fewer than {rounding.fewest_tokens} "
-        "calibration tokens and were rounded without them (hqq); more text helps: --nsamples\n"
+    counts = [n for coverage in rounding.coverage.values() for n in coverage.tokens]
+    text = (
+        f"an expert got {median(counts):,.0f} of {rounding.tokens.numel():,} calibration tokens "
+        f"(median; fewest {min(counts):,}, most {max(counts):,}; all: {CALIBRATION_NAME})\n"
     )
+    if rounding.uncalibrated:
+        text += (
+            f"{rounding.uncalibrated} of {len(counts)} experts got fewer than "
+            f"{rounding.fewest_tokens} calibration tokens and were rounded without them (hqq); "
+            "more text helps (--nsamples), or --route-all-experts\n"
+        )
+    return text
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,18 @@ def test_outputs_stay_nearer_to_the_original_than_without_calibration(
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     note = config["quantization_config"]["provenance"]["details"]["rounding"]
     assert note == f"gptq, 24 x 48 tokens of {text}, seed 0"
+    _check_coverage(json.loads((tmp_path / "gptq" / "moeq_calibration.json").read_text()))
+
+
+def _check_coverage(summary: dict[str, Any]) -> None:
+    """Every token goes to two experts of each layer, and their router weights make up a sum."""
+    assert summary["tokens"] == 24 * 48
+    for coverage in summary["experts"].values():
+        assert sum(coverage["tokens"]) == 2 * 24 * 48
+        assert all(
+            0 <= weight <= tokens
+            for weight, tokens in zip(coverage["weight"], coverage["tokens"], strict=True)
+        )
 
 
 def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -95,6 +108,43 @@ def test_experts_that_few_tokens_reach_are_counted(
     for path in out.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.isfinite(tensor.float()).all(), name
+
+
+def test_every_expert_can_be_rounded_by_all_tokens(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """Also those that few tokens reach: on all tokens, their outputs stay nearer than with hqq."""
+    source = tiny_model("qwen3_moe")
+    # 40 tokens, of which no expert gets 32.
+    options = ("--calib", text, *OPTIONS[:4], "--nsamples=1", "--seqlen=40")
+    floats = {}
+    for name, extra in {"all": ("--route-all-experts",), "hqq": ()}.items():
+        done = run_moeq("quantize", source, "-o", tmp_path / name, *options, *extra)
+        assert done.returncode == 0, done.stderr
+        assert ("were rounded without them" in done.stdout) == (name == "hqq")
+        floats[name] = dequantize_checkpoint(tmp_path / name, tmp_path / f"{name}-float")
+    summary = json.loads((tmp_path / "all" / "moeq_calibration.json").read_text())
+    assert summary["route_all_experts"] is True
+
+    inputs: list[torch.Tensor] = []
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, arguments: inputs.append(arguments[0])
+    )
+    tokens = [byte + 3 for byte in text.read_bytes()]
+    with torch.inference_mode():
+        model(torch.tensor([tokens]))  # the drawn 40 are some of these
+    errors = {}
+    original = load_file(source / "model.safetensors")
+    for name, folder in floats.items():
+        found = load_file(folder / "model.safetensors")
+        errors[name] = [
+            ((found[key] - original[key].float()) @ inputs[0].T).norm().item()
+            for key in found
+            if "layers.0.mlp.experts" in key and "gate_proj" in key
+        ]
+    better = sum(a < b for a, b in zip(errors["all"], errors["hqq"], strict=True))
+    assert better >= 6  # of 8 experts
 
 
 def test_a_killed_run_is_resumed_and_gives_the_same_bytes(
