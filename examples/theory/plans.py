@@ -4,7 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from setting import Sequences, Setting, Weights, forward, route
+from setting import (
+    Setting,
+    draw_test,
+    forward,
+    initial_weights,
+    mean_where,
+    norm_change,
+    route,
+    train,
+)
 
 from moeq.allocation import combined_order, maxvar_order, router_norm_order
 from moeq.allocation.order import DEFAULT_ZETA
@@ -121,40 +130,48 @@ def _balanced(setting: Setting, generator: torch.Generator) -> list[int]:
     return torch.stack([shuffled[sign > 0], shuffled[sign < 0]], 1).flatten().tolist()
 
 
-def costs(
-    weights: Weights,
-    change: torch.Tensor,
-    embedding: Embedding,
-    background_std: float,
-    levels: tuple[int, int],
-    rounding: Rounding,
-    data: Sequences,
-    setting: Setting,
-    generator: torch.Generator,
-) -> Costs:
-    """Give half of the experts the higher of two widths, by each plan, and measure accuracy."""
-    full = embedding.embed(weights.experts, background_std)
-    variance = full.var(-1, correction=0).amax(-1)
-    rounded = {bits: embedding.products(rounding(full, bits)) for bits in levels}
-    routing = route(weights.router, data.tokens, setting.capacity)
-    average, odd = divmod(sum(levels), 2)
-    rare, frequent = {}, {}
+class Trained:
+    """Independent models trained alike, with sequences to test them on."""
 
-    def measure(plan: str, experts: torch.Tensor) -> None:
-        right = (data.labels * forward(routing, experts, setting)).sign() / 2 + 0.5
-        rare[plan] = _mean(right, data.rare)
-        frequent[plan] = _mean(right, ~data.rare)
+    def __init__(self, setting: Setting, rare_rate: float, stop: int, runs: int, seed: int) -> None:
+        self.setting = setting
+        self._generator = torch.Generator().manual_seed(seed)
+        start = initial_weights(runs, setting, self._generator)
+        self._embedding = Embedding(runs, setting, self._generator)
+        self.test = draw_test(runs, setting, self._generator)
+        rate = torch.full((runs,), rare_rate)
+        (self.weights,) = train(start, rate, setting, [stop], self._generator)
+        self.change = norm_change(start, self.weights)
 
-    measure("16 bits", weights.experts)
-    if not odd:
-        measure("uniform", embedding.products(rounding(full, average)))
-    for plan, order in orders(change, variance, setting, generator):
-        first = torch.tensor(order)[:, : setting.experts // 2]
-        high = torch.zeros_like(change, dtype=torch.bool).scatter_(1, first, True)
-        measure(plan, torch.where(high[..., None, None], *(rounded[bits] for bits in levels)))
-    ratio = variance[:, setting.is_frequent].mean(1) / variance[:, setting.is_rare].mean(1)
-    return Costs(rare, frequent, ratio)
+    def costs(self, background: float, levels: tuple[int, int], rounding: Rounding) -> Costs:
+        """Give half of the experts the higher of two widths, by each plan, and measure accuracy.
 
+        Args:
+            background: Standard deviation of the weights on directions that carry no pattern.
+            levels: The two widths, higher first. "uniform" is measured if their mean is a width.
+            rounding: How matrices are rounded.
+        """
+        full = self._embedding.embed(self.weights.experts, background)
+        variance = full.var(-1, correction=0).amax(-1)
+        rounded = [self._embedding.products(rounding(full, bits)) for bits in levels]
+        routing = route(self.weights.router, self.test.tokens, self.setting.capacity)
+        rare, frequent = {}, {}
 
-def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    return (values * where).sum(1) / where.sum(1)
+        def measure(plan: str, experts: torch.Tensor) -> None:
+            margin = self.test.labels * forward(routing, experts, self.setting)
+            right = margin.sign() / 2 + 0.5
+            rare[plan] = mean_where(self.test.rare, right)
+            frequent[plan] = mean_where(~self.test.rare, right)
+
+        measure("16 bits", self.weights.experts)
+        average, odd = divmod(sum(levels), 2)
+        if not odd:
+            measure("uniform", self._embedding.products(rounding(full, average)))
+        for plan, order in orders(self.change, variance, self.setting, self._generator):
+            first = torch.tensor(order)[:, : self.setting.experts // 2]
+            high = torch.zeros_like(self.change, dtype=torch.bool).scatter_(1, first, True)
+            measure(plan, torch.where(high[..., None, None], *rounded))
+        ratio = variance[:, self.setting.is_frequent].mean(1) / variance[
+            :, self.setting.is_rare
+        ].mean(1)
+        return Costs(rare, frequent, ratio)

@@ -37,7 +37,7 @@ class Setting:
         batch: Sequences in a step.
     """
 
-    patterns: int = 64
+    patterns: int = 32
     sequence: int = 8
     capacity: int = 2
     per_task: int = 2
@@ -134,6 +134,16 @@ def draw(
     place = torch.randint(setting.sequence, (runs, size, 1), generator=generator)
     tokens.scatter_(2, place, (2 * negative + rare.long())[..., None])
     return Sequences(tokens, 1.0 - 2.0 * negative, rare)
+
+
+def draw_test(runs: int, setting: Setting, generator: torch.Generator) -> Sequences:
+    """Draw sequences to measure with; half of them are rare."""
+    return draw(torch.full((runs,), 0.5), 1000, setting, generator)
+
+
+def mean_where(where: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of some values of each run [runs], both arguments being [runs, batch]."""
+    return (values * where).sum(1) / where.sum(1)
 
 
 def initial_weights(runs: int, setting: Setting, generator: torch.Generator) -> Weights:

@@ -1,0 +1,264 @@
+"""Measures when experts of rare patterns have the smaller router norm change, and what it is worth.
+
+    python examples/theory/rare_features.py
+
+Writes the measured section of examples/theory/README.md and the figure beside it.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from plans import ROUNDINGS, Costs, Trained
+from setting import (
+    Setting,
+    answers,
+    draw_test,
+    initial_weights,
+    margins,
+    mean_where,
+    norm_change,
+    rare_first_auc,
+    train,
+)
+
+# results.py lies with the benchmarks.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from results import table, write_section
+
+FOLDER = Path("examples/theory")
+RATES = (0.05, 0.1, 0.2, 0.5)
+STOPS = (12, 25, 50, 100, 200, 400, 800, 1600)
+BACKGROUNDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+PLANS = ("16 bits", "uniform", "small Λ", "large Λ", "combined", "maxvar", "random, balanced")
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One way to train and to quantize.
+
+    Attributes:
+        name: What differs from the default.
+        setting: Sizes and learning rates.
+        rate: Probability of the rare patterns.
+        stop: Steps of training.
+        levels: The two widths; half of the experts get the higher one.
+        rounding: One of ``ROUNDINGS``.
+        background: Standard deviation of weights on directions that carry no pattern.
+    """
+
+    name: str
+    setting: Setting = Setting()
+    rate: float = 0.05
+    stop: int = 50
+    levels: tuple[int, int] = (3, 1)
+    rounding: str = "`quantize_rtn`"
+    background: float = 0.4
+
+    def train(self, runs: int, seed: int) -> Trained:
+        """Train models for it."""
+        return Trained(self.setting, self.rate, self.stop, runs, seed)
+
+    def costs(self, models: Trained, background: float) -> Costs:
+        """Measure what the plans cost them."""
+        return models.costs(background, self.levels, ROUNDINGS[self.rounding])
+
+
+DEFAULT = Regime("default")
+REGIMES = (
+    DEFAULT,
+    Regime("25 steps", stop=25),
+    Regime("100 steps", stop=100),
+    Regime("400 steps", stop=400),
+    Regime("α = 0.1", rate=0.1),
+    Regime("α = 0.2", rate=0.2),
+    Regime("α = 0.2, 400 steps, background 1.6: all saturated", rate=0.2, stop=400, background=1.6),
+    Regime("α = 0.5: no rare pattern", rate=0.5),
+    Regime("2 and 1 bits", levels=(2, 1)),
+    Regime("3 and 2 bits", levels=(3, 2)),
+    Regime("4 and 2 bits", levels=(4, 2)),
+    Regime("4 neurons", Setting(neurons=4, expert_rate=0.4)),
+    Regime("64 neurons", Setting(neurons=64, expert_rate=6.4)),
+    Regime("16 experts", Setting(per_task=4)),
+    Regime("8 more experts that prefer nothing", Setting(idle=8)),
+    Regime("experts choose 4 tokens", Setting(capacity=4)),
+    Regime("experts choose 1 token: router without gradient", Setting(capacity=1)),
+    Regime("16 patterns", Setting(patterns=16)),
+    Regime("64 patterns", Setting(patterns=64)),
+    Regime("initial weights 0.1", Setting(weight_std=0.1)),
+    Regime("symmetric grids", rounding="symmetric, no zero point"),
+    Regime("symmetric grids, 4 and 2 bits", rounding="symmetric, no zero point", levels=(4, 2)),
+    Regime("one grid for all experts", rounding="one grid for all experts"),
+    Regime("one grid, 4 and 2 bits", rounding="one grid for all experts", levels=(4, 2)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What training led to at each of ``STOPS`` for each of ``RATES``.
+
+    Attributes:
+        auc: [stops, rates, runs].
+        rare_margin: Mean margin of rare sequences, of the same shape.
+        frequent_margin: The same of frequent ones.
+        change: Lambda [stops, rates, runs, experts].
+        own_answer: What an expert answers to its own pattern, of the same shape.
+    """
+
+    auc: torch.Tensor
+    rare_margin: torch.Tensor
+    frequent_margin: torch.Tensor
+    change: torch.Tensor
+    own_answer: torch.Tensor
+
+
+def measure_learning(runs: int, setting: Setting, seed: int) -> Learning:
+    """Train ``runs`` models for each of ``RATES`` and look at them at each of ``STOPS``."""
+    generator = torch.Generator().manual_seed(seed)
+    rate = torch.tensor(RATES).repeat_interleave(runs)
+    start = initial_weights(len(rate), setting, generator)
+    test = draw_test(len(rate), setting, generator)
+    specialised = torch.arange(setting.experts)
+    rows = []
+    for weights in train(start, rate, setting, STOPS, generator):
+        change = norm_change(start, weights)
+        margin = margins(weights, test, setting)
+        own = answers(weights.experts)[:, specialised, setting.own_pattern]
+        auc = rare_first_auc(change, setting)
+        rows.append(
+            (auc, mean_where(test.rare, margin), mean_where(~test.rare, margin), change, own)
+        )
+    return Learning(
+        *(torch.stack(part).unflatten(1, (len(RATES), runs)) for part in zip(*rows, strict=True))
+    )
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return Spearman's rank correlation of two tensors of the same shape without ties."""
+    ranks = [values.flatten().argsort().argsort().float() for values in (first, second)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def learning_parts(learning: Learning) -> list[str]:
+    """Return the Markdown of the first claim."""
+    header = ["α", *(f"{stop} steps" for stop in STOPS)]
+    auc_rows, margin_rows = [], []
+    for index, rate in enumerate(RATES):
+        auc = learning.auc[:, index]
+        auc_rows.append([f"{rate:g}", *(f"{row.mean():.2f} ({row.min():.2f})" for row in auc)])
+        both = zip(learning.rare_margin[:, index], learning.frequent_margin[:, index], strict=True)
+        cells = (f"{rare.mean():.2f} / {frequent.mean():.2f}" for rare, frequent in both)
+        margin_rows.append([f"{rate:g}", *cells])
+    pooled = rank_correlation(learning.change, learning.own_answer)
+    return [
+        "### Which experts have the smaller Λ",
+        "How surely an expert of a rare pattern has a smaller Λ than one of a frequent pattern "
+        f"(AUC; 0.5 is chance): mean and, in brackets, the least of {learning.auc.shape[2]} runs.",
+        table(header, auc_rows),
+        "Mean margin (label times output) of rare / frequent sequences. At 1 the hinge ends and an "
+        "expert stops learning.",
+        table(header, margin_rows),
+        "Over all experts, runs, steps and α together, the rank correlation between Λ and what an "
+        f"expert answers to its own pattern is {pooled:.3f}.",
+        "![When the order by Λ holds, what Λ measures, and what it is worth](rare_features.svg)",
+    ]
+
+
+def plan_parts(by_background: dict[float, Costs]) -> list[str]:
+    """Return the Markdown of the second claim at the default regime."""
+    rows = []
+    for background, cost in by_background.items():
+        accuracy = [f"{cost.rare[plan].mean():.3f}" for plan in PLANS]
+        ratio = cost.variance_ratio.mean()
+        difference = gain(cost, "large Λ")
+        rows.append([f"{background:g}", f"{ratio:.2f}", *accuracy, difference])
+    lowest = min(
+        cost.frequent[plan].mean().item() for cost in by_background.values() for plan in PLANS
+    )
+    high, low = DEFAULT.levels
+    return [
+        "### What bits by Λ are worth",
+        f"Accuracy on rare sequences with {high} bits for half of the experts and {low} for the "
+        f"others, rounded by `quantize_rtn`; α = {DEFAULT.rate}, {DEFAULT.stop} steps. The last "
+        "column is the mean difference within a run, with its standard error. Accuracy on "
+        f"frequent sequences is at least {lowest:.3f} everywhere in this table.",
+        table(
+            ["background", "MaxVar, frequent / rare", *PLANS, "small Λ − large Λ"],
+            rows,
+        ),
+    ]
+
+
+def gain(cost: Costs, plan: str) -> str:
+    """Return how much better most bits for small Lambda are than another plan, as text."""
+    difference = cost.rare["small Λ"] - cost.rare[plan]
+    error = difference.std() / math.sqrt(len(difference))
+    return f"{difference.mean():+.3f} ± {error:.3f}"
+
+
+def regime_row(regime: Regime, models: Trained) -> list[str]:
+    """Measure a regime; return its row in the table of all regimes."""
+    auc = rare_first_auc(models.change, models.setting).mean()
+    margin = margins(models.weights, models.test, models.setting)[models.test.rare].mean()
+    cells = [f"{auc:.2f}", f"{margin:.2f}"]
+    for background in (0.0, regime.background):
+        cost = regime.costs(models, background)
+        cells += [
+            f"{cost.variance_ratio.mean():.1f}",
+            f"{cost.rare['small Λ'].mean():.3f}",
+            gain(cost, "large Λ"),
+            gain(cost, "random, balanced"),
+        ]
+    return [regime.name, *cells]
+
+
+def regime_parts(rows: list[list[str]]) -> list[str]:
+    """Return the Markdown of all regimes."""
+    columns = ["MaxVar ratio", "small Λ", "− large Λ", "− random, balanced"]
+    header = ["regime", "AUC", "rare margin", *columns, *(f"{name} (b)" for name in columns)]
+    return [
+        "### Other regimes",
+        "Accuracy on rare sequences with most bits for small Λ, and its lead over the opposite "
+        "and over random plans that give both classes the same bits. Without a background, then "
+        f"(b) with one of {DEFAULT.background}.",
+        table(header, rows),
+    ]
+
+
+def main() -> None:
+    """Measure, and write the section and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20, help="for each α (default 20)")
+    parser.add_argument("--plan-runs", type=int, default=40, help="for each regime (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default: {FOLDER}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    learning = measure_learning(options.runs, Setting(), options.seed)
+    print("learning measured", flush=True)
+    models = DEFAULT.train(options.plan_runs, options.seed)
+    by_background = {background: DEFAULT.costs(models, background) for background in BACKGROUNDS}
+    rows = []
+    for regime in REGIMES:
+        rows.append(regime_row(regime, regime.train(options.plan_runs, options.seed)))
+        print(*rows[-1], sep=" | ", flush=True)
+
+    from figure import write_figure  # late: matplotlib is only needed here
+
+    figure = options.folder / "rare_features.svg"
+    write_figure(figure, learning, RATES, STOPS, by_background)
+    write_section(
+        options.folder / "README.md",
+        "Measured",
+        [*learning_parts(learning), *plan_parts(by_background), *regime_parts(rows)],
+        packages=("torch", "matplotlib", "vllm-moeq"),
+    )
+
+
+if __name__ == "__main__":
+    main()
