@@ -74,6 +74,7 @@ def _draw_change(panel: Axes, learning: "Learning", rates: tuple[float, ...]) ->
     for index, (rate, (colour, marker)) in enumerate(zip(rates, _STYLES, strict=False)):
         answer, change = learning.own_answer[:, index], learning.change[:, index]
         style = {"color": colour, "marker": marker, "s": 8, "alpha": 0.35, "linewidths": 0}
+        style["rasterized"] = True  # thousands of points
         panel.scatter(answer.flatten(), change.flatten(), label=f"α = {rate:g}", **style)
     panel.set(xlabel="answer to its own pattern", ylabel="Λ of an expert")
     panel.set_title("Λ: how much was learned, at any α and time")

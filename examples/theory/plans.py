@@ -93,11 +93,15 @@ class Costs:
         rare: Accuracy on rare sequences by plan [runs].
         frequent: Accuracy on frequent sequences by plan [runs].
         variance_ratio: Mean MaxVar of frequent experts over that of rare ones [runs].
+        margin_change: By kind of experts ("rare", "frequent"): mean and standard deviation, over
+            all rare sequences, of what the margin changes by when only these experts are rounded
+            to the lower width.
     """
 
     rare: dict[str, torch.Tensor]
     frequent: dict[str, torch.Tensor]
     variance_ratio: torch.Tensor
+    margin_change: dict[str, tuple[float, float]]
 
 
 def orders(
@@ -155,15 +159,18 @@ class Trained:
         variance = full.var(-1, correction=0).amax(-1)
         rounded = [self._embedding.products(rounding(full, bits)) for bits in levels]
         routing = route(self.weights.router, self.test.tokens, self.setting.capacity)
+        exact = self.weights.experts
         rare, frequent = {}, {}
 
+        def margin(experts: torch.Tensor) -> torch.Tensor:
+            return self.test.labels * forward(routing, experts, self.setting)
+
         def measure(plan: str, experts: torch.Tensor) -> None:
-            margin = self.test.labels * forward(routing, experts, self.setting)
-            right = margin.sign() / 2 + 0.5
+            right = margin(experts).sign() / 2 + 0.5
             rare[plan] = mean_where(self.test.rare, right)
             frequent[plan] = mean_where(~self.test.rare, right)
 
-        measure("16 bits", self.weights.experts)
+        measure("16 bits", exact)
         average, odd = divmod(sum(levels), 2)
         if not odd:
             measure("uniform", self._embedding.products(rounding(full, average)))
@@ -171,7 +178,13 @@ class Trained:
             first = torch.tensor(order)[:, : self.setting.experts // 2]
             high = torch.zeros_like(self.change, dtype=torch.bool).scatter_(1, first, True)
             measure(plan, torch.where(high[..., None, None], *rounded))
-        ratio = variance[:, self.setting.is_frequent].mean(1) / variance[
-            :, self.setting.is_rare
-        ].mean(1)
-        return Costs(rare, frequent, ratio)
+
+        margin_change = {}
+        kinds = {"rare": self.setting.is_rare, "frequent": self.setting.is_frequent}
+        for name, kind in kinds.items():
+            coarse = torch.where(kind[:, None, None], rounded[1], exact)
+            change = (margin(coarse) - margin(exact))[self.test.rare]
+            margin_change[name] = (change.mean().item(), change.std().item())
+        mean_variance = {name: variance[:, kind].mean(1) for name, kind in kinds.items()}
+        ratio = mean_variance["frequent"] / mean_variance["rare"]
+        return Costs(rare, frequent, ratio, margin_change)

@@ -10,8 +10,10 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from figure import write_figure
 from plans import ROUNDINGS, Costs, Trained
 from setting import (
     Setting,
@@ -76,7 +78,9 @@ REGIMES = (
     Regime("400 steps", stop=400),
     Regime("α = 0.1", rate=0.1),
     Regime("α = 0.2", rate=0.2),
-    Regime("α = 0.2, 400 steps, background 1.6: all saturated", rate=0.2, stop=400, background=1.6),
+    Regime(
+        "α = 0.2, 400 steps: all saturated (background 3.2)", rate=0.2, stop=400, background=3.2
+    ),
     Regime("α = 0.5: no rare pattern", rate=0.5),
     Regime("2 and 1 bits", levels=(2, 1)),
     Regime("3 and 2 bits", levels=(3, 2)),
@@ -172,60 +176,91 @@ def plan_parts(by_background: dict[float, Costs]) -> list[str]:
     """Return the Markdown of the second claim at the default regime."""
     rows = []
     for background, cost in by_background.items():
+        changes = [f"{mean:+.3f} ± {std:.3f}" for mean, std in cost.margin_change.values()]
         accuracy = [f"{cost.rare[plan].mean():.3f}" for plan in PLANS]
-        ratio = cost.variance_ratio.mean()
-        difference = gain(cost, "large Λ")
-        rows.append([f"{background:g}", f"{ratio:.2f}", *accuracy, difference])
+        leads = [lead(cost, plan).text() for plan in ("large Λ", "uniform")]
+        ratio = f"{cost.variance_ratio.mean():.2f}"
+        rows.append([f"{background:g}", ratio, *changes, *accuracy, *leads])
     lowest = min(
         cost.frequent[plan].mean().item() for cost in by_background.values() for plan in PLANS
     )
     high, low = DEFAULT.levels
+    runs = len(cost.variance_ratio)
     return [
         "### What bits by Λ are worth",
         f"Accuracy on rare sequences with {high} bits for half of the experts and {low} for the "
-        f"others, rounded by `quantize_rtn`; α = {DEFAULT.rate}, {DEFAULT.stop} steps. The last "
-        "column is the mean difference within a run, with its standard error. Accuracy on "
-        f"frequent sequences is at least {lowest:.3f} everywhere in this table.",
+        f"others, rounded by `quantize_rtn`; α = {DEFAULT.rate}, {DEFAULT.stop} steps, {runs} "
+        "runs. Leads are mean differences within a run, with their standard error. Accuracy on "
+        f"frequent sequences is at least {lowest:.3f} everywhere in this table. Margin change: of "
+        f"rare sequences, if only these experts are rounded, to {low} bit (mean ± standard "
+        "deviation).",
         table(
-            ["background", "MaxVar, frequent / rare", *PLANS, "small Λ − large Λ"],
+            [
+                "background",
+                "MaxVar, frequent / rare",
+                *(f"margin change, {kind}" for kind in cost.margin_change),
+                *PLANS,
+                "lead over large Λ",
+                "lead over uniform",
+            ],
             rows,
         ),
     ]
 
 
-def gain(cost: Costs, plan: str) -> str:
-    """Return how much better most bits for small Lambda are than another plan, as text."""
+class Lead(NamedTuple):
+    """Mean and standard error of a difference in accuracy."""
+
+    mean: float
+    error: float
+
+    def text(self) -> str:
+        """Return it as text."""
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+    def verdict(self) -> int:
+        """Return 1, -1 or 0: a lead, the opposite, or less than two standard errors."""
+        return (self.mean > 2 * self.error) - (self.mean < -2 * self.error)
+
+
+def lead(cost: Costs, plan: str) -> Lead:
+    """Return how much better most bits for small Lambda are than another plan."""
     difference = cost.rare["small Λ"] - cost.rare[plan]
-    error = difference.std() / math.sqrt(len(difference))
-    return f"{difference.mean():+.3f} ± {error:.3f}"
+    return Lead(difference.mean().item(), difference.std().item() / math.sqrt(len(difference)))
 
 
-def regime_row(regime: Regime, models: Trained) -> list[str]:
-    """Measure a regime; return its row in the table of all regimes."""
-    auc = rare_first_auc(models.change, models.setting).mean()
-    margin = margins(models.weights, models.test, models.setting)[models.test.rare].mean()
-    cells = [f"{auc:.2f}", f"{margin:.2f}"]
-    for background in (0.0, regime.background):
-        cost = regime.costs(models, background)
-        cells += [
-            f"{cost.variance_ratio.mean():.1f}",
-            f"{cost.rare['small Λ'].mean():.3f}",
-            gain(cost, "large Λ"),
-            gain(cost, "random, balanced"),
-        ]
-    return [regime.name, *cells]
-
-
-def regime_parts(rows: list[list[str]]) -> list[str]:
-    """Return the Markdown of all regimes."""
-    columns = ["MaxVar ratio", "small Λ", "− large Λ", "− random, balanced"]
-    header = ["regime", "AUC", "rare margin", *columns, *(f"{name} (b)" for name in columns)]
+def regime_parts(runs: int, seed: int) -> list[str]:
+    """Measure all regimes; return the Markdown."""
+    rivals = ("large Λ", "random, balanced")
+    columns = ["MaxVar ratio", "small Λ", *(f"− {rival}" for rival in rivals)]
+    rows = []
+    verdicts: dict[tuple[str, str], list[int]] = {}
+    for regime in REGIMES:
+        models = regime.train(runs, seed)
+        auc = rare_first_auc(models.change, models.setting).mean()
+        margin = margins(models.weights, models.test, models.setting)[models.test.rare].mean()
+        row = [regime.name, f"{auc:.2f}", f"{margin:.2f}"]
+        for name, background in (("without", 0.0), ("with", regime.background)):
+            cost = regime.costs(models, background)
+            row += [f"{cost.variance_ratio.mean():.1f}", f"{cost.rare['small Λ'].mean():.3f}"]
+            for rival in rivals:
+                row.append(lead(cost, rival).text())
+                if regime.rounding == DEFAULT.rounding:
+                    verdicts.setdefault((name, rival), []).append(lead(cost, rival).verdict())
+        rows.append(row)
+        print(*row, sep=" | ", flush=True)
+    counts = "; ".join(
+        f"{name} a background over {rival}: {found.count(1)} better, {found.count(-1)} worse, "
+        f"{found.count(0)} undecided"
+        for (name, rival), found in verdicts.items()
+    )
     return [
         "### Other regimes",
         "Accuracy on rare sequences with most bits for small Λ, and its lead over the opposite "
         "and over random plans that give both classes the same bits. Without a background, then "
-        f"(b) with one of {DEFAULT.background}.",
-        table(header, rows),
+        f"(b) with one of {DEFAULT.background}. With `quantize_rtn` the lead exceeds two standard "
+        f"errors, or its opposite does, in so many regimes: {counts}.",
+        table(["regime", "AUC", "rare margin", *columns, *(f"{c} (b)" for c in columns)], rows),
     ]
 
 
@@ -233,7 +268,7 @@ def main() -> None:
     """Measure, and write the section and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="for each α (default 20)")
-    parser.add_argument("--plan-runs", type=int, default=40, help="for each regime (default 40)")
+    parser.add_argument("--plan-runs", type=int, default=100, help="for each regime (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     options = parser.parse_args()
@@ -243,19 +278,14 @@ def main() -> None:
     print("learning measured", flush=True)
     models = DEFAULT.train(options.plan_runs, options.seed)
     by_background = {background: DEFAULT.costs(models, background) for background in BACKGROUNDS}
-    rows = []
-    for regime in REGIMES:
-        rows.append(regime_row(regime, regime.train(options.plan_runs, options.seed)))
-        print(*rows[-1], sep=" | ", flush=True)
-
-    from figure import write_figure  # late: matplotlib is only needed here
+    regimes = regime_parts(options.plan_runs, options.seed)
 
     figure = options.folder / "rare_features.svg"
     write_figure(figure, learning, RATES, STOPS, by_background)
     write_section(
         options.folder / "README.md",
         "Measured",
-        [*learning_parts(learning), *plan_parts(by_background), *regime_parts(rows)],
+        [*learning_parts(learning), *plan_parts(by_background), *regimes],
         packages=("torch", "matplotlib", "vllm-moeq"),
     )
 
