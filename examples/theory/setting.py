@@ -28,7 +28,7 @@ class Setting:
         sequence: Tokens in a sequence.
         capacity: Tokens that each expert chooses from a sequence.
         per_task: Experts that begin with a preference for each of the four task patterns.
-        idle: Further experts, which begin without any preference.
+        idle: Further experts, an even number, which begin without any preference.
         neurons: Neurons of an expert.
         weight_std: Standard deviation of the initial expert weights (on a pattern).
         preference: Router weight that an expert begins with on its own pattern.

@@ -140,6 +140,13 @@ def test_without_a_rare_pattern_no_order_arises(lab: SimpleNamespace) -> None:
     assert 0.3 < auc.mean() < 0.7
 
 
+def test_experts_that_prefer_nothing_have_small_changes_too(lab: SimpleNamespace) -> None:
+    setting = lab.setting.Setting(idle=8)
+    models = lab.plans.Trained(setting, 0.05, 50, 10, 0)
+    first = models.change.argsort(1)[:, : setting.experts // 2]
+    assert (setting.own_pattern[first] < 0).float().mean() > 0.5
+
+
 def test_auc_counts_pairs(lab: SimpleNamespace) -> None:
     # Experts 2, 3, 6 and 7 are those of rare patterns.
     change = torch.tensor([[4.0, 5.0, 1.0, 4.0, 6.0, 7.0, 2.0, 9.0]])
