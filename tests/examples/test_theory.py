@@ -17,10 +17,19 @@ def lab() -> Iterator[SimpleNamespace]:
     """Give the modules of the theory lab."""
     sys.path.insert(0, str(THEORY))
     try:
+        import figure
+        import learning
         import plans
+        import rare_features
         import setting
 
-        yield SimpleNamespace(setting=setting, plans=plans)
+        yield SimpleNamespace(
+            figure=figure,
+            learning=learning,
+            plans=plans,
+            rare_features=rare_features,
+            setting=setting,
+        )
     finally:
         sys.path.remove(str(THEORY))
 
@@ -197,3 +206,32 @@ def test_small_change_first_pays_off_only_while_the_variances_are_alike(
             assert cost.rare["combined"].mean() > cost.rare["small Λ"].mean()
     assert leads[0] < -0.02
     assert leads[1] - leads[0] > 0.05
+
+
+def test_rank_correlation_is_spearmans(lab: SimpleNamespace) -> None:
+    first = torch.tensor([[1.0, 2.0], [3.0, 40.0]])
+    second = torch.tensor([[10.0, 30.0], [20.0, 99.0]])
+    # 1 - 6 * sum of squared rank differences / (n * (n^2 - 1)), which are 0, 1, 1 and 0.
+    assert lab.learning.rank_correlation(first, second) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_the_command_writes_its_section_and_figure(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = lab.rare_features
+    for module in (lab.learning, lab.figure, command):
+        monkeypatch.setattr(module, "STOPS", (2, 4))
+    monkeypatch.setattr(command, "REGIMES", command.REGIMES[:1])
+    (tmp_path / "README.md").write_text("# Words of ours\n")
+    arguments = f"rare_features.py --runs 2 --plan-runs 2 --folder {tmp_path}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    threads = torch.get_num_threads()
+    try:
+        command.main()
+    finally:
+        torch.set_num_threads(threads)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Words of ours\n")
+    assert "| α | 2 steps | 4 steps |" in text
+    assert "| default | " in text
+    assert "</svg>" in (tmp_path / "rare_features.svg").read_text()
