@@ -102,23 +102,29 @@ def _search(instance: Instance, time_limit: float, gap: float) -> tuple[Choice, 
         solution = best()
         return solution is not None and (solution.gap <= gap or time.monotonic() >= deadline)
 
-    out_of_time = False
     if not is_done() and loss.size > len(loss) + _CORE * instance.num_layers:
         core, core_bound = _core(instance, scale, deadline)
         bound = max(bound, core_bound)
         if core is not None:
             choice = Program.of(core, scale).solve(deadline, gap / 2).choice
             found += [choice] if choice is not None and instance.fulfilled_by(choice) else []
+    reason = ""
     if not is_done():
         choice, dual, out_of_time = Program.of(instance, scale).solve(deadline, gap)
         bound = max(bound, dual)
-        found += [choice] if choice is not None and instance.fulfilled_by(choice) else []
+        if choice is not None and instance.fulfilled_by(choice):
+            found.append(choice)
+        elif choice is not None:
+            reason = "HiGHS found none that fulfils them to the byte; loosen a tolerance"
+        elif out_of_time:
+            reason = f"none was found in {time_limit:g} s; allow more time or loosen them"
+        else:
+            reason = "none exists; loosen one of them"
     solution = best()
     if solution is None:
-        what = f"plan of at most {instance.budget:,} bytes with {instance.constraints}"
-        if out_of_time:
-            raise MoeqError(f"found no {what} in {time_limit:g} s; allow more time or loosen it")
-        raise MoeqError(f"there is no {what}; loosen one of these constraints")
+        raise MoeqError(
+            f"no plan of at most {instance.budget:,} bytes with {instance.constraints}: {reason}"
+        )
     # A bound from float64 may be above the best choice by a rounding error.
     return solution.choice, min(bound, solution.loss)
 
