@@ -203,7 +203,7 @@ def test_an_answer_that_misses_a_constraint_is_not_returned(
     largest = Found(np.full(len(loss), 4), 0.0, False)
     monkeypatch.setattr(Program, "solve", lambda *arguments: largest)
     with pytest.raises(MoeqError, match="to the byte; loosen a tolerance"):
-        solve_constrained(loss, size, budget, num_experts, Constraints(layer_tolerance=0.0))
+        solve_constrained(loss, size, budget, num_experts, Constraints(widths_per_layer=1))
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_one() -> None:
