@@ -14,10 +14,9 @@ from moeq.calibration import FEWEST_TOKENS
 from moeq.evaluate.reference import ExpertSource, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
-from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_hqq, quantize_rtn
+from moeq.rounding import DATA_FREE, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection
 
-METHODS = ("gptq", "rtn")
 _MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
 
 
@@ -120,7 +119,7 @@ def build(
         tokens: int64 [n, L]: calibration text.
         widths: Of the format's.
         group_size: Weights that share a scale.
-        method: One of :data:`METHODS`.
+        method: ``gptq``, or one of :data:`moeq.rounding.DATA_FREE`.
         gradients: Of :func:`moeq.fisher.gradients` for the same tokens.
         folder: Gets the rounded experts: together the sum of ``widths`` / 16 of the experts' size.
         progress: Show a progress bar.
@@ -244,10 +243,9 @@ class _Visit:
     def _quantize(
         self, matrix: torch.Tensor, x: torch.Tensor, widths: list[int], group_size: int, method: str
     ) -> dict[int, QuantizedWeight]:
-        if method == "rtn":
-            return {bits: quantize_rtn(matrix, bits, group_size) for bits in widths}
-        if len(x) < FEWEST_TOKENS:
-            return {bits: quantize_hqq(matrix, bits, group_size) for bits in widths}
+        if method in DATA_FREE or len(x) < FEWEST_TOKENS:
+            rounding = DATA_FREE.get(method, quantize_hqq)
+            return {bits: rounding(matrix, bits, group_size) for bits in widths}
         weighted = x * self.weights
         curvature = Curvature.of((weighted.T @ weighted)[None], [len(x)])
         return {

@@ -23,7 +23,7 @@ from moeq.checkpoint import INDEX_NAME, CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits, expert_widths
 from moeq.model_card import write_model_card
-from moeq.rounding import QuantizedWeight, quantize_hqq, quantize_rtn
+from moeq.rounding import Rounding, quantize_rtn
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
@@ -31,9 +31,6 @@ from vllm_moeq.format import (
     write_manifest,
 )
 
-Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
-DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
-"""Rounding methods without calibration, by the name that ``--method`` takes."""
 CALIBRATION_NAME = "moeq_calibration.json"
 """What each expert got of the calibration text; beside the packed weights."""
 DEFAULT_SHARD_BYTES = 2 << 30
@@ -145,7 +142,7 @@ class Conversion:
         Args:
             output: Folder to create.
             source: The model as the user named it, for the model card.
-            rounding: One of :data:`DATA_FREE`, or a calibration of this plan.
+            rounding: One of :data:`moeq.rounding.DATA_FREE`, or a calibration of this plan.
             resume: Go on where a calibration that failed or was killed ended.
             progress: Show a progress bar.
 

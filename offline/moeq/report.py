@@ -11,9 +11,11 @@ from typing import Any
 
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
-from moeq.convert import CALIBRATION_NAME, Conversion, Rounding
+from moeq.convert import CALIBRATION_NAME, Conversion
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
+from moeq.planning import Candidate
+from moeq.rounding import Rounding
 from moeq.verify import read_plan
 from vllm_moeq.format import BitPlan, FormatError
 
@@ -129,6 +131,38 @@ def describe_result(rounding: Rounding | Calibration) -> str:
     return text
 
 
+def describe_candidates(tried: list[Candidate]) -> str:
+    """Return what ``--strategy auto`` tried as text, the best first; empty if it was not asked."""
+    if not tried:
+        return ""
+    lines = [["plan", "expert bytes", "KL", "loss"]]
+    for candidate in tried:
+        provenance, scores = candidate.plan.provenance, candidate.scores
+        lines.append(
+            [
+                provenance.strategy,
+                f"{provenance.expert_bytes:,}",
+                f"{scores.divergence:.5f}",
+                f"{scores.loss - scores.original_loss:+.5f}",
+            ]
+        )
+    text = _aligned(lines)
+    text.append(
+        f"tried on {tried[0].scores.tokens:,} tokens held back from the calibration text; KL: from "
+        "the original, loss: increase, in nats per token"
+    )
+    return "\n".join(text) + "\n"
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Return lines of a table whose first column is text and whose others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+
+
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Return an evaluation as text: a line for each text, and how routing shifts."""
     lines = [["text", "tokens", "16 bits", "packed", "loss", "KL", "same top"]]
@@ -147,11 +181,7 @@ def describe_evaluation(evaluation: Evaluation) -> str:
                 f"{scores.agreement:.1%}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
+    text = _aligned(lines)
     text.append(
         "16 bits, packed: perplexity; loss: increase in nats per token; KL: from the original, in "
         "nats per token; same top: places with the same likeliest token"

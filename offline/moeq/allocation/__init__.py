@@ -1,6 +1,7 @@
 """From signals to a bit plan."""
 
 from moeq.allocation.budget import (
+    average_bits,
     bits_budget,
     bits_per_weight_budget,
     option_sizes,
@@ -14,6 +15,8 @@ from moeq.allocation.losses import LossTable, layer_bits, loss_array, solve_grou
 from moeq.allocation.milp import solve_constrained
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
+    DEFAULT_GROUP_SIZE,
+    MEASURED,
     STRATEGIES,
     PlanOptions,
     PlanSizes,
@@ -23,6 +26,8 @@ from moeq.allocation.strategies import (
 )
 
 __all__ = [
+    "DEFAULT_GROUP_SIZE",
+    "MEASURED",
     "REORDER_VARIANTS",
     "STRATEGIES",
     "Constraints",
@@ -30,6 +35,7 @@ __all__ = [
     "PlanOptions",
     "PlanSizes",
     "Solution",
+    "average_bits",
     "bits_budget",
     "bits_per_weight_budget",
     "combined_order",

@@ -107,6 +107,17 @@ def bits_per_weight_budget(
     return budget
 
 
+def average_bits(budget: int, layers: list[MoELayer], group_size: int) -> float:
+    """Return the average width that fills a budget of bytes, the inverse of :func:`bits_budget`.
+
+    Rounded down to whole experts of the layer that has fewest, and at most the largest width.
+    """
+    low, high = (_uniform_bytes(layers, group_size, width) for width in (WIDTHS[0], WIDTHS[-1]))
+    exact = WIDTHS[0] + Fraction(budget - low, high - low) * (WIDTHS[-1] - WIDTHS[0])
+    experts = min(layer.num_experts for layer in layers)
+    return float(min(Fraction(math.floor(exact * experts), experts), Fraction(WIDTHS[-1])))
+
+
 def target_size_budget(
     target: str,
     reader: CheckpointReader,
