@@ -60,6 +60,7 @@ def _make_plan(
         plan = make_plan(reader, layers, wanted, options.model)
     else:
         wanted.check()
+        device = torch.device(_device(options.device or "cpu"))
         planner = Planner(
             reader,
             layers,
@@ -67,7 +68,7 @@ def _make_plan(
             options.model,
             _calibration_tokens(options, reader),
             options.method or "gptq",
-            torch.device(_device(options.device or "cpu")),
+            device,
             options.seed or 0,
         )
         plan, tried = planner.run()
@@ -157,6 +158,7 @@ def _rounding(
         return DATA_FREE[method], method
     if options.calib is None:
         raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
+    device = _device(options.device or "cpu")
     tokens = _calibration_tokens(options, conversion.reader)
     count, length = tokens.shape
     note = f"gptq, {count} x {length} tokens of {options.calib}, seed {options.seed or 0}"
@@ -167,7 +169,7 @@ def _rounding(
         conversion.layers,
         conversion.plan,
         tokens,
-        _device(options.device or "cpu"),
+        device,
         bool(options.route_all_experts),
     )
     return calibration, note

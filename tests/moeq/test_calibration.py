@@ -18,7 +18,9 @@ from support.cli import run_moeq, start_moeq
 from support.reference import dequantize_checkpoint
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
-OPTIONS = ("--bits", 2.5, "--group-size", 32, "--nsamples", 24, "--seqlen", 48)
+OPTIONS = (
+    "--bits", 2.5, "--group-size", 32, "--strategy", "combined", "--nsamples", 24, "--seqlen", 48,
+)  # fmt: skip
 UNFINISHED = ".out.moeq-calibration"
 
 
@@ -61,9 +63,9 @@ def test_outputs_stay_nearer_to_the_original_than_without_calibration(
     logits = {}
     for method in ("gptq", "rtn"):
         out = tmp_path / method
-        calibration = ("--calib", text, *OPTIONS[4:]) if method == "gptq" else ()
+        calibration = ("--calib", text, *OPTIONS[6:]) if method == "gptq" else ()
         done = run_moeq(
-            "quantize", source, "-o", out, *OPTIONS[:4], "--method", method, *calibration
+            "quantize", source, "-o", out, *OPTIONS[:6], "--method", method, *calibration
         )
         assert done.returncode == 0, done.stderr
         assert run_moeq("verify", out).returncode == 0
@@ -100,7 +102,7 @@ def test_experts_that_few_tokens_reach_are_counted(
 ) -> None:
     source = tiny_model("qwen3_moe")
     out = tmp_path / "out"
-    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:4], "--nsamples=1",
+    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:6], "--nsamples=1",
                     "--seqlen=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     # Two tokens make four choices: some of the eight experts of a layer get none.
@@ -116,7 +118,7 @@ def test_every_expert_can_be_rounded_by_all_tokens(
     """Also those that few tokens reach: on all tokens, their outputs stay nearer than with hqq."""
     source = tiny_model("qwen3_moe")
     # 40 tokens, of which no expert gets 32.
-    options = ("--calib", text, *OPTIONS[:4], "--nsamples=1", "--seqlen=40")
+    options = ("--calib", text, *OPTIONS[:6], "--nsamples=1", "--seqlen=40")
     floats = {}
     for name, extra in {"all": ("--route-all-experts",), "hqq": ()}.items():
         done = run_moeq("quantize", source, "-o", tmp_path / name, *options, *extra)
@@ -198,8 +200,8 @@ def test_values_that_are_not_finite_are_named(
         return weight.index_fill(0, torch.tensor([1]), float("nan"))
 
     source = _copy(tiny_model("mixtral"), tmp_path / "model", **{ending: poison})
-    command = ("quantize", source, "-o", tmp_path / "out", "--strategy", "random:0")
-    done = run_moeq(*command, "--calib", text, *OPTIONS)
+    command = ("quantize", source, "-o", tmp_path / "out", "--calib", text, *OPTIONS)
+    done = run_moeq(*command, "--strategy", "random:0")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     if ending == "q_proj_weight":
