@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeq.allocation import (
     PlanOptions,
     PlanSizes,
-    expert_counts,
     make_plan,
+    ordered_bits,
     plan_sizes,
     router_norm_order,
 )
@@ -31,7 +31,7 @@ from moeq.errors import MoeqError
 from moeq.families import MoELayer, expert_widths
 from moeq.rounding import quantize_rtn
 from moeq.signals import load_base_routers, router_norms
-from vllm_moeq.format import BitPlan, LayerBits
+from vllm_moeq.format import BitPlan
 
 UNIFORM = (4, 3, 2)
 BITS, LEVELS = 2.5, (3, 2)
@@ -200,11 +200,7 @@ def reversed_router_norm(
     expert_bits = {}
     for layer in layers:
         order = router_norm_order(router_norms(reader, layer, base).values)[::-1]
-        counts = expert_counts(BITS, LEVELS, layer.num_experts)
-        ladder = [width for width, count in counts.items() for _ in range(count)]
-        width_of = dict(zip(order, ladder, strict=True))
-        widths = tuple(width_of[expert] for expert in range(layer.num_experts))
-        expert_bits[layer.container] = LayerBits(widths, widths)
+        expert_bits[layer.container] = ordered_bits(order, BITS, LEVELS)
     return BitPlan(options.group_size, expert_bits)
 
 

@@ -74,6 +74,10 @@ class Bank:
     damage: Mapping[Choice, Damage]
     traffic: Mapping[str, list[Traffic]]
 
+    def losses(self, attribute: str) -> dict[tuple[str, int, Projection, int], float]:
+        """Return one attribute of the damage of every choice."""
+        return {choice: getattr(found, attribute) for choice, found in self.damage.items()}
+
     def source(self, plan: BitPlan, device: torch.device) -> ExpertSource:
         """Return the experts of a plan with the bank's group size and widths."""
         files: dict[str, Any] = {

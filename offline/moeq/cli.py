@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_eval_options(evaluate)
 
+    compare = commands.add_parser(
+        "compare", help="try every strategy on a model, at equal bytes; write a page"
+    )
+    _add_compare_options(compare)
+
     bench = commands.add_parser("bench", help="measure the speed of one MoE layer on this CPU")
     _add_bench_options(bench)
     bench.set_defaults(usage_error=bench.error)
@@ -170,6 +175,40 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of each (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of sequences (default 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Rounds each expert once for each width, puts plans of every strategy together from that, "
+        "and judges them on held-out text: size against divergence, as a page, Markdown and JSON."
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
+    parser.add_argument(
+        "--bits", type=_bits_list, default=(2, 2.25, 2.5, 3, 4), help="default 2,2.25,2.5,3,4"
+    )
+    parser.add_argument(
+        "--methods", default="gptq", help="of rounding, as in gptq,rtn,hqq (default gptq)"
+    )
+    parser.add_argument("--calib", required=True, help="calibration text, as in moeq quantize")
+    parser.add_argument("--text", required=True, help="held-out text, in the same forms")
+    parser.add_argument("--base-router", metavar="SOURCE", help="as in moeq quantize")
+    parser.add_argument("--group-size", type=int, default=128, help="32, 64 or 128 (default)")
+    parser.add_argument("--random", type=int, default=5, help="random plans (default 5)")
+    parser.add_argument("--nsamples", type=int, help="calibration sequences (default 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens of a sequence (default 512)")
+    parser.add_argument(
+        "--eval-nsamples", type=int, default=8, help="held-out sequences of a text (default 8)"
+    )
+    parser.add_argument("--seed", type=int, help="of the draw of sequences (default 0)")
+    parser.add_argument("--device", help="cpu (default) or cuda")
+
+
+def _bits_list(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 2,2.5,3") from None
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:

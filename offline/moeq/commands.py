@@ -97,9 +97,14 @@ def _budget(
         target_size_budget,
     )
 
-    given = [options.bits, options.bits_per_weight, options.target_size]
-    if sum(value is not None for value in given) != 1:
-        raise MoeqError("give one of --bits (as in --bits 2.5), --bits-per-weight, --target-size")
+    sizes = [options.bits, options.bits_per_weight, options.target_size]
+    given = sum(value is not None for value in sizes)
+    if given == 0:
+        raise MoeqError(
+            "--bits is needed, as in --bits 2.5; or one of --bits-per-weight and --target-size"
+        )
+    if given > 1:
+        raise MoeqError("give only one of --bits, --bits-per-weight and --target-size")
     if options.bits is not None:
         return None
     group_size = options.group_size or DEFAULT_GROUP_SIZE
@@ -274,6 +279,58 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Try every strategy at every budget; write a page."""
+    import torch
+
+    from moeq import compare
+    from moeq.report import write_comparison
+    from moeq.rounding import DATA_FREE
+    from moeq.text import evaluation_sequences
+
+    _check_positive(options, "nsamples", "seqlen", "eval_nsamples")
+    if options.output.exists():
+        raise MoeqError(f"--output {options.output} exists already; remove it or choose another")
+    methods = tuple(options.methods.split(","))
+    for method in methods:
+        if method != "gptq" and method not in DATA_FREE:
+            raise MoeqError(f"--methods {method} is not one of gptq, {', '.join(DATA_FREE)}")
+    if options.random < 2:
+        raise MoeqError(f"--random {options.random} must be at least 2, for a spread")
+    device = torch.device(_device(options.device or "cpu"))
+    reader, layers = _read_model(options.model)
+    tokens = _calibration_tokens(options, reader)
+    heldout = evaluation_sequences(
+        reader.folder, options.text, options.eval_nsamples, tokens.shape[1], 0
+    )
+    study = compare.Study(
+        reader,
+        layers,
+        options.model,
+        options.base_router,
+        options.bits,
+        methods,
+        options.group_size,
+        options.random,
+        tokens,
+        heldout,
+        device,
+        options.seed or 0,
+    )
+    findings = study.run()
+    judged = sum(part.numel() for part in heldout.values())
+    notes = [
+        f"Expert weights of {options.model} at lower widths, group size {options.group_size}; at each "
+        "average all plans take the same bytes.",
+        f"Calibrated on {tokens.shape[0]} x {tokens.shape[1]} tokens of {options.calib}, judged on "
+        f"{judged:,} tokens of {options.text}.",
+    ]
+    write_comparison(options.output, findings, f"Bit plans for {options.model}", notes)
+    print(compare.as_markdown(findings))
+    print(f"wrote {options.output}: compare.html, compare.md, compare.json")
+    return 0
+
+
 def bench(options: argparse.Namespace) -> int:
     """Measure one layer."""
     from moeq.bench import Machine, Settings, UsageError, describe, measure, prepare, rows
@@ -314,6 +371,7 @@ COMMANDS = {
     "inspect": inspect,
     "verify": verify,
     "eval": evaluate,
+    "compare": compare,
     "bench": bench,
 }
 """By the name that the command line takes."""

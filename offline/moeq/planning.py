@@ -1,6 +1,6 @@
 """Plans that are right on the user's own model: measured, and judged on text held back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from moeq.allocation import (
+    LossTable,
     PlanOptions,
+    Solution,
     bits_budget,
     layer_bits,
     loss_array,
@@ -20,17 +22,19 @@ from moeq.allocation import (
 from moeq.bank import Bank, build
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.evaluate import Scores
+from moeq.evaluate import Evaluation, Scores
 from moeq.evaluate.reference import ExpertSource, outputs
 from moeq.evaluate.scores import Scorer
 from moeq.families import MoELayer
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from vllm_moeq._version import __version__
-from vllm_moeq.format import WIDTHS, BitPlan, Provenance
+from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
 
 RANDOM_PLANS = 3
 """Random plans that ``auto`` tries."""
+_PLANS_AT_ONCE = 12
+"""That are judged together: activations of all of them are in memory."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
 
@@ -85,10 +89,10 @@ class Planner:
                 f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
                 f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
             )
-        tokens = self.tokens[held_back:]
         model = LayerwiseModel(self.reader, self.layers, self.device)
         with TemporaryDirectory(prefix="moeq-") as name:
             folder = Path(name)
+            tokens = self.tokens[held_back:]
             felt = gradients(model, tokens, folder, self.seed, progress)
             bank = build(
                 model, tokens, self._widths(), self.options.group_size, self.method, felt, folder,
@@ -98,7 +102,14 @@ class Planner:
             if not held_back:
                 return measured, []
             plans = [measured, *self._unmeasured()]
-            tried = self._judged(model, bank, plans, self.tokens[:held_back], progress)
+            judged = {"held back": self.tokens[:held_back]}
+            found = judge(
+                model, [bank.source(plan, self.device) for plan in plans], judged, progress
+            )
+        tried = [
+            Candidate(plan, evaluation.total) for plan, evaluation in zip(plans, found, strict=True)
+        ]
+        tried.sort(key=lambda candidate: candidate.scores.divergence)
         best = tried[0].plan
         chosen = f"auto: {best.provenance.strategy}"
         return replace(best, provenance=replace(best.provenance, strategy=chosen)), tried
@@ -115,10 +126,8 @@ class Planner:
         """Return the plan of least estimated loss within the budget."""
         widths, group_size = self._widths(), self.options.group_size
         budget = bits_budget(self.options.bits, self.layers, group_size, widths)
-        losses = loss_array(
-            {key: found.loss for key, found in bank.damage.items()}, self.layers, widths
-        )
-        solution = solve(losses, option_sizes(self.layers, group_size, widths), budget)
+        losses = bank.losses("loss")
+        bits, solution = allocate(losses, self.layers, widths, group_size, budget)
         provenance = Provenance(
             strategy="sensitivity",
             requested_bits=self.options.bits,
@@ -130,8 +139,7 @@ class Planner:
                 "gap_to_the_best_plan": solution.gap,
             },
         )
-        plan = BitPlan(group_size, layer_bits(solution.choice, self.layers, widths), provenance)
-        return with_sizes(plan, self.reader, self.layers)
+        return with_sizes(BitPlan(group_size, bits, provenance), self.reader, self.layers)
 
     def _unmeasured(self) -> Iterator[BitPlan]:
         """Yield plans of the same bytes that need no measurement."""
@@ -147,24 +155,54 @@ class Planner:
     def _made(self, options: PlanOptions) -> BitPlan:
         return make_plan(self.reader, self.layers, options, self.source)
 
-    def _judged(
-        self,
-        model: LayerwiseModel,
-        bank: Bank,
-        plans: list[BitPlan],
-        tokens: torch.Tensor,
-        progress: bool,
-    ) -> list[Candidate]:
-        scorers = [Scorer() for _ in plans]
-        sources = [ExpertSource.original(model)]
-        sources += [bank.source(plan, self.device) for plan in plans]
-        for sequence, (original, *found) in zip(
-            tokens, outputs(model, sources, tokens, progress), strict=True
-        ):
-            for scorer, output in zip(scorers, found, strict=True):
-                scorer.add("held back", sequence, original, output)
-        tried = [
-            Candidate(plan, scorer.result().total)
-            for plan, scorer in zip(plans, scorers, strict=True)
-        ]
-        return sorted(tried, key=lambda candidate: candidate.scores.divergence)
+
+def allocate(
+    losses: LossTable,
+    layers: list[MoELayer],
+    widths: tuple[int, ...],
+    group_size: int,
+    budget: int,
+) -> tuple[dict[str, LayerBits], Solution]:
+    """Choose the widths of least total loss within a budget of bytes.
+
+    Args:
+        losses: Of every projection at every width.
+        layers: MoE layers of the model.
+        widths: Widths to choose from.
+        group_size: Weights that share a scale.
+        budget: Bytes of all packed experts.
+
+    Raises:
+        MoeqError: The budget is too small; names the least.
+    """
+    array = loss_array(losses, layers, widths)
+    solution = solve(array, option_sizes(layers, group_size, widths), budget)
+    return layer_bits(solution.choice, layers, widths), solution
+
+
+def judge(
+    model: LayerwiseModel,
+    sources: Sequence[ExpertSource],
+    sequences: dict[str, torch.Tensor],
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Compare sets of experts with the model's own, on the same text, some at a time.
+
+    Args:
+        model: The model.
+        sources: Sets of experts.
+        sequences: Text to its tokens, int64 [n, L], all of one length L.
+        progress: Show progress bars.
+    """
+    names = [name for name, tokens in sequences.items() for _ in tokens]
+    tokens = torch.cat(list(sequences.values()))
+    found: list[Evaluation] = []
+    for first in range(0, len(sources), _PLANS_AT_ONCE):
+        some = sources[first : first + _PLANS_AT_ONCE]
+        scorers = [Scorer() for _ in some]
+        said = outputs(model, [ExpertSource.original(model), *some], tokens, progress)
+        for name, sequence, (original, *answers) in zip(names, tokens, said, strict=True):
+            for scorer, answer in zip(scorers, answers, strict=True):
+                scorer.add(name, sequence, original, answer)
+        found += [scorer.result() for scorer in scorers]
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
+from moeq.compare import Findings, as_json, as_markdown, render
 from moeq.convert import CALIBRATION_NAME, Conversion
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
@@ -161,6 +162,25 @@ def _aligned(lines: list[list[str]]) -> list[str]:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     ]
+
+
+def write_comparison(folder: Path, findings: Findings, title: str, notes: list[str]) -> None:
+    """Write a comparison as page, Markdown and JSON to a new folder.
+
+    Raises:
+        MoeqError: It cannot be written, or the page needs a package that is missing.
+    """
+    files = {
+        "compare.html": render(findings, title, notes),
+        "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
+        "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
+    }
+    try:
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MoeqError(f"cannot write {folder}: {error}") from error
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:

@@ -21,6 +21,7 @@ from moeq.allocation.strategies import (
     PlanOptions,
     PlanSizes,
     make_plan,
+    ordered_bits,
     plan_sizes,
     with_sizes,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "make_plan",
     "maxvar_order",
     "option_sizes",
+    "ordered_bits",
     "parse_size",
     "plan_sizes",
     "router_norm_order",

@@ -149,6 +149,15 @@ def with_sizes(plan: BitPlan, reader: CheckpointReader, layers: list[MoELayer]) 
     return replace(plan, provenance=provenance)
 
 
+def ordered_bits(order: list[int], bits: float, levels: tuple[int, ...]) -> LayerBits:
+    """Give the widths of :func:`expert_counts` to a layer's experts, the highest to the first."""
+    counts = expert_counts(bits, levels, len(order))
+    ladder = [width for width, count in counts.items() for _ in range(count)]
+    width_of = dict(zip(order, ladder, strict=True))
+    widths = tuple(width_of[expert] for expert in range(len(order)))
+    return LayerBits(widths, widths)
+
+
 def make_plan(
     reader: CheckpointReader, layers: list[MoELayer], options: PlanOptions, source: str
 ) -> BitPlan:
@@ -169,12 +178,7 @@ def make_plan(
     expert_bits = {}
     details: dict[str, object] = {"levels": list(levels)}
     for layer, order in _orders(reader, layers, options, details):
-        widths = [0] * layer.num_experts
-        counts = expert_counts(options.bits, levels, layer.num_experts)
-        ladder = [width for width, count in counts.items() for _ in range(count)]
-        for expert, width in zip(order, ladder, strict=True):
-            widths[expert] = width
-        expert_bits[layer.container] = LayerBits(tuple(widths), tuple(widths))
+        expert_bits[layer.container] = ordered_bits(order, options.bits, levels)
     provenance = Provenance(
         strategy=options.strategy,
         requested_bits=options.bits,

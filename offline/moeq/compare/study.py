@@ -1,0 +1,212 @@
+"""Tries every strategy at every budget; each expert is rounded once for each width."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from moeq.allocation import (
+    PlanOptions,
+    bits_budget,
+    make_plan,
+    ordered_bits,
+    plan_sizes,
+)
+from moeq.bank import build
+from moeq.checkpoint import CheckpointReader
+from moeq.errors import MoeqError
+from moeq.evaluate import Evaluation
+from moeq.families import MoELayer
+from moeq.fisher import gradients
+from moeq.layerwise import LayerwiseModel
+from moeq.planning import allocate, judge
+from moeq.signals import load_base_routers
+from moeq.signals.table import SIGNALS, Evidence
+from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
+
+ALLOCATED = {"sensitivity": "loss", "output-error": "output", "weight-error": "weight"}
+"""Signals that are losses, too: widths that make their sum least, over all layers together."""
+GLOBAL = "global "
+"""Stands before their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One plan and what it costs.
+
+    Attributes:
+        method: How experts are rounded.
+        bits: Average width asked for.
+        strategy: How widths were chosen; ``random:SEED`` for random plans.
+        plan: The widths.
+        total_bytes: Of all tensors of the packed checkpoint.
+        evaluation: On held-out text.
+    """
+
+    method: str
+    bits: float
+    strategy: str
+    plan: BitPlan
+    total_bytes: int
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything that a comparison finds.
+
+    Attributes:
+        points: All plans.
+        signals: By name and container: a number for each expert.
+        correlations: Of each signal with the measured sensitivity: Spearman's, the mean over
+            layers; positive where experts that it gives more bits are more sensitive.
+    """
+
+    points: list[Point]
+    signals: dict[str, dict[str, list[float]]]
+    correlations: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A comparison to be run.
+
+    Attributes:
+        reader: The checkpoint.
+        layers: Its MoE layers.
+        source: The model as the user named it.
+        base_router: Where the router from before training is, or None.
+        bits: Average widths to compare plans at.
+        methods: ``gptq`` and those of :data:`moeq.rounding.DATA_FREE`.
+        group_size: Weights that share a scale.
+        random_plans: Of each budget.
+        tokens: int64 [n, L]: calibration text.
+        heldout: Text to its tokens, int64 [n, L].
+        device: Where layers run and experts are rounded.
+        seed: Of the tokens drawn for the Fisher information.
+    """
+
+    reader: CheckpointReader
+    layers: list[MoELayer]
+    source: str
+    base_router: str | None
+    bits: tuple[float, ...]
+    methods: tuple[str, ...]
+    group_size: int
+    random_plans: int
+    tokens: torch.Tensor
+    heldout: dict[str, torch.Tensor]
+    device: torch.device
+    seed: int = 0
+
+    def run(self, progress: bool = True) -> Findings:
+        """Round, plan and judge.
+
+        Raises:
+            MoeqError: Something does not fit the model, or is not finite; names it.
+        """
+        model = LayerwiseModel(self.reader, self.layers, self.device)
+        base = None
+        if self.base_router is not None:
+            base = load_base_routers(self.base_router, self.layers)
+        points: list[Point] = []
+        evidence = Evidence(self.reader, base)
+        with TemporaryDirectory(prefix="moeq-") as name:
+            felt = gradients(model, self.tokens, Path(name), self.seed, progress)
+            for method in self.methods:
+                folder = Path(name) / method
+                folder.mkdir()
+                bank = build(
+                    model, self.tokens, self._widths(), self.group_size, method, felt, folder,
+                    progress,
+                )  # fmt: skip
+                evidence = Evidence(self.reader, base, bank)
+                plans = [plan for bits in self.bits for plan in self._plans(bits, evidence)]
+                sources = [bank.source(plan, self.device) for plan in plans]
+                for plan, found in zip(
+                    plans, judge(model, sources, self.heldout, progress), strict=True
+                ):
+                    points.append(self._point(method, plan, found))
+        signals = {
+            signal.name: {
+                layer.container: signal.values(evidence, layer).tolist() for layer in self.layers
+            }
+            for signal in SIGNALS
+        }
+        return Findings(points, signals, correlations(signals))
+
+    def _widths(self) -> tuple[int, ...]:
+        """Return the widths from one below the least average to one above the largest."""
+        low, high = min(self.bits), max(self.bits)
+        if not WIDTHS[0] <= low <= high <= WIDTHS[-1]:
+            raise MoeqError(f"--bits must be between {WIDTHS[0]} and {WIDTHS[-1]}")
+        first = max(i for i, width in enumerate(WIDTHS) if width <= low)
+        last = min(i for i, width in enumerate(WIDTHS) if width >= high)
+        return WIDTHS[max(0, first - 1) : last + 2]
+
+    def _plans(self, bits: float, evidence: Evidence) -> Iterator[BitPlan]:
+        """Yield all plans of one budget."""
+        options = PlanOptions(bits, group_size=self.group_size, base_router=self.base_router)
+        levels = options.resolved_levels()
+        budget = bits_budget(bits, self.layers, self.group_size, self._widths())
+        for name, attribute in ALLOCATED.items():
+            losses = evidence.measured().losses(attribute)
+            found, _ = allocate(losses, self.layers, self._widths(), self.group_size, budget)
+            yield self._plan(GLOBAL + name, bits, found)
+        if len(levels) == 1:  # every plan by layers is the uniform one
+            uniform = PlanOptions(bits, None, "uniform", self.group_size)
+            yield make_plan(self.reader, self.layers, uniform, self.source)
+            return
+        yield make_plan(self.reader, self.layers, options, self.source)
+        for signal in SIGNALS:
+            if signal.name == "final-router-norm" and self.base_router is None:
+                continue  # the same as router-norm
+            orders = {layer.container: signal.order(evidence, layer) for layer in self.layers}
+            yield self._ordered(signal.name, bits, levels, orders)
+            if signal.name == "router-norm":
+                opposite = {key: order[::-1] for key, order in orders.items()}
+                yield self._ordered(f"{signal.name} reversed", bits, levels, opposite)
+        for seed in range(self.random_plans):
+            random = PlanOptions(bits, None, f"random:{seed}", self.group_size)
+            yield make_plan(self.reader, self.layers, random, self.source)
+
+    def _ordered(
+        self, strategy: str, bits: float, levels: tuple[int, ...], orders: dict[str, list[int]]
+    ) -> BitPlan:
+        found = {key: ordered_bits(order, bits, levels) for key, order in orders.items()}
+        return self._plan(strategy, bits, found)
+
+    def _plan(self, strategy: str, bits: float, expert_bits: dict[str, LayerBits]) -> BitPlan:
+        provenance = Provenance(strategy=strategy, requested_bits=bits, source=self.source)
+        return BitPlan(self.group_size, expert_bits, provenance)
+
+    def _point(self, method: str, plan: BitPlan, evaluation: Evaluation) -> Point:
+        provenance = plan.provenance
+        return Point(
+            method=method,
+            bits=float(provenance.requested_bits or 0),
+            strategy=provenance.strategy,
+            plan=plan,
+            total_bytes=plan_sizes(plan, self.reader, self.layers).total_bytes,
+            evaluation=evaluation,
+        )
+
+
+def correlations(signals: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Return Spearman's rank correlation of every signal with the sensitivity, see Findings."""
+    from scipy.stats import spearmanr
+
+    result = {}
+    for signal in SIGNALS:
+        sign = 1 if signal.most_bits_to == "large" else -1
+        found = []
+        for container, values in signals[signal.name].items():
+            wanted = signals["sensitivity"][container]
+            if len(set(values)) == 1 or len(set(wanted)) == 1:
+                found.append(0.0)  # no order at all
+            else:
+                found.append(sign * float(spearmanr(values, wanted).statistic))
+        result[signal.name] = sum(found) / len(found)
+    return result

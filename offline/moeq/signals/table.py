@@ -1,0 +1,137 @@
+"""All signals behind one interface: a number for each expert, and who gets more bits by it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moeq.bank import Bank, Choice
+from moeq.checkpoint import CheckpointReader
+from moeq.errors import MoeqError
+from moeq.families import MoELayer
+from moeq.signals.maxvar import max_var
+from moeq.signals.router_norm import router_norms
+from moeq.signals.shape import hill_alpha, kurtosis
+from vllm_moeq.format import PROJECTIONS
+
+Needs = Literal["nothing", "initial router", "calibration"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What there is to compute signals from.
+
+    Attributes:
+        reader: The checkpoint.
+        base: Routers from before training, or None.
+        bank: What calibration measured, or None.
+    """
+
+    reader: CheckpointReader
+    base: Mapping[str, torch.Tensor] | None = None
+    bank: Bank | None = None
+
+    def measured(self) -> Bank:
+        """Return the bank.
+
+        Raises:
+            MoeqError: There was no calibration.
+        """
+        if self.bank is None:
+            raise MoeqError("this signal needs calibration text: --calib FILE")
+        return self.bank
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One signal.
+
+    Attributes:
+        name: As ``--strategy`` takes it.
+        needs: What it is computed from, beside the checkpoint.
+        cost: What that takes.
+        most_bits_to: Whether small or large values get the higher widths.
+        source: Where it comes from.
+        values: Takes the evidence and a layer; returns float32 [num_experts].
+    """
+
+    name: str
+    needs: Needs
+    cost: str
+    most_bits_to: Literal["small", "large"]
+    source: str
+    values: Callable[[Evidence, MoELayer], torch.Tensor]
+
+    def order(self, evidence: Evidence, layer: MoELayer) -> list[int]:
+        """Return the experts of a layer, first those that get most bits; ties by number."""
+        descending = self.most_bits_to == "large"
+        order: list[int] = torch.argsort(
+            self.values(evidence, layer), descending=descending, stable=True
+        ).tolist()
+        return order
+
+
+def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
+    """Return the damage at the lowest width of the bank, of both projections together."""
+
+    def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
+        damage = evidence.measured().damage
+        bits = min(choice.bits for choice in damage)
+        return torch.tensor(
+            [
+                sum(
+                    getattr(damage[Choice(layer.container, expert, projection, bits)], attribute)
+                    for projection in PROJECTIONS
+                )
+                for expert in range(layer.num_experts)
+            ]
+        )
+
+    return values
+
+
+def _traffic(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
+    def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
+        traffic = evidence.measured().traffic[layer.container]
+        return torch.tensor([float(getattr(found, attribute)) for found in traffic])
+
+    return values
+
+
+def _pmq(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
+    frequency, weight = (_traffic(name)(evidence, layer) for name in ("frequency", "weight"))
+    return frequency * weight * _damage("weight")(evidence, layer)
+
+
+_ROUTERS, _WEIGHTS, _TEXT = "reads routers", "reads all experts", "calibration"
+SIGNALS: tuple[Signal, ...] = (
+    Signal(
+        "router-norm", "initial router", _ROUTERS, "small", "Chowdhury et al., 2026",
+        lambda evidence, layer: router_norms(evidence.reader, layer, evidence.base).values,
+    ),
+    Signal(
+        "final-router-norm", "nothing", _ROUTERS, "small", "Chowdhury et al., 2026: surrogate",
+        lambda evidence, layer: router_norms(evidence.reader, layer, None).values,
+    ),
+    Signal(
+        "maxvar", "nothing", "reads first projections", "large", "Chowdhury et al., 2026",
+        lambda evidence, layer: max_var(evidence.reader, layer),
+    ),
+    Signal(
+        "kurtosis", "nothing", _WEIGHTS, "large", "outliers widen grids",
+        lambda evidence, layer: kurtosis(evidence.reader, layer),
+    ),
+    Signal(
+        "hill-alpha", "nothing", "singular values of all experts", "small",
+        "Martin and Mahoney, 2021",
+        lambda evidence, layer: hill_alpha(evidence.reader, layer),
+    ),
+    Signal("frequency", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("frequency")),
+    Signal("router-weight", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("weight")),
+    Signal("pmq", "calibration", _TEXT, "large", "PMQ, 2024: product with the error", _pmq),
+    Signal("weight-error", "calibration", _TEXT, "large", "of rounding", _damage("weight")),
+    Signal("output-error", "calibration", _TEXT, "large", "of rounding", _damage("output")),
+    Signal("sensitivity", "calibration", _TEXT, "large", "moeq.fisher", _damage("loss")),
+)  # fmt: skip
+"""All signals."""

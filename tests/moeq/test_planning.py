@@ -1,0 +1,130 @@
+"""Measured plans through the real ``moeq`` command."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from support.cli import run_moeq
+
+TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
+CALIBRATION = ("--nsamples", 16, "--seqlen", 48)
+LAYER = "model.layers.0.block_sparse_moe.experts"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def _plan(model: Path, *options: object) -> dict[str, Any]:
+    done = run_moeq("plan", model, "--group-size", 32, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
+def test_what_matters_most_gets_most_bits(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """An expert whose output counts ten times as much as another's."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model("mixtral"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{LAYER}.3.w2.weight"] *= 10
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    options = ("--bits", 2.5, "--calib", text, *CALIBRATION, "--method", "rtn")
+    plan = _plan(source, *options, "--strategy", "sensitivity")
+    bits = plan["expert_bits"][LAYER]
+    assert bits["w13"][3] == max(bits["w13"]) > min(bits["w13"])
+    assert bits["w2"][3] == max(bits["w2"])
+    # As many bytes as two and three bits, half of each.
+    equal = _plan(source, "--bits", 2.5, "--strategy", "random:0")
+    spent = plan["provenance"]["expert_bytes"]
+    assert 0.98 * equal["provenance"]["expert_bytes"] < spent
+    assert spent <= equal["provenance"]["expert_bytes"]
+    assert plan["provenance"]["details"]["gap_to_the_best_plan"] < 0.05
+
+
+@pytest.mark.parametrize("bits", [2.5, 3])
+def test_auto_takes_the_best_of_what_it_tried(
+    bits: float, tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = tiny_model("mixtral"), tmp_path / "out"
+    done = run_moeq(
+        "quantize", source, "-o", out, "--bits", bits, "--group-size", 32, "--calib", text,
+        *CALIBRATION,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = [
+        line.rsplit(maxsplit=3)
+        for line in done.stderr.splitlines()
+        if "  +" in line or "  -" in line
+    ]
+    names = {row[0].strip() for row in table}
+    fixed = {"uniform"} if bits == 3 else {"maxvar", "random:0", "random:1", "random:2"}
+    assert names == {"sensitivity", "combined", *fixed}
+    divergences = [float(row[2]) for row in table]
+    assert divergences == sorted(divergences)
+    sizes = [int(row[1].replace(",", "")) for row in table]
+    assert max(sizes) - min(sizes) < 0.02 * max(sizes)
+    config = json.loads((out / "config.json").read_text())
+    strategy = config["quantization_config"]["provenance"]["strategy"]
+    assert strategy == f"auto: {table[0][0].strip()}"
+    assert run_moeq("verify", out).returncode == 0
+
+
+@pytest.mark.parametrize("strategy", ["combined", "random:3"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--target-size", "900kB"), ("--bits-per-weight", 3.3)]
+)
+def test_budgets_are_kept(
+    option: str, value: object, strategy: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, out = tiny_model("mixtral"), tmp_path / "out"
+    done = run_moeq(
+        "quantize", source, "-o", out, option, value, "--group-size", 32, "--strategy", strategy
+    )
+    assert done.returncode == 0, done.stderr
+    tensors = load_file(next(out.glob("*.safetensors")))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    packed = sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)
+    weights = 2 * 8 * 3 * 128 * 256
+    # One step of a plan with whole experts is 1/8 bit.
+    if option == "--target-size":
+        assert 900_000 - weights / 8 / 4 < total <= 900_000
+    else:
+        assert 3.3 - 1 / 4 < packed * 8 / weights <= 3.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", 2.5, "--strategy", "auto"), "--strategy auto needs calibration text: --calib"),
+        (("--bits", 2.5, "--nsamples", 3), "--nsamples has no effect without --calib"),
+        (("--bits", 2.5, "--method", "gptq"), "--method has no effect without --calib"),
+        ((), "--bits is needed, as in --bits 2.5; or one of --bits-per-weight and --target"),
+        (("--bits", 2, "--target-size", "1MB"), "give only one of --bits, --bits-per-weight"),
+        (("--target-size", "100kB"), "--target-size 100kB is too small: the model takes at least"),
+        (("--target-size", "1"), "--target-size 1 is no size with a unit"),
+        (("--bits-per-weight", 0.5), "--bits-per-weight 0.5 allows"),
+        (("--bits", 2.5, "--calib", "TEXT", "--nsamples", 3), "needs at least 4 calibration"),
+        (
+            ("--bits", 2.5, "--calib", "TEXT", "--strategy", "sensitivity", "--zeta", 2),
+            "--zeta has no effect with --strategy sensitivity",
+        ),
+    ],
+)
+def test_bad_options_are_named(
+    options: tuple[object, ...], message: str, tiny_model: Callable[[str], Path], text: Path
+) -> None:
+    given = [text if word == "TEXT" else word for word in options]
+    done = run_moeq("plan", tiny_model("mixtral"), "--group-size", 32, *given)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
