@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,18 +18,32 @@ from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import LayerwiseModel, Routed
-from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.rounding import REFINEMENT, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq._version import __version__
-from vllm_moeq.format import BitPlan, LayerBits
+from vllm_moeq.format import BitPlan, Projection
 
 FEWEST_TOKENS = 32
 """An expert that gets fewer calibration tokens is rounded without them: so few say more about
 themselves than about the expert."""
 _HESSIAN_COPIES = 4
 """Square matrices in memory while one is factored."""
+_BATCH_BYTES = 512 << 20
+"""Of the Hessians of experts that are rounded at once; there is at least one expert."""
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Coverage(NamedTuple):
+    """What the router gives to each expert of a layer on the calibration text.
+
+    Attributes:
+        tokens: How many tokens.
+        weight: Sum of their router weights.
+    """
+
+    tokens: list[int]
+    weight: list[float]
 
 
 @dataclass(slots=True)
@@ -46,8 +60,10 @@ class Calibration:
         plan: Widths of the experts.
         tokens: int64 [n, L]: the calibration text.
         device: Where layers run and experts are rounded.
+        route_all: Round each expert by all tokens, as if the router had chosen it for each of
+            them, instead of by those that it gets.
         fewest_tokens: See :data:`FEWEST_TOKENS`.
-        coverage: How many tokens reach each expert, by container of the layers done so far.
+        coverage: By container of the layers done so far.
     """
 
     reader: CheckpointReader
@@ -55,8 +71,9 @@ class Calibration:
     plan: BitPlan
     tokens: torch.Tensor
     device: str = "cpu"
+    route_all: bool = False
     fewest_tokens: int = FEWEST_TOKENS
-    coverage: dict[str, list[int]] = field(default_factory=dict)
+    coverage: dict[str, Coverage] = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -88,7 +105,9 @@ class Calibration:
     def uncalibrated(self) -> int:
         """Experts that were rounded without calibration because too few tokens reach them."""
         return sum(
-            count < self.fewest_tokens for counts in self.coverage.values() for count in counts
+            not self._is_calibrated(count)
+            for coverage in self.coverage.values()
+            for count in coverage.tokens
         )
 
     @property
@@ -165,57 +184,96 @@ class Calibration:
         self, model: LayerwiseModel, layer: MoELayer, routed: Routed, hidden: torch.Tensor
     ) -> Iterator[Tensors]:
         """Round the experts of a layer, and add their outputs to ``hidden``."""
-        counts = []
+        shares = [routed.of_expert(expert) for expert in range(layer.num_experts)]
+        self.coverage[layer.container] = Coverage(
+            [len(places) for places, _ in shares],
+            [float(weights.sum()) for _, weights in shares],
+        )
         flat = hidden.view(-1, hidden.shape[-1])
-        for expert in range(layer.num_experts):
-            places, weights = routed.of_expert(expert)
-            counts.append(len(places))
-            x, weights = routed.x[places].to(model.device), weights.to(model.device)
-            stored, output = self._round_expert(model, layer, expert, x, weights)
-            flat.index_add_(0, places, (output * weights).to(flat.device))
-            yield stored
-        self.coverage[layer.container] = counts
+        for batch in self._batches(layer):
+            for expert, (stored, output) in self._round_batch(model, layer, batch, routed).items():
+                places, weights = shares[expert]
+                flat.index_add_(0, places, output.to(flat.device) * weights)
+                yield stored
 
-    def _round_expert(
-        self,
-        model: LayerwiseModel,
-        layer: MoELayer,
-        expert: int,
-        x: torch.Tensor,
-        router_weights: torch.Tensor,
-    ) -> tuple[Tensors, torch.Tensor]:
-        """Return the packed tensors of an expert, and what it gives for its tokens x."""
-        bits: LayerBits = self.plan.expert_bits[layer.container]
-        original = model.matrices(layer, expert)
-        stored: Tensors = {}
+    def _is_calibrated(self, tokens: int) -> bool:
+        """Tell whether an expert that gets so many tokens is rounded by what it gets."""
+        return (self.tokens.numel() if self.route_all else tokens) >= self.fewest_tokens
 
-        def rounded(inputs: torch.Tensor, width: int, *names: Matrix) -> list[torch.Tensor]:
+    def _batches(self, layer: MoELayer) -> Iterator[list[int]]:
+        """Yield experts to be rounded at once: of equal widths, all with calibration or none."""
+        largest = max(layer.hidden_size, layer.intermediate_size)
+        size = max(1, _BATCH_BYTES // (4 * largest**2))
+        bits = self.plan.expert_bits[layer.container]
+        alike: dict[tuple[int, int, bool], list[int]] = {}
+        for expert, count in enumerate(self.coverage[layer.container].tokens):
+            key = bits.w13[expert], bits.w2[expert], self._is_calibrated(count)
+            alike.setdefault(key, []).append(expert)
+        for experts in alike.values():
+            yield from (experts[i : i + size] for i in range(0, len(experts), size))
+
+    def _round_batch(
+        self, model: LayerwiseModel, layer: MoELayer, experts: list[int], routed: Routed
+    ) -> dict[int, tuple[Tensors, torch.Tensor]]:
+        """Return of each expert its packed tensors, and what it gives for the tokens it gets."""
+        originals = [model.matrices(layer, expert) for expert in experts]
+        x, weights = [], []
+        for expert in experts:
+            places, router_weights = routed.of_expert(expert)
+            x.append(routed.x if self.route_all else routed.x[places])
+            weights.append(torch.ones(len(routed.x), 1) if self.route_all else router_weights)
+        x, weights = ([part.to(model.device) for part in parts] for parts in (x, weights))
+        stored: list[Tensors] = [{} for _ in experts]
+
+        def rounded(
+            inputs: list[torch.Tensor], projection: Projection, *names: Matrix
+        ) -> list[torch.Tensor]:
             """Round matrices with the same inputs; keep what is stored, return the weights."""
-            matrix = torch.cat([getattr(original, name) for name in names])
+            bits = self.plan.expert_bits[layer.container].width(projection, experts[0])
+            matrices = [torch.cat([getattr(o, name) for name in names]) for o in originals]
             try:
-                quantized = self._quantize(matrix, inputs, router_weights, width)
+                quantized = self._quantize(matrices, inputs, weights, bits)
             except ValueError as error:
-                name = layer.tensor_name(expert, names[0])
-                raise MoeqError(f"{self.reader.folder}: cannot quantize {name}: {error}") from error
-            parts = (tensor.chunk(len(names)) for tensor in quantized)
-            for name, *tensors in zip(names, *parts, strict=True):
-                weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in tensors))
-                stored.update(weight.named(layer.tensor_name(expert, name)))
-            return list(quantized.dequantize(width).chunk(len(names)))
+                where = ", ".join(layer.tensor_name(expert, names[0]) for expert in experts)
+                raise MoeqError(
+                    f"{self.reader.folder}: cannot quantize {where}: {error}"
+                ) from error
+            for expert, found, tensors in zip(experts, quantized, stored, strict=True):
+                parts = (tensor.chunk(len(names)) for tensor in found)
+                for name, *kept in zip(names, *parts, strict=True):
+                    weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in kept))
+                    tensors.update(weight.named(layer.tensor_name(expert, name)))
+            return [found.dequantize(bits) for found in quantized]
 
-        gate, up = rounded(x, bits.width("w13", expert), "gate", "up")
-        inner = model.expert_hidden(gate, up, x)
-        (down,) = rounded(inner, bits.width("w2", expert), "down")
-        return stored, inner @ down.T
+        gates_and_ups = rounded(x, "w13", "gate", "up")
+        inner = []
+        for matrix, tokens in zip(gates_and_ups, x, strict=True):
+            gate, up = matrix.chunk(2)
+            inner.append(model.expert_hidden(gate, up, tokens))
+        downs = rounded(inner, "w2", "down")
+        if self.route_all:
+            inner = [
+                every[routed.of_expert(expert)[0]]
+                for every, expert in zip(inner, experts, strict=True)
+            ]
+        outputs = (tokens @ down.T for tokens, down in zip(inner, downs, strict=True))
+        return dict(zip(experts, zip(stored, outputs, strict=True), strict=True))
 
     def _quantize(
-        self, matrix: torch.Tensor, x: torch.Tensor, router_weights: torch.Tensor, bits: int
-    ) -> QuantizedWeight:
-        if len(x) < self.fewest_tokens:
-            return quantize_hqq(matrix, bits, self.plan.group_size)
+        self,
+        matrices: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        router_weights: list[torch.Tensor],
+        bits: int,
+    ) -> list[QuantizedWeight]:
+        counts = [len(x) for x in inputs]
+        if min(counts) < self.fewest_tokens:
+            return [quantize_hqq(matrix, bits, self.plan.group_size) for matrix in matrices]
         # An error counts as much as the router weight that it is multiplied with, squared.
-        weighted = x * router_weights
-        return quantize_gptq(matrix, weighted.T @ weighted, len(x), bits, self.plan.group_size)
+        weighted = (x * weight for x, weight in zip(inputs, router_weights, strict=True))
+        hessians = torch.stack([x.T @ x for x in weighted])
+        curvature = Curvature.of(hessians, counts)
+        return quantize_gptq(torch.stack(matrices), curvature, bits, self.plan.group_size)
 
     def _check_fingerprint(self, folder: Path, resume: bool) -> None:
         """Check that files in the folder come from the same work."""
@@ -229,6 +287,7 @@ class Calibration:
             "group size": self.plan.group_size,
             "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
             "device": self.device,
+            "choice of --route-all-experts": self.route_all,
             "fewest tokens": self.fewest_tokens,
         }
         fingerprint = json.loads(json.dumps(fingerprint))
@@ -258,7 +317,7 @@ class Calibration:
         if not (folder / _STATE).exists():
             return 0
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        self.coverage = state["coverage"]
+        self.coverage = {key: Coverage(*value) for key, value in state["coverage"].items()}
         done = int(state["done"])
         hidden.copy_(load_file(_snapshot(folder, done))["hidden"])
         return done

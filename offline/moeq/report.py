@@ -1,8 +1,10 @@
 """What the command line prints about plans and checkpoints."""
 
 import json
+import math
 import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
 from moeq.convert import Conversion, Rounding
 from moeq.errors import MoeqError
+from moeq.evaluate import Evaluation, Scores
 from moeq.verify import read_plan
 from vllm_moeq.format import BitPlan, FormatError
 
@@ -116,6 +119,52 @@ def describe_result(rounding: Rounding | Calibration) -> str:
         f"{rounding.uncalibrated} of {experts} experts got fewer than {rounding.fewest_tokens} "
         "calibration tokens and were rounded without them (hqq); more text helps: --nsamples\n"
     )
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """Return an evaluation as text: a line for each text, and how routing shifts."""
+    lines = [["text", "tokens", "16 bits", "packed", "loss", "KL", "same top"]]
+    texts = dict(evaluation.texts)
+    if len(texts) > 1:
+        texts["all"] = evaluation.total
+    for name, scores in texts.items():
+        lines.append(
+            [
+                name,
+                f"{scores.tokens:,}",
+                f"{math.exp(scores.original_loss):.4f}",
+                f"{scores.perplexity:.4f}",
+                f"{scores.loss - scores.original_loss:+.4f}",
+                f"{scores.divergence:.5f}",
+                f"{scores.agreement:.1%}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    text.append(
+        "16 bits, packed: perplexity; loss: increase in nats per token; KL: from the original, in "
+        "nats per token; same top: places with the same likeliest token"
+    )
+    if evaluation.routing_shift:
+        text.append("routing shift (choices of the original's router that are not made any more):")
+        text += [f"  {name}: {shift:.2%}" for name, shift in evaluation.routing_shift.items()]
+    return "\n".join(text)
+
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as JSON for programs."""
+
+    def summary(scores: Scores) -> dict[str, float]:
+        return {**asdict(scores), "perplexity": scores.perplexity}
+
+    return {
+        "total": summary(evaluation.total),
+        "texts": {name: summary(scores) for name, scores in evaluation.texts.items()},
+        "routing_shift": dict(evaluation.routing_shift),
+    }
 
 
 def _time_class(operations: float) -> str:
