@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_eval_options(evaluate)
 
-    bench = commands.add_parser("bench", help="measure the speed of one MoE layer on this CPU")
+    bench = commands.add_parser("bench", help="measure the speed of one MoE layer")
     _add_bench_options(bench)
     bench.set_defaults(usage_error=bench.error)
     return parser
@@ -164,9 +164,10 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time one MoE layer with random weights. The environment chooses the kernel (MOEQ_KERNEL), "
-        "its instruction set (MOEQ_CPU_ISA) and the precision of activations inside it "
-        "(MOEQ_CPU_ACTIVATION: int16, the default, or int8)."
+        "Time one MoE layer with random weights on this CPU, or find the fastest tiles for it on "
+        "this GPU (--tune). The environment chooses the kernel (MOEQ_KERNEL), its instruction set "
+        "(MOEQ_CPU_ISA) and the precision of activations inside it (MOEQ_CPU_ACTIVATION: int16, "
+        "the default, or int8)."
     )
     parser.add_argument(
         "--shape",
@@ -175,12 +176,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bits",
-        default="2,3,4,8,2/3/4/8",
         help="widths to measure, one after another; a mix such as 2/3/4/8 is dealt to the experts "
-        "in turn (default %(default)s)",
+        "in turn (default 2,3,4,8,2/3/4/8; with --tune 3/2)",
     )
     parser.add_argument(
-        "--tokens", default="1,16,256", help="numbers of tokens to measure (default %(default)s)"
+        "--tokens",
+        help="numbers of tokens to measure (default 1,16,256; with --tune 1,4,16,64,256,1024)",
     )
     parser.add_argument(
         "--against",
@@ -196,6 +197,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=9, help="timed calls of each, at least 3 (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows as JSON")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="find the fastest tiles of the Triton kernel for this shape on this GPU, and add them "
+        "to the file that the kernel reads: MOEQ_TILES, else one for each GPU in MOEQ_CACHE_DIR",
+    )
 
 
 def _levels(text: str) -> tuple[int, ...]:

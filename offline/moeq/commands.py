@@ -203,11 +203,13 @@ def bench(options: argparse.Namespace) -> int:
     """Measure one layer."""
     from moeq.bench import Machine, Settings, UsageError, describe, measure, prepare, rows
 
+    if options.tune:
+        return _tune(options)
     try:
         settings = Settings.parse(
             shape=options.shape,
-            bits=options.bits,
-            tokens=options.tokens,
+            bits=options.bits or "2,3,4,8,2/3/4/8",
+            tokens=options.tokens or "1,16,256",
             against=options.against,
             group_size=options.group_size,
             threads=options.threads,
@@ -222,6 +224,31 @@ def bench(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(row) for row in rows(measurement)]))
     else:
         print(describe(measurement))
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from moeq.bench import Settings, UsageError
+    from moeq.bench.tune import tune_and_write
+
+    for name in ("against", "threads", "json"):
+        if getattr(options, name):
+            options.usage_error(f"argument --{name}: has no effect with --tune; leave it out")
+    try:
+        settings = Settings.parse(
+            shape=options.shape,
+            bits=options.bits or "3/2",
+            tokens=options.tokens or "1,4,16,64,256,1024",
+            against="",
+            group_size=options.group_size,
+            threads=None,
+            runs=options.runs,
+        )
+    except UsageError as error:
+        options.usage_error(str(error))
+    if len(settings.bits) > 1:
+        options.usage_error("argument --bits: --tune takes one width or one mix such as 3/2")
+    print(tune_and_write(settings))
     return 0
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 CACHE_VARIABLE = "MOEQ_CACHE_DIR"
-"""Environment variable for the folder of compiled kernels and measured tiles; default ``~/.cache/moeq``."""
+"""Environment variable: folder of compiled kernels and measured tiles; default ~/.cache/moeq."""
 _TIMEOUT_S = 600
 
 
