@@ -7,6 +7,7 @@ the rest goes on. Every figure is written as soon as it is measured.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from moeq.bench.gpu import (
     draw_calls,
     figures,
     moeq_contender,
+    moved_bytes,
+    relative_error,
     replay,
     time_interleaved,
 )
@@ -53,6 +56,7 @@ class Table:
         shape: The layer.
         tokens: Numbers of tokens.
         names: Contenders, in the order of the table.
+        timed: Whether times are those of a GPU; others are not shown.
         figures: By (routing, tokens, contender).
         failures: Why a contender has no figures, by the same.
     """
@@ -60,6 +64,7 @@ class Table:
     shape: Shape
     tokens: Sequence[int]
     names: list[str]
+    timed: bool = True
     figures: dict[tuple[str, int, str], Figures] = field(default_factory=dict)
     failures: dict[tuple[str, int, str], str] = field(default_factory=dict)
 
@@ -71,20 +76,18 @@ class Table:
 
     def render(self, routing: str, bandwidth: float) -> str:
         """Return one routing as Markdown."""
-        header = ["tokens, contender", "µs", "IQR", "MB read", "of the HBM floor", "error"]
+        header = ["tokens, contender", "µs", "IQR", "of the HBM floor", "MB read", "error"]
         lines = []
         for tokens in self.tokens:
             for name in self.names:
                 key = (routing, tokens, name)
                 if key in self.figures:
                     found = self.figures[key]
-                    cells = [
-                        f"{found.us:.1f}",
-                        f"{found.us_iqr:.1f}",
-                        f"{found.read_bytes / 1e6:.1f}",
-                        f"{found.floor_share(bandwidth):.0%}",
-                        f"{found.error:.1e}",
-                    ]
+                    times = ["not measured", "", ""]
+                    if self.timed:
+                        share = found.floor_share(bandwidth)
+                        times = [f"{found.us:.1f}", f"{found.us_iqr:.1f}", f"{share:.0%}"]
+                    cells = [*times, f"{found.read_bytes / 1e6:.2f}", f"{found.error:.1e}"]
                 else:
                     reason = self.failures.get(key, "the time was over")
                     cells = [f"not measured: {reason}", "", "", "", ""]
@@ -135,21 +138,25 @@ def _measure_case(
     calls = draw_calls(
         found.shape, tokens, skewed=routing == "skewed", generator=generator, device=device
     )
-    open_replays = {}
+    errors: dict[str, float] = {}
+    replays: dict[str, Callable[[], None]] = {}
     try:
-        for name, contender in made.items():
-            manager = replay(contender, calls)
-            try:
-                open_replays[name] = (manager, manager.__enter__())
-            except Exception as error:
-                found.failures[routing, tokens, name] = one_line(error)
-        names = list(open_replays)
-        seconds = time_interleaved([open_replays[name][1] for name in names], runs, device)
-    finally:
-        for manager, _ in open_replays.values():
-            manager.__exit__(None, None, None)
-    for name, times in zip(names, seconds, strict=True):
-        found.figures[routing, tokens, name] = figures(made[name], found.shape, calls, times)
+        with ExitStack() as stack:
+            for name, contender in made.items():
+                try:
+                    error = relative_error(contender, calls[0])
+                    replays[name] = stack.enter_context(replay(contender, calls))
+                    errors[name] = error
+                except Exception as problem:
+                    found.failures[routing, tokens, name] = one_line(problem)
+            seconds = time_interleaved(list(replays.values()), runs, device)
+    except Exception as problem:  # a fault on the device, which nobody can be blamed for any more
+        for name in replays:
+            found.failures[routing, tokens, name] = one_line(problem)
+        return
+    for name, times in zip(replays, seconds, strict=True):
+        read = moved_bytes(made[name], found.shape, calls)
+        found.figures[routing, tokens, name] = figures(times, len(calls), read, errors[name])
 
 
 def our_makers(kernel: int) -> list[tuple[str, Make]]:
@@ -164,10 +171,9 @@ def our_makers(kernel: int) -> list[tuple[str, Make]]:
     return [(name, maker(name, widths)) for name, widths in names.items()]
 
 
-def write(found: Table, path: Path, bandwidth: float, runs: int, device: torch.device) -> None:
+def write(found: Table, path: Path, bandwidth: float, runs: int) -> None:
     """Write the section of a shape."""
     shape = found.shape
-    measured = device.type == "cuda"
     intro = (
         f"One fused MoE layer: hidden size {shape.hidden_size}, intermediate size "
         f"{shape.intermediate_size}, {shape.experts} experts, {shape.top_k} per token, group size "
@@ -178,7 +184,7 @@ def write(found: Table, path: Path, bandwidth: float, runs: int, device: torch.d
         "on this GPU. Error: of the output against float64, relative, with each contender's own "
         "weights."
     )
-    parts = [intro] if measured else [NO_MEASUREMENT, intro]
+    parts = [intro] if found.timed else [NO_MEASUREMENT]
     for routing in ROUTINGS:
         parts += [f"{routing.capitalize()} routing:", found.render(routing, bandwidth)]
     write_section(
@@ -220,10 +226,10 @@ def main() -> None:
         for index, shape in enumerate(shapes):
             now = time.monotonic()
             share = (start + options.seconds - now) / (len(shapes) - index)
-            found = Table(shape, options.tokens, [name for name, _ in makers])
+            found = Table(shape, options.tokens, [n for n, _ in makers], device.type == "cuda")
 
             def written(found: Table = found) -> None:
-                write(found, options.results, bandwidth, options.runs, device)
+                write(found, options.results, bandwidth, options.runs)
 
             measure(found, makers, options.runs, device, now + share, written)
             written()

@@ -243,18 +243,11 @@ def time_interleaved(
     return seconds
 
 
-def figures(
-    contender: GpuContender, shape: Shape, calls: Sequence[Call], seconds: list[float]
-) -> Figures:
-    """Judge one contender by the seconds of its replays."""
+def figures(seconds: Sequence[float], calls: int, read_bytes: float, error: float) -> Figures:
+    """Judge one contender by the seconds of its replays, each of a number of calls."""
     lower, _, upper = quantiles(seconds, n=4, method="inclusive")
-    scale = 1e6 / len(calls)
-    return Figures(
-        us=median(seconds) * scale,
-        us_iqr=(upper - lower) * scale,
-        read_bytes=moved_bytes(contender, shape, calls),
-        error=relative_error(contender, calls[0]),
-    )
+    scale = 1e6 / calls
+    return Figures(median(seconds) * scale, (upper - lower) * scale, read_bytes, error)
 
 
 def copy_bandwidth(device: torch.device) -> float:
