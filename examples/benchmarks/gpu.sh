@@ -7,7 +7,7 @@
 #
 # PART: tests, sanitizer, tune, or a shape of gpu_moe.py; default: tests, sanitizer and all shapes,
 # which takes at most 25 minutes. Each part ends within 9 minutes; --seconds is for each shape and
-# for tune (default 200). A part that fails does not end the run, but its exit status is 1. Results
+# for tune (default 180). A part that fails does not end the run, but its exit status is 1. Results
 # are in DIR: --out, else $OUT, else build/gpu/results.
 set -euo pipefail
 unset CDPATH
@@ -21,7 +21,7 @@ PYTHON_VERSION=3.12
 PACKAGES=(
   vllm==0.26.0 humming-kernels==0.1.19
   annotated-types==0.8.0 cbor2==6.3.0 httpx==0.28.1 httpx2==2.16.2 openai==3.57.0
-  openai-harmony==0.0.8 pydantic==2.13.5 pydantic-core==2.46.5 pyzmq==27.3.0 sniffio==1.3.1
+  openai-harmony==0.0.8 pydantic==2.14.4 pydantic-core==2.50.5 pyzmq==27.3.0 sniffio==1.3.1
 )
 LARGEST_BUNDLE=$((60 * 1000 * 1000))
 
@@ -73,7 +73,7 @@ PYTHON
 }
 
 run() {
-  local out=${OUT:-build/gpu/results} seconds=200 parts=() failed=0 part
+  local out=${OUT:-build/gpu/results} seconds=180 parts=() failed=0 part
   while [ $# -gt 0 ]; do
     case $1 in
       --out | --seconds)
@@ -105,21 +105,26 @@ run() {
   else
     echo "gpu.sh: $BUNDLE is missing (gpu.sh gather): contenders that are not installed will not be measured"
   fi
-  # After what is installed: nothing of the machine is replaced.
   export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
   export PYTHONPATH="$PWD:$PWD/offline:$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
-  [ ! -e "$out/tiles.json" ] || export MOEQ_TILES="$out/tiles.json"
 
+  local function
   for part in "${parts[@]}"; do
     echo "== $part"
-    "part_$(case $part in tests | sanitizer | tune) echo "$part" ;; *) echo shape ;; esac)" \
-      "$out" "$seconds" "$part" 2>&1 | tee "$out/$part.log" || { failed=1; echo "== $part FAILED"; }
+    case $part in
+      tests | sanitizer | tune) function=part_$part ;;
+      *) function=part_shape ;;
+    esac
+    "$function" "$out" "$seconds" "$part" 2>&1 | tee "$out/$part.log" ||
+      { failed=1; echo "== $part FAILED"; }
   done
   return $failed
 }
 
 part_tests() {
-  timeout 300 python3 -m pytest -q -m gpu tests/vllm_moeq/kernels/triton
+  local workers=()
+  ! python3 -c 'import xdist' 2>/dev/null || workers=(-n 8)  # most of the time is compilation
+  timeout 300 python3 -m pytest -q -m gpu "${workers[@]}" tests/vllm_moeq/kernels/triton
 }
 
 part_sanitizer() {
@@ -134,16 +139,18 @@ part_sanitizer() {
 }
 
 part_tune() {
-  local out=$1 seconds=$2 shape
-  export MOEQ_TILES="$out/tiles.json"
+  local shape status=0
+  export MOEQ_TILES="$1/tiles.json"
   for shape in mixtral qwen3 olmoe; do
-    timeout $((seconds / 3)) python3 -m moeq.cli bench --tune --shape "$shape" ||
-      echo "tiles of $shape: not measured, status $?"
+    timeout $(($2 / 3 + 20)) python3 -m moeq.cli bench --tune --shape "$shape" \
+      --seconds $(($2 / 3)) || status=1
   done
+  return $status
 }
 
 part_shape() {
-  timeout $((${2} + 50)) python3 examples/benchmarks/gpu_moe.py --shapes "$3" --seconds "$2" \
+  [ ! -e "$1/tiles.json" ] || export MOEQ_TILES="$1/tiles.json"
+  timeout $(($2 + 30)) python3 examples/benchmarks/gpu_moe.py --shapes "$3" --seconds "$2" \
     --results "$1/RESULTS.md"
 }
 

@@ -203,6 +203,9 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="find the fastest tiles of the Triton kernel for this shape on this GPU, and add them "
         "to the file that the kernel reads: MOEQ_TILES, else one for each GPU in MOEQ_CACHE_DIR",
     )
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="time for --tune (default %(default)s)"
+    )
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -248,7 +248,7 @@ def _tune(options: argparse.Namespace) -> int:
         options.usage_error(str(error))
     if len(settings.bits) > 1:
         options.usage_error("argument --bits: --tune takes one width or one mix such as 3/2")
-    print(tune_and_write(settings))
+    print(tune_and_write(settings, options.seconds))
     return 0
 
 

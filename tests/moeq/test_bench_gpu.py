@@ -122,7 +122,6 @@ def test_a_replay_takes_turns_among_copies() -> None:
     assert order == [(0, 1), (1, 2), (2, 3), (0, 4)]
 
 
-
 def test_runs_start_with_another_one_each_time() -> None:
     events: list[str] = []
 

@@ -53,7 +53,7 @@ class _NoLayer:
 
 @pytest.mark.usefixtures("cost")
 def test_the_fastest_tiles_are_found_and_bad_ones_counted() -> None:
-    found = tune.tune(_NoLayer(), _settings())  # type: ignore[arg-type]
+    found = tune.tune(_NoLayer(), _settings(), float("inf"))  # type: ignore[arg-type]
     assert [most for most, _ in found.table] == [0.5, float("inf")]
     for _, tiles in found.table:
         assert replace(tiles, programs_per_processor=2) == Tiles(64, 64, 8, 3, 1)
@@ -65,6 +65,13 @@ def test_the_fastest_tiles_are_found_and_bad_ones_counted() -> None:
     assert found.speedups[1] == pytest.approx(1 + 0.75 + 1 + 0.5 + 1 / 3)
     text = "\n".join(describe(SHAPE, found))
     assert "spills" in text and f"up to 1 tokens: {found.table[0][1]}, 3.58 times" in text
+
+
+@pytest.mark.usefixtures("cost")
+def test_after_the_deadline_nothing_is_tried() -> None:
+    found = tune.tune(_NoLayer(), _settings(), 0.0)  # type: ignore[arg-type]
+    assert [tiles for _, tiles in found.table] == [choose_tiles(2, 4), choose_tiles(128, 4)]
+    assert (found.tried, found.skipped, found.speedups) == (0, {}, {1: 1.0, 64: 1.0})
 
 
 def test_what_is_written_is_added_to_the_file(

@@ -6,6 +6,7 @@ what is faster. A candidate and the best one so far are timed in turn.
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -110,14 +111,19 @@ class Layer:
         return result
 
 
-def tune_and_write(settings: Settings) -> str:
+def tune_and_write(settings: Settings, seconds: float) -> str:
     """Tune for a layer, add the result to the file that the kernel reads, and describe it.
+
+    Args:
+        settings: The layer, and numbers of tokens.
+        seconds: Time after which no more candidates are tried.
 
     Raises:
         MoeqError: There is no CUDA GPU that the kernel runs on, or the file is damaged.
     """
     from vllm_moeq.kernels.triton import tuned
 
+    deadline = time.monotonic() + seconds
     if not torch.cuda.is_available():
         raise MoeqError("--tune measures a CUDA GPU, and torch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -125,7 +131,8 @@ def tune_and_write(settings: Settings) -> str:
     path = Path(os.environ.get(tuned.TILES_VARIABLE) or tuned.default_file(gpu))
     try:
         tables = tuned.read_tables(path) if path.exists() else {}
-        tuning = tune(Layer(shape, settings.bits[0], settings.group_size, device), settings)
+        layer = Layer(shape, settings.bits[0], settings.group_size, device)
+        tuning = tune(layer, settings, deadline)
     except ValueError as error:
         raise MoeqError(f"--tune: {error}") from error
     key = tuned.shape_key(shape.hidden_size, shape.intermediate_size, shape.experts)
@@ -134,8 +141,12 @@ def tune_and_write(settings: Settings) -> str:
 
 
 @torch.inference_mode()
-def tune(layer: Layer, settings: Settings) -> Tuning:
-    """Find the fastest tiles for each number of tokens."""
+def tune(layer: Layer, settings: Settings, deadline: float) -> Tuning:
+    """Find the fastest tiles for each number of tokens.
+
+    After ``deadline``, of ``time.monotonic``, nothing more is tried: sizes not reached by then keep
+    the built-in tiles.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     rows: list[tuple[float, Tiles]] = []
     speedups: dict[int, float] = {}
@@ -151,7 +162,7 @@ def tune(layer: Layer, settings: Settings) -> Tuning:
         seen, speedup = {best}, 1.0
         for field in CHOICES:
             for candidate in _changes(best, field):
-                if candidate in seen:
+                if candidate in seen or time.monotonic() > deadline:
                     continue
                 seen.add(candidate)
                 reason = refused.get(candidate) or why_not(layer, candidate, calls[0])
