@@ -17,6 +17,7 @@ from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import Matrix, MoELayer
+from moeq.fisher import mapped
 from moeq.layerwise import LayerwiseModel, Routed
 from moeq.rounding import REFINEMENT, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq._version import __version__
@@ -27,8 +28,8 @@ FEWEST_TOKENS = 32
 themselves than about the expert."""
 _HESSIAN_COPIES = 4
 """Square matrices in memory while one is factored."""
-_BATCH_BYTES = 512 << 20
-"""Of the Hessians of experts that are rounded at once; there is at least one expert."""
+_WEIGHT_COPIES = 7
+"""float32 copies of an expert's weights while it is rounded."""
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
 Tensors = dict[str, torch.Tensor]
@@ -97,7 +98,7 @@ class Calibration:
                 total += rows * columns**2 * refined + 4 * columns**3
         # At most: the experts' products and Hessians, if every token went to two of them.
         layer = self.layers[0]
-        weights = 3 * layer.hidden_size * layer.intermediate_size
+        weights = _weights(layer)
         hessians = layer.hidden_size**2 + layer.intermediate_size**2
         return total + 4 * self.tokens.numel() * len(self.layers) * (weights + hessians)
 
@@ -110,20 +111,24 @@ class Calibration:
             for count in coverage.tokens
         )
 
+    def summary(self) -> dict[str, Any]:
+        """Return as JSON what each expert got of the calibration text."""
+        return {
+            "tokens": self.tokens.numel(),
+            "fewest_tokens": self.fewest_tokens,
+            "route_all_experts": self.route_all,
+            "experts": {name: found._asdict() for name, found in self.coverage.items()},
+        }
+
     @property
     def peak_memory_bytes(self) -> int:
         """Estimate of the memory in use beyond Python and torch themselves."""
-        largest = max(self.layers, key=lambda layer: layer.intermediate_size)
+        largest = max(self.layers, key=_working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
         # All tokens may choose the same expert.
         activations = 4 * self.tokens.numel() * (hidden + 3 * inner)
-        weights = 4 * 3 * hidden * inner
-        return (
-            2 * self.activation_bytes
-            + activations
-            + 3 * weights
-            + 4 * _HESSIAN_COPIES * max(hidden, inner) ** 2
-        )
+        batch = 2 * largest.num_experts * _weights(largest)
+        return 2 * self.activation_bytes + activations + max(batch, _working_bytes(largest))
 
     @torch.inference_mode()
     def run(self, folder: Path, resume: bool, progress: bool = True) -> None:
@@ -142,7 +147,7 @@ class Calibration:
         self._check_fingerprint(folder, resume)
         model = LayerwiseModel(self.reader, self.layers, torch.device(self.device))
         shape = (*self.tokens.shape, self.layers[0].hidden_size)
-        hidden, x = (_memory(folder / name, shape) for name in ("hidden.bin", "x.bin"))
+        hidden, x = (mapped(folder / name, shape) for name in ("hidden.bin", "x.bin"))
         done = self._restore(folder, hidden) if resume else 0
         if done == 0:
             model.embed(self.tokens, hidden)
@@ -202,8 +207,8 @@ class Calibration:
 
     def _batches(self, layer: MoELayer) -> Iterator[list[int]]:
         """Yield experts to be rounded at once: of equal widths, all with calibration or none."""
-        largest = max(layer.hidden_size, layer.intermediate_size)
-        size = max(1, _BATCH_BYTES // (4 * largest**2))
+        # As many as take no more memory than the 16-bit weights of the layer, but at least one.
+        size = max(1, 2 * layer.num_experts * _weights(layer) // _working_bytes(layer))
         bits = self.plan.expert_bits[layer.container]
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for expert, count in enumerate(self.coverage[layer.container].tokens):
@@ -323,18 +328,23 @@ class Calibration:
         return done
 
 
+def _weights(layer: MoELayer) -> int:
+    """Return the number of weights of one expert."""
+    return 3 * layer.hidden_size * layer.intermediate_size
+
+
+def _working_bytes(layer: MoELayer) -> int:
+    """Return about how much memory rounding one expert takes."""
+    columns = max(layer.hidden_size, layer.intermediate_size)
+    return 4 * (_HESSIAN_COPIES * columns**2 + _WEIGHT_COPIES * _weights(layer))
+
+
 def _layer_file(folder: Path, layer: MoELayer) -> Path:
     return folder / f"layer-{layer.index:05}.safetensors"
 
 
 def _snapshot(folder: Path, done: int) -> Path:
     return folder / f"hidden-{done:05}.safetensors"
-
-
-def _memory(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return float32 memory that the system may write to a file when it needs the space."""
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:

@@ -49,12 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan_options(quantize)
     _add_rounding_options(quantize)
+    quantize.add_argument(
+        "--route-all-experts",
+        action="store_true",
+        default=None,
+        help="round each expert by all tokens, not only by those that the router gives to it",
+    )
 
     plan = commands.add_parser("plan", help="decide the width of every expert; write plan.json")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
     plan.add_argument("-o", "--output", type=Path, help="file to create; default: only print")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_plan_options(plan)
+    _add_rounding_options(plan)
 
     inspect = commands.add_parser("inspect", help="show the plan of a checkpoint or plan.json")
     inspect.add_argument("path", metavar="OUT|plan.json", type=Path)
@@ -78,11 +85,20 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument("--bits", type=float, help="average width of the expert weights, as in 2.5")
     group.add_argument(
+        "--bits-per-weight", type=float, help="instead: the same with scales and zero points"
+    )
+    group.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="instead: size of all tensors of the result, as in 14GB",
+    )
+    group.add_argument(
         "--levels", type=_levels, help="widths to use, as in 3,2 (default: those next to --bits)"
     )
     group.add_argument(
         "--strategy",
-        help="combined (default), router-norm, maxvar, uniform or random:SEED",
+        help="with --calib: auto (the default then; tries several plans) or sensitivity; without: "
+        "combined (the default then), router-norm, maxvar, uniform or random:SEED",
     )
     group.add_argument(
         "--base-router",
@@ -124,12 +140,6 @@ def _add_rounding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seqlen", type=int, help="tokens of each (default 512)")
     group.add_argument("--seed", type=int, help="of the draw of sequences (default 0)")
     group.add_argument("--device", help="where to calibrate: cpu (default) or cuda")
-    group.add_argument(
-        "--route-all-experts",
-        action="store_true",
-        default=None,
-        help="round each expert by all tokens, not only by those that the router gives to it",
-    )
 
 
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:

@@ -11,12 +11,21 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from moeq.errors import MoeqError
+
 if TYPE_CHECKING:
+    import torch
+
     from moeq.calibration import Calibration
     from moeq.checkpoint import CheckpointReader
-    from moeq.convert import Conversion, Rounding
+    from moeq.convert import Conversion
     from moeq.families import MoELayer
+    from moeq.rounding import Rounding
     from vllm_moeq.format import BitPlan
+
+
+_CALIBRATION = ("nsamples", "seqlen", "seed", "device")
+"""Options that say how the calibration text is used."""
 
 
 def _read_model(model: str) -> tuple["CheckpointReader", list["MoELayer"]]:
@@ -37,23 +46,74 @@ def _given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
 def _make_plan(
     options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
 ) -> "BitPlan":
-    from moeq.allocation import PlanOptions, make_plan
-    from moeq.errors import MoeqError
+    import torch
 
-    if options.bits is None:
-        raise MoeqError("--bits is needed, as in --bits 2.5")
-    return make_plan(
-        reader,
-        layers,
-        PlanOptions(**_given_plan_options(options)),
-        options.model,
+    from moeq.allocation import MEASURED, PlanOptions, make_plan, plan_sizes
+    from moeq.planning import Planner
+    from moeq.report import describe_candidates
+
+    if options.strategy is None and options.calib is not None:
+        options.strategy = "auto"
+    budget = _budget(options, reader, layers)
+    wanted = PlanOptions(**_given_plan_options(options))
+    if wanted.strategy not in MEASURED or options.calib is None:
+        plan = make_plan(reader, layers, wanted, options.model)
+    else:
+        wanted.check()
+        device = torch.device(_device(options.device or "cpu"))
+        planner = Planner(
+            reader,
+            layers,
+            wanted,
+            options.model,
+            _calibration_tokens(options, reader),
+            options.method or "gptq",
+            device,
+            options.seed or 0,
+        )
+        plan, tried = planner.run()
+        print(describe_candidates(tried), end="", file=sys.stderr)
+    size = plan_sizes(plan, reader, layers).expert_bytes
+    if budget is not None and size > budget:
+        raise MoeqError(
+            f"--strategy {wanted.strategy} cannot stay within {budget:,} bytes of experts at these "
+            f"widths: its plan takes {size:,}; ask for a little less"
+        )
+    return plan
+
+
+def _budget(
+    options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
+) -> int | None:
+    """Set ``options.bits`` from the option for the size that was given.
+
+    Returns:
+        The bytes that experts may take; None if only their average width was given.
+    """
+    from moeq.allocation import (
+        DEFAULT_GROUP_SIZE,
+        average_bits,
+        bits_per_weight_budget,
+        target_size_budget,
     )
+
+    given = [options.bits, options.bits_per_weight, options.target_size]
+    if sum(value is not None for value in given) != 1:
+        raise MoeqError("give one of --bits (as in --bits 2.5), --bits-per-weight, --target-size")
+    if options.bits is not None:
+        return None
+    group_size = options.group_size or DEFAULT_GROUP_SIZE
+    if options.bits_per_weight is not None:
+        budget = bits_per_weight_budget(options.bits_per_weight, layers, group_size)
+    else:
+        budget = target_size_budget(options.target_size, reader, layers, group_size)
+    options.bits = average_bits(budget, layers, group_size)
+    return budget
 
 
 def quantize(options: argparse.Namespace) -> int:
     """Write a packed checkpoint."""
     from moeq.convert import Conversion, check_output_is_free
-    from moeq.errors import MoeqError
     from moeq.report import describe_conversion, describe_plan, describe_result, load_plan
 
     output = options.output.absolute()
@@ -83,27 +143,25 @@ def _rounding(
     options: argparse.Namespace, conversion: "Conversion"
 ) -> tuple["Rounding | Calibration", str]:
     """Return how to round, and that in words."""
+    from moeq.allocation import MEASURED
     from moeq.calibration import Calibration
-    from moeq.convert import DATA_FREE
-    from moeq.errors import MoeqError
-    from moeq.text import calibration_sequences
+    from moeq.rounding import DATA_FREE
 
     method = options.method or ("rtn" if options.calib is None else "gptq")
     if method in DATA_FREE:
-        for name in ("calib", "nsamples", "seqlen", "seed", "device", "route_all_experts"):
-            if getattr(options, name) is not None:
-                option = name.replace("_", "-")
-                raise MoeqError(f"--{option} has no effect with --method {method}; leave it out")
+        useless = ["route_all_experts"]
+        if options.strategy not in MEASURED:
+            useless += ["calib", *_CALIBRATION]
+        _refuse(options, f"has no effect with --method {method}", *useless)
         if options.resume:
             raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
         return DATA_FREE[method], method
     if options.calib is None:
         raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
-    _check_positive(options, "nsamples", "seqlen")
     device = _device(options.device or "cpu")
-    count, length, seed = options.nsamples or 128, options.seqlen or 512, options.seed or 0
-    tokens = calibration_sequences(conversion.reader.folder, options.calib, count, length, seed)
-    note = f"gptq, {len(tokens)} x {length} tokens of {options.calib}, seed {seed}"
+    tokens = _calibration_tokens(options, conversion.reader)
+    count, length = tokens.shape
+    note = f"gptq, {count} x {length} tokens of {options.calib}, seed {options.seed or 0}"
     if options.route_all_experts:
         note += ", every expert by all tokens"
     calibration = Calibration(
@@ -117,9 +175,27 @@ def _rounding(
     return calibration, note
 
 
-def _check_positive(options: argparse.Namespace, *names: str) -> None:
-    from moeq.errors import MoeqError
+def _calibration_tokens(options: argparse.Namespace, reader: "CheckpointReader") -> "torch.Tensor":
+    from moeq.text import calibration_sequences
 
+    _check_positive(options, "nsamples", "seqlen")
+    return calibration_sequences(
+        reader.folder,
+        options.calib,
+        options.nsamples or 128,
+        options.seqlen or 512,
+        options.seed or 0,
+    )
+
+
+def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuse options that would be ignored."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise MoeqError(f"--{name.replace('_', '-')} {why}; leave it out")
+
+
+def _check_positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -128,8 +204,6 @@ def _check_positive(options: argparse.Namespace, *names: str) -> None:
 
 def _device(name: str) -> str:
     import torch
-
-    from moeq.errors import MoeqError
 
     try:
         torch.empty(0, device=name)
@@ -143,6 +217,8 @@ def plan(options: argparse.Namespace) -> int:
     """Decide the width of every expert."""
     from moeq.report import describe_plan, plan_summary, write_plan
 
+    if options.calib is None:
+        _refuse(options, "has no effect without --calib", "method", *_CALIBRATION)
     plan = _make_plan(options, *_read_model(options.model))
     if options.output is not None:
         write_plan(plan, options.output)
@@ -177,7 +253,6 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from moeq import evaluate
     from moeq.checkpoint import CheckpointReader, resolve_model
-    from moeq.errors import MoeqError
     from moeq.report import describe_evaluation, evaluation_summary
     from moeq.text import evaluation_sequences
 
@@ -253,8 +328,6 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int:
-    from moeq.errors import MoeqError
-
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
     number, unit = text[:-2], text[-2:].upper()
     if unit not in units or not number.isdecimal() or int(number) == 0:

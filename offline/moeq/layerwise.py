@@ -83,7 +83,7 @@ class LayerwiseModel:
     def __len__(self) -> int:
         return len(self._layers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
         """Start with sequences: write their embeddings to ``hidden``.
 
@@ -101,7 +101,7 @@ class LayerwiseModel:
         self._arguments = [entrance.arguments for entrance in entrances]
         self._body.embed_tokens.to("meta")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, x: torch.Tensor) -> Routed | None:
         """Run one layer in place, all but its routed experts.
 
@@ -133,7 +133,31 @@ class LayerwiseModel:
             return None
         return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), torch.cat(weights))
 
-    @torch.inference_mode()
+    def backward(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Turn the gradient of a layer's output, in place, into that of its input.
+
+        All experts of the layer are in memory at once.
+
+        Args:
+            index: Which layer.
+            hidden: float32 [n, L, hidden_size]: its input.
+            gradient: Of the same shape.
+        """
+        layer, moe = self._layers[index], self.moe_layers.get(index)
+        if moe is not None:
+            getattr(layer, _MOE_MODULE).experts = _Experts(self, moe)
+        self._fill(layer, f"{self._prefix}{index}.", moe)
+        with torch.enable_grad():
+            for sequence, target in zip(hidden, gradient, strict=True):
+                inputs = sequence[None].to(self.device, copy=True).requires_grad_()
+                output = layer(inputs, **self._arguments[index])
+                output = output[0] if isinstance(output, tuple) else output
+                (found,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
+                target.copy_(found[0])
+        if moe is not None:
+            getattr(layer, _MOE_MODULE).experts = _Recorder()
+        layer.to("meta")
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
         if self._head.weight.is_meta:
@@ -203,6 +227,26 @@ class _Entrance(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         self.hidden, self.arguments = hidden_states, arguments
         return hidden_states
+
+
+class _Experts(nn.Module):
+    """The experts of a layer, with gradients of what they get."""
+
+    def __init__(self, model: LayerwiseModel, layer: MoELayer) -> None:
+        super().__init__()
+        self._model = (model,)  # not a submodule
+        self._matrices = [model.matrices(layer, expert) for expert in range(layer.num_experts)]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        routed = Routed(hidden_states, top_k_index, top_k_weights)
+        result = torch.zeros_like(hidden_states)
+        for expert, matrices in enumerate(self._matrices):
+            places, weights = routed.of_expert(expert)
+            output = self._model[0].expert_output(matrices, hidden_states[places])
+            result = result.index_add(0, places, output * weights)
+        return result
 
 
 class _Recorder(nn.Module):

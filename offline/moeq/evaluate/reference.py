@@ -9,7 +9,7 @@ from tqdm import tqdm
 from moeq.checkpoint import CheckpointReader
 from moeq.evaluate.scores import Output
 from moeq.families import MoELayer
-from moeq.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
 
@@ -53,7 +53,7 @@ class ExpertSource:
         return cls(matrices, lambda layer, expert: "packed")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def outputs(
     model: LayerwiseModel,
     sources: Sequence[ExpertSource],
@@ -74,16 +74,10 @@ def outputs(
     flat, x = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
     chosen: dict[str, torch.Tensor] = {}
     for index in tqdm(range(len(model)), desc="layers", disable=not progress):
-        routed = model.run(index, flat, x)
+        routed = run_layer(model, index, flat, x, sources)
         if routed is not None:
-            layer = model.moe_layers[index]
-            for expert in range(layer.num_experts):
-                places, weights = routed.of_expert(expert)
-                for part, matrices in _weights(sources, layer, expert, places // tokens.numel()):
-                    inputs = routed.x[places[part]].to(model.device)
-                    result = model.expert_output(matrices, inputs).cpu() * weights[part]
-                    flat.view(-1, flat.shape[-1]).index_add_(0, places[part], result)
-            chosen[layer.container] = routed.ids.view(len(sources), *tokens.shape, -1)
+            container = model.moe_layers[index].container
+            chosen[container] = routed.ids.view(len(sources), *tokens.shape, -1)
     for i in range(len(tokens)):
         yield [
             Output.of(
@@ -92,6 +86,39 @@ def outputs(
             )
             for number, stream in enumerate(hidden)
         ]
+
+
+def run_layer(
+    model: LayerwiseModel,
+    index: int,
+    hidden: torch.Tensor,
+    x: torch.Tensor,
+    sources: Sequence[ExpertSource],
+) -> Routed | None:
+    """Run one layer in place, with its experts.
+
+    Args:
+        model: All but the experts.
+        index: Which layer.
+        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
+        x: Memory of the same shape.
+        sources: Sets of experts.
+
+    Returns:
+        What the experts got; None for a layer without experts.
+    """
+    routed = model.run(index, hidden, x)
+    if routed is None:
+        return None
+    layer, flat = model.moe_layers[index], hidden.view(-1, hidden.shape[-1])
+    for expert in range(layer.num_experts):
+        places, weights = routed.of_expert(expert)
+        streams = places // (len(flat) // len(sources))
+        for part, matrices in _weights(sources, layer, expert, streams):
+            inputs = routed.x[places[part]].to(model.device)
+            result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
+            flat.index_add_(0, places[part], result)
+    return routed
 
 
 def _weights(
@@ -103,7 +130,7 @@ def _weights(
         sources: Sets of experts.
         layer: Where the expert is.
         expert: Its number.
-        stream: int64 [n]: for each token, the number of its source.
+        stream: int64 [n]: for each of its tokens, the number of the source.
     """
     alike: dict[Hashable, list[int]] = {}
     for number, source in enumerate(sources):

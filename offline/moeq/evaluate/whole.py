@@ -12,7 +12,8 @@ from moeq.evaluate.reference import ExpertSource
 from moeq.evaluate.scores import Output
 from moeq.families import MoELayer
 
-_EXPERTS = re.compile(r"layers\.(\d+)\..*experts\.(gate_up_proj|down_proj)")
+_EXPERTS = re.compile(r"layers\.(\d+)\.[^.]+\.experts(?:\.(gate_up_proj|down_proj))?$")
+"""Matches the module of a layer's routed experts, and its parameters."""
 
 
 class WholeModel:
@@ -49,7 +50,7 @@ class WholeModel:
             )
         self._chosen: dict[str, torch.Tensor] = {}
         for name, module in self._model.named_modules():
-            match = re.search(r"layers\.(\d+)\.[^.]*\.experts$", name)
+            match = _EXPERTS.search(name)
             if match and int(match[1]) in self._layers:
                 module.register_forward_pre_hook(self._recorder(int(match[1])), with_kwargs=True)
 
