@@ -140,7 +140,7 @@ def tune_and_write(settings: Settings, seconds: float) -> str:
     return "\n".join((*describe(shape, tuning), f"wrote {path}"))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tune(layer: Layer, settings: Settings, deadline: float) -> Tuning:
     """Find the fastest tiles for each number of tokens.
 
