@@ -283,8 +283,8 @@ def bench(options: argparse.Namespace) -> int:
     try:
         settings = Settings.parse(
             shape=options.shape,
-            bits=options.bits or "2,3,4,8,2/3/4/8",
-            tokens=options.tokens or "1,16,256",
+            bits="2,3,4,8,2/3/4/8" if options.bits is None else options.bits,
+            tokens="1,16,256" if options.tokens is None else options.tokens,
             against=options.against,
             group_size=options.group_size,
             threads=options.threads,
@@ -312,8 +312,8 @@ def _tune(options: argparse.Namespace) -> int:
     try:
         settings = Settings.parse(
             shape=options.shape,
-            bits=options.bits or "3/2",
-            tokens=options.tokens or "1,4,16,64,256,1024",
+            bits="3/2" if options.bits is None else options.bits,
+            tokens="1,4,16,64,256,1024" if options.tokens is None else options.tokens,
             against="",
             group_size=options.group_size,
             threads=None,
