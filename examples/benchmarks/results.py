@@ -7,10 +7,12 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from vllm_moeq._version import __version__
 
 RESULTS = Path("examples/benchmarks/RESULTS.md")
 _PREAMBLE = """# Measured results
@@ -28,7 +30,7 @@ def write_section(
         path: The results file.
         name: Heading of the section, which also identifies it.
         parts: Markdown paragraphs: first what the figures show, then tables and notes.
-        packages: Packages whose versions matter.
+        packages: Packages whose versions matter; one that is missing is said to be.
     """
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     section = "\n\n".join((begin, f"## {name}", *parts, _origin(packages), end))
@@ -47,11 +49,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _origin(packages: Sequence[str]) -> str:
     """Say when, where and how the figures were measured."""
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
     return (
         f"Measured {date.today()} on {_hardware()}; Python {platform.python_version()}, {versions}."
         f"\n\n```\n{_command()}\n```"
     )
+
+
+def _version(package: str) -> str:
+    if package == "vllm-moeq":  # a clone may not be installed
+        return __version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def _hardware() -> str:

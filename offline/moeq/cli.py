@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_compare_options(compare)
 
-    bench = commands.add_parser("bench", help="measure the speed of one MoE layer on this CPU")
+    bench = commands.add_parser("bench", help="measure the speed of one MoE layer")
     _add_bench_options(bench)
     bench.set_defaults(usage_error=bench.error)
     return parser
@@ -213,9 +213,10 @@ def _bits_list(text: str) -> tuple[float, ...]:
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time one MoE layer with random weights. The environment chooses the kernel (MOEQ_KERNEL), "
-        "its instruction set (MOEQ_CPU_ISA) and the precision of activations inside it "
-        "(MOEQ_CPU_ACTIVATION: int16, the default, or int8)."
+        "Time one MoE layer with random weights on this CPU, or find the fastest tiles for it on "
+        "this GPU (--tune). The environment chooses the kernel (MOEQ_KERNEL), its instruction set "
+        "(MOEQ_CPU_ISA) and the precision of activations inside it (MOEQ_CPU_ACTIVATION: int16, "
+        "the default, or int8)."
     )
     parser.add_argument(
         "--shape",
@@ -224,12 +225,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bits",
-        default="2,3,4,8,2/3/4/8",
         help="widths to measure, one after another; a mix such as 2/3/4/8 is dealt to the experts "
-        "in turn (default %(default)s)",
+        "in turn (default 2,3,4,8,2/3/4/8; with --tune 3/2)",
     )
     parser.add_argument(
-        "--tokens", default="1,16,256", help="numbers of tokens to measure (default %(default)s)"
+        "--tokens",
+        help="numbers of tokens to measure (default 1,16,256; with --tune 1,4,16,64,256,1024)",
     )
     parser.add_argument(
         "--against",
@@ -245,6 +246,15 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=9, help="timed calls of each, at least 3 (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows as JSON")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="find the fastest tiles of the Triton kernel for this shape on this GPU, and add them "
+        "to the file that the kernel reads: MOEQ_TILES, else one for each GPU in MOEQ_CACHE_DIR",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="time for --tune (default %(default)s)"
+    )
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -320,8 +320,8 @@ def compare(options: argparse.Namespace) -> int:
     findings = study.run()
     judged = sum(part.numel() for part in heldout.values())
     notes = [
-        f"Expert weights of {options.model} at lower widths, group size {options.group_size}; at each "
-        "average all plans take the same bytes.",
+        f"Expert weights of {options.model} at lower widths, group size {options.group_size}; at "
+        "each average all plans take the same bytes.",
         f"Calibrated on {tokens.shape[0]} x {tokens.shape[1]} tokens of {options.calib}, judged on "
         f"{judged:,} tokens of {options.text}.",
     ]
@@ -335,11 +335,13 @@ def bench(options: argparse.Namespace) -> int:
     """Measure one layer."""
     from moeq.bench import Machine, Settings, UsageError, describe, measure, prepare, rows
 
+    if options.tune:
+        return _tune(options)
     try:
         settings = Settings.parse(
             shape=options.shape,
-            bits=options.bits,
-            tokens=options.tokens,
+            bits="2,3,4,8,2/3/4/8" if options.bits is None else options.bits,
+            tokens="1,16,256" if options.tokens is None else options.tokens,
             against=options.against,
             group_size=options.group_size,
             threads=options.threads,
@@ -354,6 +356,31 @@ def bench(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(row) for row in rows(measurement)]))
     else:
         print(describe(measurement))
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from moeq.bench import Settings, UsageError
+    from moeq.bench.tune import tune_and_write
+
+    for name in ("against", "threads", "json"):
+        if getattr(options, name):
+            options.usage_error(f"argument --{name}: has no effect with --tune; leave it out")
+    try:
+        settings = Settings.parse(
+            shape=options.shape,
+            bits="3/2" if options.bits is None else options.bits,
+            tokens="1,4,16,64,256,1024" if options.tokens is None else options.tokens,
+            against="",
+            group_size=options.group_size,
+            threads=None,
+            runs=options.runs,
+        )
+    except UsageError as error:
+        options.usage_error(str(error))
+    if len(settings.bits) > 1:
+        options.usage_error("argument --bits: --tune takes one width or one mix such as 3/2")
+    print(tune_and_write(settings, options.seconds))
     return 0
 
 

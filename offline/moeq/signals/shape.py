@@ -44,7 +44,8 @@ def hill_alpha(reader: CheckpointReader, layer: MoELayer) -> torch.Tensor:
         eigenvalues = torch.linalg.svdvals(weight).square().flip(0)  # ascending
         cut = len(eigenvalues) // 2
         tail = (eigenvalues[cut:] / eigenvalues[cut - 1]).log()
-        return 1 + len(tail) / tail.sum()
+        result: torch.Tensor = 1 + len(tail) / tail.sum()
+        return result
 
     return torch.stack([_mean(reader, layer, e, of_matrix) for e in range(layer.num_experts)])
 

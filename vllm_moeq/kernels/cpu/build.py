@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 CACHE_VARIABLE = "MOEQ_CACHE_DIR"
-"""Environment variable for the folder of compiled kernels; default ``~/.cache/moeq``."""
+"""Environment variable: folder of compiled kernels and measured tiles; default ~/.cache/moeq."""
 _TIMEOUT_S = 600
 
 
@@ -89,7 +89,7 @@ def library_path(isa: InstructionSet, *, packaged: bool = True) -> Path:
     prebuilt = PREBUILT / _file_name(isa, source_hash())
     if packaged and prebuilt.exists():
         return prebuilt
-    folder = _cache_folder()
+    folder = cache_folder()
     try:
         compiler = find_compiler()
     except BuildError:
@@ -244,7 +244,12 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of what this machine compiled or measured; it need not exist.
+
+    Raises:
+        BuildError: No folder is named and there is no home folder.
+    """
     chosen, parent = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(chosen or Path(parent or Path.home() / ".cache", "moeq"))

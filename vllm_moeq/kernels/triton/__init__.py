@@ -1,7 +1,8 @@
 """The GPU kernel: two Triton launches for the matrix products, whatever widths the experts have.
 
-``layer.py`` runs the layer, ``gemm.py`` holds the products, ``planes.py`` the weights in memory;
-this file is the kernel's row in the dispatch table.
+``layer.py`` runs the layer, ``gemm.py`` holds the products, ``planes.py`` the weights in memory,
+``tiles.py`` how the products are cut and ``tuned.py`` what was measured about that; this file is
+the kernel's row in the dispatch table.
 """
 
 import importlib.util
@@ -34,9 +35,17 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> ExpertWeights:
-    """Bring canonical weights into planes; see :class:`weights.PlaneWeights`."""
-    from vllm_moeq.kernels.triton import weights as plane_weights
+    """Bring canonical weights into planes; see :class:`weights.PlaneWeights`.
 
+    Raises:
+        ValueError: The file of measured tiles is damaged; names it.
+    """
+    from vllm_moeq.kernels.triton import weights as plane_weights
+    from vllm_moeq.kernels.triton.tuned import tuned_table
+
+    # While a model is loaded rather than with its first tokens.
+    sizes = (layout.hidden_size, layout.intermediate_size, len(layout.slots))
+    tuned_table(weights.w13_packed.device, *sizes)
     return ExpertWeights(*plane_weights.prepare(weights, layout, activation))
 
 

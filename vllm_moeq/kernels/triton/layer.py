@@ -18,6 +18,7 @@ from vllm_moeq.kernels.triton.tiles import (
     is_direct,
     most_blocks,
 )
+from vllm_moeq.kernels.triton.tuned import tuned_table
 from vllm_moeq.kernels.triton.weights import PlaneWeights, padded_intermediate
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,8 +39,11 @@ def run(
     expert_map: torch.Tensor | None,
     activation: str,
     apply_router_weight_on_input: bool,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Run the experts on prepared weights; arguments as those of the op.
+
+    ``tiles`` are others than those of the table, in order to compare them.
 
     Never waits for the device, and no size depends on the routing: safe in CUDA graphs. Equal
     inputs give equal bits.
@@ -72,7 +76,10 @@ def run(
     if not chosen or not experts:
         return out.zero_()
     x, ids, router_weight = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    direct, tiles = is_direct(chosen, experts), choose_tiles(chosen, experts)
+    direct = is_direct(chosen, experts)
+    if tiles is None:
+        table = tuned_table(x.device, sizes.hidden_size, sizes.intermediate_size, experts)
+        tiles = choose_tiles(chosen, experts, table)
     if direct:
         blocks, order, block_experts = chosen, None, None
     else:
@@ -147,7 +154,8 @@ def run(
     )
     rows = packed.w2_scales.shape[-1]
     busy = rows // tiles.block_n * min(chosen, blocks, max(experts, chosen // tiles.block_m))
-    split = choose_split(busy, inner // BLOCK_K, _processors(x.device))
+    wanted = tiles.programs_per_processor * _processors(x.device)
+    split = choose_split(busy, inner // BLOCK_K, wanted)
     parts = x.new_empty(
         (split, chosen, sizes.hidden_size), dtype=x.dtype if split == 1 else torch.float32
     )

@@ -13,6 +13,7 @@ class Tiles:
         num_warps: Warps of a program.
         num_stages: Blocks of columns in flight.
         blocks_together: Blocks of tokens that take turns on the same weights.
+        programs_per_processor: What split-K of the second product aims at.
     """
 
     block_m: int
@@ -20,28 +21,31 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 4
     blocks_together: int = 1
+    programs_per_processor: int = 2
 
 
-# (most tokens per expert, tiles). Few tokens: wide tiles of weights, deep pipelines, since memory
+Table = tuple[tuple[float, Tiles], ...]
+"""(most choices per expert, tiles), in rising order; the last is for any number."""
+
+# Few tokens: wide tiles of weights, deep pipelines, since memory
 # is the limit. Many: as many tokens as registers hold without spilling, so that each weight is
 # decoded seldom. All of them compile with Triton 3.6 to 3.9, for sm_80 and sm_90.
-TABLE: tuple[tuple[float, Tiles], ...] = (
+TABLE: Table = (
     (16, Tiles(16, 128)),
     (32, Tiles(32, 64)),
     (float("inf"), Tiles(64, 128, num_stages=3, blocks_together=8)),
 )
+"""What is used where nothing was measured; see ``tuned.py``."""
 
 DIRECT_SHARE = 4
 """Below one choice for this many experts two seldom meet: each choice is a block of its own, which
 saves the kernel that sorts them."""
-PROGRAMS_PER_PROCESSOR = 2
-"""What split-K aims at."""
 _FEWEST_BLOCKS = 4  # of columns that a part of a split gets
 
 
-def choose_tiles(choices: int, experts: int) -> Tiles:
+def choose_tiles(choices: int, experts: int, table: Table = TABLE) -> Tiles:
     """Return the tiles for a number of choices (tokens times top-k) of local experts."""
-    return next(tiles for most, tiles in TABLE if choices <= most * experts)
+    return next(tiles for most, tiles in table if choices <= most * experts)
 
 
 def is_direct(choices: int, experts: int) -> bool:
@@ -54,13 +58,13 @@ def most_blocks(choices: int, experts: int, block_m: int) -> int:
     return min(choices, (choices + experts * (block_m - 1)) // block_m)
 
 
-def choose_split(programs: int, blocks_k: int, processors: int) -> int:
+def choose_split(programs: int, blocks_k: int, wanted_programs: int) -> int:
     """Return how many programs share the columns of a product.
 
     Args:
         programs: Programs that have work when nothing is split.
         blocks_k: Blocks of columns.
-        processors: Multiprocessors of the device.
+        wanted_programs: How many should have work.
     """
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(1, programs))
+    wanted = -(-wanted_programs // max(1, programs))
     return max(1, min(wanted, blocks_k // _FEWEST_BLOCKS))
