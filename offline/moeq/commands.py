@@ -204,7 +204,7 @@ def _check_positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise MoeqError(f"--{name} {value} is not a positive number")
+            raise MoeqError(f"--{name.replace('_', '-')} {value} is not a positive number")
 
 
 def _device(name: str) -> str:

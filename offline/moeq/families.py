@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moeq.errors import MoeqError
-from vllm_moeq.format import BitPlan, Projection
+from vllm_moeq.format import GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 
@@ -140,14 +140,27 @@ def check_plan_fits(plan: BitPlan, layers: list[MoELayer]) -> None:
                 f"the plan belongs to another model: {layer.container} has {layer.num_experts} "
                 f"experts, the plan lists {listed}"
             )
+    check_group_size(plan.group_size, layers)
+
+
+def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
+    """Check that a group size exists and divides the rows of all experts.
+
+    Raises:
+        MoeqError: It does not; says which would.
+    """
+    if group_size not in GROUP_SIZES:
+        choices = ", ".join(map(str, GROUP_SIZES))
+        raise MoeqError(f"--group-size {group_size} is not one of {choices}")
+    for layer in layers:
         for name, size in (
             ("hidden_size", layer.hidden_size),
             ("intermediate_size", layer.intermediate_size),
         ):
-            if size % plan.group_size:
-                fitting = [group for group in (128, 64, 32) if size % group == 0]
+            if size % group_size:
+                fitting = [group for group in reversed(GROUP_SIZES) if size % group == 0]
                 hint = f"use --group-size {fitting[0]}" if fitting else "no group size fits"
                 raise MoeqError(
-                    f"--group-size {plan.group_size} does not divide the {name} {size} of "
+                    f"--group-size {group_size} does not divide the {name} {size} of "
                     f"{layer.container}; {hint}"
                 )

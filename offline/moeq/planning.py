@@ -25,7 +25,7 @@ from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
 from moeq.evaluate.reference import ExpertSource, outputs
 from moeq.evaluate.scores import Scorer
-from moeq.families import MoELayer
+from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from vllm_moeq._version import __version__
@@ -89,6 +89,7 @@ class Planner:
                 f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
                 f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
             )
+        check_group_size(self.options.group_size, self.layers)
         model = LayerwiseModel(self.reader, self.layers, self.device)
         with TemporaryDirectory(prefix="moeq-") as name:
             folder = Path(name)

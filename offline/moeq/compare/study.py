@@ -18,7 +18,7 @@ from moeq.bank import build
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation
-from moeq.families import MoELayer
+from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.planning import allocate, judge
@@ -107,6 +107,7 @@ class Study:
         Raises:
             MoeqError: Something does not fit the model, or is not finite; names it.
         """
+        check_group_size(self.group_size, self.layers)
         model = LayerwiseModel(self.reader, self.layers, self.device)
         base = None
         if self.base_router is not None:
