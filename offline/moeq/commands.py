@@ -8,129 +8,55 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from moeq.arguments import (
+    CALIBRATION,
+    calibration_tokens,
+    check_positive,
+    checked_device,
+    given_plan_options,
+    read_model,
+    refuse,
+    requested_plan,
+)
 from moeq.errors import MoeqError
 
 if TYPE_CHECKING:
-    import torch
-
     from moeq.calibration import Calibration
-    from moeq.checkpoint import CheckpointReader
     from moeq.convert import Conversion
-    from moeq.families import MoELayer
     from moeq.rounding import Rounding
-    from vllm_moeq.format import BitPlan
-
-
-_CALIBRATION = ("nsamples", "seqlen", "seed", "device")
-"""Options that say how the calibration text is used."""
-
-
-def _read_model(model: str) -> tuple["CheckpointReader", list["MoELayer"]]:
-    from moeq.checkpoint import CheckpointReader, resolve_model
-
-    reader = CheckpointReader(resolve_model(model))
-    return reader, reader.moe_layers()
-
-
-def _given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the group "plan" that the user gave; the rest has its default."""
-    from moeq.allocation import PlanOptions
-
-    names = (field.name for field in fields(PlanOptions))
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _make_plan(
-    options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
-) -> "BitPlan":
-    import torch
-
-    from moeq.allocation import MEASURED, PlanOptions, make_plan, plan_sizes
-    from moeq.planning import Planner
-    from moeq.report import describe_candidates
-
-    if options.strategy is None and options.calib is not None:
-        options.strategy = "auto"
-    budget = _budget(options, reader, layers)
-    wanted = PlanOptions(**_given_plan_options(options))
-    if wanted.strategy not in MEASURED or options.calib is None:
-        plan = make_plan(reader, layers, wanted, options.model)
-    else:
-        wanted.check()
-        device = torch.device(_device(options.device or "cpu"))
-        planner = Planner(
-            reader,
-            layers,
-            wanted,
-            options.model,
-            _calibration_tokens(options, reader),
-            options.method or "gptq",
-            device,
-            options.seed or 0,
-        )
-        plan, tried = planner.run()
-        print(describe_candidates(tried), end="", file=sys.stderr)
-    size = plan_sizes(plan, reader, layers).expert_bytes
-    if budget is not None and size > budget:
-        raise MoeqError(
-            f"--strategy {wanted.strategy} cannot stay within {budget:,} bytes of experts at these "
-            f"widths: its plan takes {size:,}; ask for a little less"
-        )
-    return plan
-
-
-def _budget(
-    options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
-) -> int | None:
-    """Set ``options.bits`` from the option for the size that was given.
-
-    Returns:
-        The bytes that experts may take; None if only their average width was given.
-    """
-    from moeq.allocation import (
-        DEFAULT_GROUP_SIZE,
-        average_bits,
-        bits_per_weight_budget,
-        target_size_budget,
-    )
-
-    sizes = [options.bits, options.bits_per_weight, options.target_size]
-    given = sum(value is not None for value in sizes)
-    if given == 0:
-        raise MoeqError(
-            "--bits is needed, as in --bits 2.5; or one of --bits-per-weight and --target-size"
-        )
-    if given > 1:
-        raise MoeqError("give only one of --bits, --bits-per-weight and --target-size")
-    if options.bits is not None:
-        return None
-    group_size = options.group_size or DEFAULT_GROUP_SIZE
-    if options.bits_per_weight is not None:
-        budget = bits_per_weight_budget(options.bits_per_weight, layers, group_size)
-    else:
-        budget = target_size_budget(options.target_size, reader, layers, group_size)
-    options.bits = average_bits(budget, layers, group_size)
-    return budget
 
 
 def quantize(options: argparse.Namespace) -> int:
     """Write a packed checkpoint."""
+    from moeq.allocation import MEASURED
     from moeq.convert import Conversion, check_output_is_free
-    from moeq.report import describe_conversion, describe_plan, describe_result, load_plan
+    from moeq.report import (
+        describe_conversion,
+        describe_plan,
+        describe_result,
+        load_plan,
+        write_plan,
+    )
 
     output = options.output.absolute()
     check_output_is_free(output)
-    reader, layers = _read_model(options.model)
+    reader, layers = read_model(options.model)
     if options.plan is not None:
-        for name in _given_plan_options(options):
+        for name in given_plan_options(options):
             option = name.replace("_", "-")
             raise MoeqError(f"--{option} has no effect with --plan; give only one of them")
+        refuse(options, "has no effect with --plan", "bits_per_weight", "target_size")
         plan = load_plan(options.plan)
     else:
-        plan = _make_plan(options, reader, layers)
+        kept = output.with_name(f".{output.name}.moeq-plan.json")
+        if not options.resume and not options.dry_run:
+            kept.unlink(missing_ok=True)
+        plan = requested_plan(options, reader, layers, kept)
+        if options.strategy in MEASURED and not options.dry_run and not kept.exists():
+            write_plan(plan, kept)
     conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
     rounding, note = _rounding(options, conversion)
     conversion = conversion.noting("rounding", note)
@@ -138,6 +64,8 @@ def quantize(options: argparse.Namespace) -> int:
     print(describe_conversion(conversion, rounding), flush=True)
     if not options.dry_run:
         conversion.run(output, options.model, rounding, options.resume)
+        if options.plan is None:
+            kept.unlink(missing_ok=True)
         print(describe_result(rounding), end="")
         print(f"wrote {options.output}")
         print(f"serve it with: vllm serve {options.output} --quantization moeq")
@@ -156,15 +84,15 @@ def _rounding(
     if method in DATA_FREE:
         useless = ["route_all_experts"]
         if options.strategy not in MEASURED:
-            useless += ["calib", *_CALIBRATION]
-        _refuse(options, f"has no effect with --method {method}", *useless)
+            useless += ["calib", *CALIBRATION]
+        refuse(options, f"has no effect with --method {method}", *useless)
         if options.resume:
             raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
         return DATA_FREE[method], method
     if options.calib is None:
         raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
-    device = _device(options.device or "cpu")
-    tokens = _calibration_tokens(options, conversion.reader)
+    device = checked_device(options.device or "cpu")
+    tokens = calibration_tokens(options, conversion.reader)
     count, length = tokens.shape
     note = f"gptq, {count} x {length} tokens of {options.calib}, seed {options.seed or 0}"
     if options.route_all_experts:
@@ -180,51 +108,13 @@ def _rounding(
     return calibration, note
 
 
-def _calibration_tokens(options: argparse.Namespace, reader: "CheckpointReader") -> "torch.Tensor":
-    from moeq.text import calibration_sequences
-
-    _check_positive(options, "nsamples", "seqlen")
-    return calibration_sequences(
-        reader.folder,
-        options.calib,
-        options.nsamples or 128,
-        options.seqlen or 512,
-        options.seed or 0,
-    )
-
-
-def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
-    """Refuse options that would be ignored."""
-    for name in names:
-        if getattr(options, name) is not None:
-            raise MoeqError(f"--{name.replace('_', '-')} {why}; leave it out")
-
-
-def _check_positive(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise MoeqError(f"--{name.replace('_', '-')} {value} is not a positive number")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise MoeqError(f"--device {name} cannot be used: {reason}") from error
-    return name
-
-
 def plan(options: argparse.Namespace) -> int:
     """Decide the width of every expert."""
     from moeq.report import describe_plan, plan_summary, write_plan
 
     if options.calib is None:
-        _refuse(options, "has no effect without --calib", "method", *_CALIBRATION)
-    plan = _make_plan(options, *_read_model(options.model))
+        refuse(options, "has no effect without --calib", "method", *CALIBRATION)
+    plan = requested_plan(options, *read_model(options.model))
     if options.output is not None:
         write_plan(plan, options.output)
     print(json.dumps(plan_summary(plan)) if options.json else describe_plan(plan))
@@ -261,11 +151,11 @@ def evaluate(options: argparse.Namespace) -> int:
     from moeq.report import describe_evaluation, evaluation_summary
     from moeq.text import evaluation_sequences
 
-    _check_positive(options, "nsamples", "seqlen")
+    check_positive(options, "nsamples", "seqlen")
     if options.dtype is not None and options.backend != "vllm":
         raise MoeqError(f"--dtype has no effect with --backend {options.backend}; leave it out")
     original = CheckpointReader(resolve_model(options.against))
-    device = torch.device(_device(options.device))
+    device = torch.device(checked_device(options.device))
     comparison = evaluate.load(options.path, original, device)
     sequences = evaluation_sequences(
         original.folder, options.text, options.nsamples, options.seqlen, options.seed
@@ -288,7 +178,7 @@ def compare(options: argparse.Namespace) -> int:
     from moeq.rounding import DATA_FREE
     from moeq.text import evaluation_sequences
 
-    _check_positive(options, "nsamples", "seqlen", "eval_nsamples")
+    check_positive(options, "nsamples", "seqlen", "eval_nsamples")
     if options.output.exists():
         raise MoeqError(f"--output {options.output} exists already; remove it or choose another")
     methods = tuple(options.methods.split(","))
@@ -297,9 +187,9 @@ def compare(options: argparse.Namespace) -> int:
             raise MoeqError(f"--methods {method} is not one of gptq, {', '.join(DATA_FREE)}")
     if options.random < 2:
         raise MoeqError(f"--random {options.random} must be at least 2, for a spread")
-    device = torch.device(_device(options.device or "cpu"))
-    reader, layers = _read_model(options.model)
-    tokens = _calibration_tokens(options, reader)
+    device = torch.device(checked_device(options.device or "cpu"))
+    reader, layers = read_model(options.model)
+    tokens = calibration_tokens(options, reader)
     heldout = evaluation_sequences(
         reader.folder, options.text, options.eval_nsamples, tokens.shape[1], 0
     )

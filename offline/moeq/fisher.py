@@ -29,7 +29,8 @@ def gradients(
         progress: Show a progress bar.
     """
     shape = (*tokens.shape, model.hidden_size)
-    states = [mapped(folder / f"input-{i}.bin", shape) for i in range(len(model))]
+    paths = [folder / f"input-{index}.bin" for index in range(len(model))]
+    states = [mapped(path, shape) for path in paths]
     hidden, x = torch.empty(2, *shape)
     sources = [ExpertSource.original(model)]
     with tqdm(total=2 * len(model), desc="fisher", disable=not progress) as bar:
@@ -44,7 +45,8 @@ def gradients(
         for index in reversed(range(len(model))):
             found.append(mapped(folder / f"gradient-{index}.bin", shape))
             found[-1].copy_(gradient)
-            model.backward(index, states[index], gradient)
+            model.backward(index, states.pop(), gradient)
+            paths[index].unlink()
             bar.update()
     return found[::-1]
 

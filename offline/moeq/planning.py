@@ -1,9 +1,11 @@
 """Plans that are right on the user's own model: measured, and judged on text held back."""
 
+import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 
@@ -76,6 +78,19 @@ class Planner:
     device: torch.device
     seed: int = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two planners were asked for the same."""
+        asked = repr((self.options, self.method, self.seed, __version__)).encode()
+        return hashlib.sha256(asked + self.tokens.numpy().tobytes()).hexdigest()
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of temporary files: experts at every width, and activations of every layer."""
+        sizes = option_sizes(self.layers, self.options.group_size, self.widths)
+        layers = max(layer.index for layer in self.layers) + 2
+        return int(sizes.sum()) + 4 * layers * self.tokens.numel() * self.layers[0].hidden_size
+
     def run(self, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
         """Return the plan, and what ``auto`` tried, the best first.
 
@@ -90,18 +105,24 @@ class Planner:
                 f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
             )
         check_group_size(self.options.group_size, self.layers)
+        free = shutil.disk_usage(gettempdir()).free
+        if free < self.disk_bytes:
+            raise MoeqError(
+                f"measuring takes {self.disk_bytes:,} bytes of temporary files, {gettempdir()} has "
+                f"{free:,} bytes free; set TMPDIR to another folder, or give fewer --nsamples"
+            )
         model = LayerwiseModel(self.reader, self.layers, self.device)
         with TemporaryDirectory(prefix="moeq-") as name:
             folder = Path(name)
             tokens = self.tokens[held_back:]
             felt = gradients(model, tokens, folder, self.seed, progress)
             bank = build(
-                model, tokens, self._widths(), self.options.group_size, self.method, felt, folder,
+                model, tokens, self.widths, self.options.group_size, self.method, felt, folder,
                 progress,
             )  # fmt: skip
             measured = self._measured(bank)
             if not held_back:
-                return measured, []
+                return self._noted(measured, measured.provenance.strategy), []
             plans = [measured, *self._unmeasured()]
             judged = {"held back": self.tokens[:held_back]}
             found = judge(
@@ -112,11 +133,18 @@ class Planner:
         ]
         tried.sort(key=lambda candidate: candidate.scores.divergence)
         best = tried[0].plan
-        chosen = f"auto: {best.provenance.strategy}"
-        return replace(best, provenance=replace(best.provenance, strategy=chosen)), tried
+        return self._noted(best, f"auto: {best.provenance.strategy}"), tried
 
-    def _widths(self) -> tuple[int, ...]:
-        """Return the widths to choose from: those asked for, or a few around the average."""
+    def _noted(self, plan: BitPlan, strategy: str) -> BitPlan:
+        """Return a plan that says what it was measured for."""
+        details = {**plan.provenance.details, "measured_for": self.fingerprint}
+        return replace(
+            plan, provenance=replace(plan.provenance, strategy=strategy, details=details)
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths to choose from: those asked for, or a few around the average."""
         if self.options.levels:
             return tuple(sorted(self.options.levels))
         levels = self.options.resolved_levels()
@@ -125,7 +153,7 @@ class Planner:
 
     def _measured(self, bank: Bank) -> BitPlan:
         """Return the plan of least estimated loss within the budget."""
-        widths, group_size = self._widths(), self.options.group_size
+        widths, group_size = self.widths, self.options.group_size
         budget = bits_budget(self.options.bits, self.layers, group_size, widths)
         losses = bank.losses("loss")
         bits, solution = allocate(losses, self.layers, widths, group_size, budget)

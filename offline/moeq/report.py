@@ -15,7 +15,7 @@ from moeq.compare import Findings, as_json, as_markdown, render
 from moeq.convert import CALIBRATION_NAME, Conversion
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
-from moeq.planning import Candidate
+from moeq.planning import Candidate, Planner
 from moeq.rounding import Rounding
 from moeq.verify import read_plan
 from vllm_moeq.format import BitPlan, FormatError
@@ -130,6 +130,15 @@ def describe_result(rounding: Rounding | Calibration) -> str:
             "more text helps (--nsamples), or --route-all-experts\n"
         )
     return text
+
+
+def describe_measurement(planner: Planner) -> str:
+    """Return what ``--dry-run`` says about a measurement that it leaves out."""
+    return (
+        f"measurement      left out: it rounds every expert at {len(planner.widths)} widths and "
+        f"takes\n                 {_bytes(planner.disk_bytes)} of temporary files; what follows is "
+        "for a plan of the same size"
+    )
 
 
 def describe_candidates(tried: list[Candidate]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from support.cli import run_moeq
+from support.cli import run_moeq, start_moeq
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 CALIBRATION = ("--nsamples", 16, "--seqlen", 48)
@@ -78,6 +79,51 @@ def test_auto_takes_the_best_of_what_it_tried(
     strategy = config["quantization_config"]["provenance"]["strategy"]
     assert strategy == f"auto: {table[0][0].strip()}"
     assert run_moeq("verify", out).returncode == 0
+
+
+def test_dry_run_measures_nothing(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    done = run_moeq(
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size", 32,
+        "--calib", text, *CALIBRATION, "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fisher" not in done.stderr and "bank" not in done.stderr
+    assert "it rounds every expert at 4 widths" in done.stdout
+    assert "peak memory" in done.stdout and "TFLOP" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+
+
+def test_a_measured_plan_outlives_a_kill(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size", 32,
+        "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
+    )  # fmt: skip
+    done = run_moeq(*command)
+    assert done.returncode == 0, done.stderr
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+
+    process = start_moeq(*command)
+    kept = tmp_path / ".out.moeq-plan.json"
+    while process.poll() is None and not kept.exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert kept.exists() and not (tmp_path / "out").exists()
+
+    other = run_moeq(*command, "--seed", 1, "--resume")
+    assert other.returncode == 1
+    assert "the unfinished run was asked for another plan" in other.stderr
+    done = run_moeq(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "fisher" not in done.stderr  # nothing is measured again
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert found == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
 
 @pytest.mark.parametrize("strategy", ["combined", "random:3"])
