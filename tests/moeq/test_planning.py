@@ -85,8 +85,8 @@ def test_dry_run_measures_nothing(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     done = run_moeq(
-        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size", 32,
-        "--calib", text, *CALIBRATION, "--dry-run",
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
+        "--group-size", 32, "--calib", text, *CALIBRATION, "--dry-run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fisher" not in done.stderr and "bank" not in done.stderr
@@ -99,8 +99,8 @@ def test_a_measured_plan_outlives_a_kill(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     command = (
-        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size", 32,
-        "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
+        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
     )  # fmt: skip
     done = run_moeq(*command)
     assert done.returncode == 0, done.stderr
