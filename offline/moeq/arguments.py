@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def _measured_plan(
 ) -> "BitPlan":
     import torch
 
-    from moeq.allocation import make_plan
+    from moeq.allocation import PlanOptions, make_plan
     from moeq.planning import Planner
     from moeq.report import describe_candidates, describe_measurement, load_plan
 
@@ -91,8 +91,8 @@ def _measured_plan(
     )  # fmt: skip
     if getattr(options, "dry_run", False):
         print(describe_measurement(planner))
-        shown = "combined" if wanted.strategy == "auto" else "maxvar"
-        return make_plan(reader, layers, replace(wanted, strategy=shown), options.model)
+        shown = PlanOptions(wanted.bits, group_size=wanted.group_size)
+        return make_plan(reader, layers, shown, options.model)
     if kept is not None and kept.exists():
         plan = load_plan(kept)
         if plan.provenance.details.get("measured_for") != planner.fingerprint:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from moeq.calibration import FEWEST_TOKENS
+from moeq.errors import MoeqError
 from moeq.evaluate.reference import ExpertSource, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
@@ -214,12 +215,17 @@ class _Visit:
         expected = inner @ down.T
         matrices = {"w13": torch.cat((gate, up)), "w2": down}
         inputs = {"w13": self.x, "w2": inner}
-        found = {
-            projection: self._quantize(
-                matrices[projection], inputs[projection], widths, group_size, method
-            )
-            for projection in PROJECTIONS
-        }
+        found = {}
+        for projection in PROJECTIONS:
+            try:
+                found[projection] = self._quantize(
+                    matrices[projection], inputs[projection], widths, group_size, method
+                )
+            except ValueError as error:
+                name = self.layer.tensor_name(self.expert, _MATRICES[projection][0])
+                raise MoeqError(
+                    f"{self.model.reader.folder}: cannot quantize {name}: {error}"
+                ) from error
         for bits in widths:
             stored: dict[str, torch.Tensor] = {}
             errors: dict[Projection, Damage] = {}

@@ -17,7 +17,7 @@ from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import Matrix, MoELayer
-from moeq.fisher import mapped
+from moeq.fisher import check_finite, mapped
 from moeq.layerwise import LayerwiseModel, Routed
 from moeq.rounding import REFINEMENT, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq._version import __version__
@@ -158,11 +158,7 @@ class Calibration:
         with tqdm(total=experts, desc="round", unit="expert", disable=not progress) as bar:
             for index in range(done, last + 1):
                 routed = model.run(index, hidden, x)
-                if not torch.isfinite(hidden).all():
-                    raise MoeqError(
-                        f"{self.reader.folder}: layer {index} gives NaN or infinity on the "
-                        "calibration text; are its weights finite?"
-                    )
+                check_finite(model, index, hidden)
                 if routed is not None:
                     layer = model.moe_layers[index]
                     tensors: Tensors = {}

@@ -9,6 +9,8 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeq.arguments import (
@@ -43,6 +45,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     output = options.output.absolute()
     check_output_is_free(output)
+    shard_bytes = _size(options.max_shard_size)
     reader, layers = read_model(options.model)
     if options.plan is not None:
         for name in given_plan_options(options):
@@ -57,7 +60,7 @@ def quantize(options: argparse.Namespace) -> int:
         plan = requested_plan(options, reader, layers, kept)
         if options.strategy in MEASURED and not options.dry_run and not kept.exists():
             write_plan(plan, kept)
-    conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
+    conversion = Conversion.prepare(reader, layers, plan, shard_bytes)
     rounding, note = _rounding(options, conversion)
     conversion = conversion.noting("rounding", note)
     print(describe_plan(conversion.plan))
@@ -86,7 +89,7 @@ def _rounding(
         if options.strategy not in MEASURED:
             useless += ["calib", *CALIBRATION]
         refuse(options, f"has no effect with --method {method}", *useless)
-        if options.resume:
+        if options.resume and options.strategy not in MEASURED:
             raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
         return DATA_FREE[method], method
     if options.calib is None:
@@ -94,7 +97,9 @@ def _rounding(
     device = checked_device(options.device or "cpu")
     tokens = calibration_tokens(options, conversion.reader)
     count, length = tokens.shape
-    note = f"gptq, {count} x {length} tokens of {options.calib}, seed {options.seed or 0}"
+    # Its name only: a path of this machine is nobody's business who downloads the result.
+    text = Path(options.calib).name
+    note = f"gptq, {count} x {length} tokens of {text}, seed {options.seed or 0}"
     if options.route_all_experts:
         note += ", every expert by all tokens"
     calibration = Calibration(
@@ -110,10 +115,17 @@ def _rounding(
 
 def plan(options: argparse.Namespace) -> int:
     """Decide the width of every expert."""
+    from moeq.allocation import MEASURED
+    from moeq.convert import check_output_is_free
     from moeq.report import describe_plan, plan_summary, write_plan
 
     if options.calib is None:
         refuse(options, "has no effect without --calib", "method", *CALIBRATION)
+    elif options.strategy not in (None, *MEASURED):
+        why = f"has no effect with --strategy {options.strategy}"
+        refuse(options, why, "calib", "method", *CALIBRATION)
+    if options.output is not None:
+        check_output_is_free(options.output)
     plan = requested_plan(options, *read_model(options.model))
     if options.output is not None:
         write_plan(plan, options.output)
@@ -152,6 +164,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from moeq.text import evaluation_sequences
 
     check_positive(options, "nsamples", "seqlen")
+    if options.seqlen < 2:
+        raise MoeqError("--seqlen 1 leaves no token to predict; give at least 2")
     if options.dtype is not None and options.backend != "vllm":
         raise MoeqError(f"--dtype has no effect with --backend {options.backend}; leave it out")
     original = CheckpointReader(resolve_model(options.against))
@@ -174,14 +188,21 @@ def compare(options: argparse.Namespace) -> int:
     import torch
 
     from moeq import compare
+    from moeq.convert import check_output_is_free
     from moeq.report import write_comparison
     from moeq.rounding import DATA_FREE
     from moeq.text import evaluation_sequences
 
     check_positive(options, "nsamples", "seqlen", "eval_nsamples")
-    if options.output.exists():
-        raise MoeqError(f"--output {options.output} exists already; remove it or choose another")
+    check_output_is_free(options.output.absolute())
+    if find_spec("matplotlib") is None:
+        raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
+    if options.calib == options.text:
+        raise MoeqError("--text must be another text than --calib, or every plan looks too good")
     methods = tuple(options.methods.split(","))
+    for option, values in (("--methods", methods), ("--bits", options.bits)):
+        if len(set(values)) < len(values):
+            raise MoeqError(f"{option} names the same value twice")
     for method in methods:
         if method != "gptq" and method not in DATA_FREE:
             raise MoeqError(f"--methods {method} is not one of gptq, {', '.join(DATA_FREE)}")

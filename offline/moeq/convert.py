@@ -177,8 +177,6 @@ class Conversion:
         if isinstance(rounding, Calibration):
             needed += rounding.disk_bytes
         parent = output.parent
-        if not parent.is_dir():
-            raise MoeqError(f"the folder {parent} of --output does not exist; create it first")
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise MoeqError(
@@ -240,10 +238,12 @@ def check_output_is_free(output: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        MoeqError: ``output`` exists.
+        MoeqError: ``output`` exists, or the folder that it is to be in does not.
     """
     if os.path.lexists(output):
         raise MoeqError(f"--output {output} exists already; remove it or choose another name")
+    if not output.absolute().parent.is_dir():
+        raise MoeqError(f"the folder {output.parent} of --output does not exist; create it first")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from moeq.errors import MoeqError
 from moeq.evaluate.reference import ExpertSource, run_layer
 from moeq.layerwise import LayerwiseModel
 
@@ -27,6 +28,9 @@ def gradients(
         folder: Gets activations and gradients, which the system keeps in memory where it can.
         seed: Of the drawn tokens.
         progress: Show a progress bar.
+
+    Raises:
+        MoeqError: Activations or weights that are not finite.
     """
     shape = (*tokens.shape, model.hidden_size)
     paths = [folder / f"input-{index}.bin" for index in range(len(model))]
@@ -39,6 +43,7 @@ def gradients(
             for index, state in enumerate(states):
                 state.copy_(hidden)
                 run_layer(model, index, hidden, x, sources)
+                check_finite(model, index, hidden)
                 bar.update()
         gradient = _of_head(model, hidden, seed)
         found = []
@@ -65,6 +70,19 @@ def _of_head(model: LayerwiseModel, hidden: torch.Tensor, seed: int) -> torch.Te
             (found,) = torch.autograd.grad(chosen.sum(), inputs)
         target.copy_(found)
     return gradient
+
+
+def check_finite(model: LayerwiseModel, index: int, hidden: torch.Tensor) -> None:
+    """Check what a layer gives.
+
+    Raises:
+        MoeqError: It is not finite.
+    """
+    if not torch.isfinite(hidden).all():
+        raise MoeqError(
+            f"{model.reader.folder}: layer {index} gives NaN or infinity on the calibration text; "
+            "are its weights finite?"
+        )
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:

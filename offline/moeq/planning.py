@@ -18,6 +18,7 @@ from moeq.allocation import (
     loss_array,
     make_plan,
     option_sizes,
+    plan_sizes,
     solve,
     with_sizes,
 )
@@ -81,15 +82,18 @@ class Planner:
     @property
     def fingerprint(self) -> str:
         """Tells whether two planners were asked for the same."""
-        asked = repr((self.options, self.method, self.seed, __version__)).encode()
+        files = sorted({info.file for info in self.reader.tensors.values()})
+        stats = [(self.reader.folder / file).stat() for file in files]
+        model = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        asked = repr((self.options, self.method, self.seed, __version__, model)).encode()
         return hashlib.sha256(asked + self.tokens.numpy().tobytes()).hexdigest()
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of temporary files: experts at every width, and activations of every layer."""
-        sizes = option_sizes(self.layers, self.options.group_size, self.widths)
-        layers = max(layer.index for layer in self.layers) + 2
-        return int(sizes.sum()) + 4 * layers * self.tokens.numel() * self.layers[0].hidden_size
+        return measuring_bytes(
+            self.layers, self.widths, self.options.group_size, self.tokens.numel()
+        )
 
     def run(self, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
         """Return the plan, and what ``auto`` tried, the best first.
@@ -104,13 +108,13 @@ class Planner:
                 f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
                 f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
             )
+        # All that can fail in a moment comes before what takes hours.
         check_group_size(self.options.group_size, self.layers)
-        free = shutil.disk_usage(gettempdir()).free
-        if free < self.disk_bytes:
-            raise MoeqError(
-                f"measuring takes {self.disk_bytes:,} bytes of temporary files, {gettempdir()} has "
-                f"{free:,} bytes free; set TMPDIR to another folder, or give fewer --nsamples"
-            )
+        others = list(self._unmeasured()) if held_back else []
+        budget = bits_budget(self.options.bits, self.layers, self.options.group_size, self.widths)
+        for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
+            budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
+        check_temporary_space(self.disk_bytes)
         model = LayerwiseModel(self.reader, self.layers, self.device)
         with TemporaryDirectory(prefix="moeq-") as name:
             folder = Path(name)
@@ -120,10 +124,10 @@ class Planner:
                 model, tokens, self.widths, self.options.group_size, self.method, felt, folder,
                 progress,
             )  # fmt: skip
-            measured = self._measured(bank)
+            measured = self._measured(bank, budget)
             if not held_back:
                 return self._noted(measured, measured.provenance.strategy), []
-            plans = [measured, *self._unmeasured()]
+            plans = [measured, *others]
             judged = {"held back": self.tokens[:held_back]}
             found = judge(
                 model, [bank.source(plan, self.device) for plan in plans], judged, progress
@@ -151,10 +155,9 @@ class Planner:
         first = max(0, WIDTHS.index(min(levels)) - 1)
         return WIDTHS[first : WIDTHS.index(max(levels)) + 2]
 
-    def _measured(self, bank: Bank) -> BitPlan:
+    def _measured(self, bank: Bank, budget: int) -> BitPlan:
         """Return the plan of least estimated loss within the budget."""
         widths, group_size = self.widths, self.options.group_size
-        budget = bits_budget(self.options.bits, self.layers, group_size, widths)
         losses = bank.losses("loss")
         bits, solution = allocate(losses, self.layers, widths, group_size, budget)
         provenance = Provenance(
@@ -172,17 +175,40 @@ class Planner:
 
     def _unmeasured(self) -> Iterator[BitPlan]:
         """Yield plans of the same bytes that need no measurement."""
-        plain = replace(self.options, base_router=None, levels=None)
-        yield self._made(replace(self.options, strategy="combined", levels=None))
-        if self.options.bits in WIDTHS:
+        asked = self.options
+        plain = PlanOptions(asked.bits, asked.levels, group_size=asked.group_size)
+        yield self._made(replace(asked, strategy="combined"))
+        if asked.levels is None and asked.bits in WIDTHS:
             yield self._made(replace(plain, strategy="uniform"))
             return
-        yield self._made(replace(plain, strategy="maxvar"))
+        yield self._made(replace(plain, strategy="maxvar", maxvar=asked.maxvar))
         for seed in range(self.seed, self.seed + RANDOM_PLANS):
             yield self._made(replace(plain, strategy=f"random:{seed}"))
 
     def _made(self, options: PlanOptions) -> BitPlan:
         return make_plan(self.reader, self.layers, options, self.source)
+
+
+def measuring_bytes(
+    layers: list[MoELayer], widths: tuple[int, ...], group_size: int, tokens: int
+) -> int:
+    """Return the bytes of experts at every width, and of the activations of every layer."""
+    activations = 4 * tokens * layers[0].hidden_size * (max(layer.index for layer in layers) + 2)
+    return int(option_sizes(layers, group_size, widths).sum()) + activations
+
+
+def check_temporary_space(needed: int) -> None:
+    """Check that temporary files have space.
+
+    Raises:
+        MoeqError: They do not; says how much they take.
+    """
+    free = shutil.disk_usage(gettempdir()).free
+    if free < needed:
+        raise MoeqError(
+            f"measuring takes {needed:,} bytes of temporary files, {gettempdir()} has {free:,} "
+            "bytes free; set TMPDIR to another folder, or give fewer --nsamples"
+        )
 
 
 def allocate(

@@ -32,7 +32,10 @@ def read_texts(source: str) -> dict[str, str]:
         texts = {"default": "\n\n".join(topics[name] for name in sorted(topics))}
     elif path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".md"))
-        texts = {file.stem: _read(file) for file in files}
+        stems = [file.stem for file in files]
+        texts = {
+            file.name if stems.count(file.stem) > 1 else file.stem: _read(file) for file in files
+        }
     elif path.suffix == ".jsonl":
         texts = {path.stem: "\n\n".join(_json_lines(path))}
     elif path.is_file():
@@ -131,7 +134,7 @@ def _read(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         try:
             text = json.loads(line)["text"] if line.strip() else ""
         except (json.JSONDecodeError, KeyError, TypeError):

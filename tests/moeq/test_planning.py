@@ -81,6 +81,15 @@ def test_auto_takes_the_best_of_what_it_tried(
     assert run_moeq("verify", out).returncode == 0
 
 
+def test_auto_keeps_to_the_options_of_the_plan(
+    tiny_model: Callable[[str], Path], text: Path
+) -> None:
+    options = ("--levels", "4,2", "--zeta", 2, "--maxvar", "highest-norm-row", "--method", "rtn")
+    plan = _plan(tiny_model("mixtral"), "--bits", 2.5, "--calib", text, *CALIBRATION, *options)
+    for bits in plan["expert_bits"].values():
+        assert {*bits["w13"], *bits["w2"]} <= {2, 4}
+
+
 def test_dry_run_measures_nothing(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +170,13 @@ def test_budgets_are_kept(
         (("--target-size", "1"), "--target-size 1 is no size with a unit"),
         (("--bits-per-weight", 0.5), "--bits-per-weight 0.5 allows"),
         (("--bits", 2.5, "--calib", "TEXT", "--nsamples", 3), "needs at least 4 calibration"),
+        (
+            ("--bits", 2.5, "--calib", "TEXT", "--strategy", "combined"),
+            "--calib has no effect with --strategy combined",
+        ),
+        (("--bits", 2.5, "--calib", "TEXT", "-o", "TEXT"), "text.txt exists already"),
+        (("--bits", 2.5, "--calib", "TEXT", "-o", "no/plan"), "the folder no of --output does not"),
+        (("--bits", 5, "--levels", "3,2", "--calib", "TEXT"), "is outside of --levels 3,2"),
         (
             ("--bits", 2.5, "--calib", "TEXT", "--strategy", "sensitivity", "--zeta", 2),
             "--zeta has no effect with --strategy sensitivity",

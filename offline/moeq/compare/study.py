@@ -1,5 +1,6 @@
 """Tries every strategy at every budget; each expert is rounded once for each width."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 
 from moeq.allocation import (
     PlanOptions,
-    bits_budget,
     make_plan,
     ordered_bits,
     plan_sizes,
@@ -21,7 +21,7 @@ from moeq.evaluate import Evaluation
 from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
-from moeq.planning import allocate, judge
+from moeq.planning import allocate, check_temporary_space, judge, measuring_bytes
 from moeq.signals import load_base_routers
 from moeq.signals.table import SIGNALS, Evidence
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
@@ -108,6 +108,10 @@ class Study:
             MoeqError: Something does not fit the model, or is not finite; names it.
         """
         check_group_size(self.group_size, self.layers)
+        widths = self._widths()
+        check_temporary_space(
+            measuring_bytes(self.layers, widths, self.group_size, self.tokens.numel())
+        )
         model = LayerwiseModel(self.reader, self.layers, self.device)
         base = None
         if self.base_router is not None:
@@ -120,7 +124,7 @@ class Study:
                 folder = Path(name) / method
                 folder.mkdir()
                 bank = build(
-                    model, self.tokens, self._widths(), self.group_size, method, felt, folder,
+                    model, self.tokens, widths, self.group_size, method, felt, folder,
                     progress,
                 )  # fmt: skip
                 evidence = Evidence(self.reader, base, bank)
@@ -130,6 +134,7 @@ class Study:
                     plans, judge(model, sources, self.heldout, progress), strict=True
                 ):
                     points.append(self._point(method, plan, found))
+                shutil.rmtree(folder)
         signals = {
             signal.name: {
                 layer.container: signal.values(evidence, layer).tolist() for layer in self.layers
@@ -151,7 +156,9 @@ class Study:
         """Yield all plans of one budget."""
         options = PlanOptions(bits, group_size=self.group_size, base_router=self.base_router)
         levels = options.resolved_levels()
-        budget = bits_budget(bits, self.layers, self.group_size, self._widths())
+        combined = make_plan(self.reader, self.layers, options, self.source)
+        # Of whole experts: every plan is to take the same bytes.
+        budget = plan_sizes(combined, self.reader, self.layers).expert_bytes
         for name, attribute in ALLOCATED.items():
             losses = evidence.measured().losses(attribute)
             found, _ = allocate(losses, self.layers, self._widths(), self.group_size, budget)
@@ -160,7 +167,7 @@ class Study:
             uniform = PlanOptions(bits, None, "uniform", self.group_size)
             yield make_plan(self.reader, self.layers, uniform, self.source)
             return
-        yield make_plan(self.reader, self.layers, options, self.source)
+        yield combined
         for signal in SIGNALS:
             if signal.name == "final-router-norm" and self.base_router is None:
                 continue  # the same as router-norm

@@ -172,4 +172,4 @@ def _coarse_divergence(expected: torch.Tensor, found: TopOutput) -> torch.Tensor
     rest = torch.finfo(torch.float32).eps
     q = torch.cat((q, (1 - q.sum(-1, keepdim=True)).clamp(min=rest)), -1)
     p = torch.cat((p, (1 - p.sum(-1, keepdim=True)).clamp(min=rest)), -1)
-    return (p * (p / q).log()).sum(-1)
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)

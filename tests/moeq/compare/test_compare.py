@@ -21,10 +21,12 @@ class Comparison:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.text = model, folder / "text.txt"
-        self.text.write_text(TEXT)
+        self.text.write_text(TEXT[len(TEXT) // 2 :])
+        self.calibration = folder / "calibration.txt"
+        self.calibration.write_text(TEXT[: len(TEXT) // 2])
         done = run_moeq(
             "compare", model, "-o", folder / "out", "--bits", "2,2.5", "--methods", "rtn",
-            "--calib", self.text, "--text", self.text, "--group-size", 32, "--random", 2,
+            "--calib", self.calibration, "--text", self.text, "--group-size", 32, "--random", 2,
             "--nsamples", 12, "--seqlen", LENGTH, "--eval-nsamples", 3,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -118,6 +120,8 @@ def test_correlation_of_ranks() -> None:
     ("options", "message"),
     [
         (("--methods", "magic"), "--methods magic is not one of gptq, rtn, hqq"),
+        (("--methods", "rtn,rtn"), "--methods names the same value twice"),
+        (("--text", "CALIBRATION"), "--text must be another text than --calib"),
         (("--random", 1), "--random 1 must be at least 2"),
         (("--bits", "0.5,2"), "--bits must be between 1 and 8"),
         (("--eval-nsamples", 0), "--eval-nsamples 0 is not a positive number"),
@@ -127,8 +131,9 @@ def test_correlation_of_ranks() -> None:
 def test_bad_options_are_named(
     options: tuple[object, ...], message: str, comparison: Comparison, tmp_path: Path
 ) -> None:
+    options = tuple(comparison.calibration if o == "CALIBRATION" else o for o in options)
     done = run_moeq(
-        "compare", comparison.model, "-o", tmp_path / "out", "--calib", comparison.text,
+        "compare", comparison.model, "-o", tmp_path / "out", "--calib", comparison.calibration,
         "--text", comparison.text, "--nsamples", 1, "--seqlen", 16, "--group-size", 32, *options,
     )  # fmt: skip
     assert done.returncode == 1

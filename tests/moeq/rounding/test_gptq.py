@@ -171,6 +171,15 @@ def test_singular_hessians(kind: str) -> None:
     assert np.linalg.norm(quantized - weight) < 0.6 * np.linalg.norm(weight)
 
 
+def test_a_hessian_that_rounding_made_indefinite_gets_more_damping() -> None:
+    x, weight = _inputs(64), _weight()  # of rank 64
+    hessian = x.T @ x
+    hessian -= 0.03 * np.diag(hessian).mean() * np.eye(K)  # more than the first damping
+    assert np.linalg.eigvalsh(hessian).min() < 0
+    quantized = _stored(weight, hessian, 3)
+    assert np.linalg.norm(quantized - weight) < 0.6 * np.linalg.norm(weight)
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     hessian = torch.eye(K)
     hessian[3, 3] = torch.nan
