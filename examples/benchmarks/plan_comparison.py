@@ -48,8 +48,8 @@ def main() -> None:
         [
             "Which strategy wins at equal bytes? Every expert is rounded once at each width, "
             f"group size {options.group_size}, calibrated on {len(tokens)} × {length} tokens; "
-            f"judged on {judged:,} held-out tokens. KL: from the original, in nats per token; loss: "
-            "increase, in nats per token; ±: standard deviation over random plans.",
+            f"judged on {judged:,} held-out tokens. KL: from the original, in nats per token; "
+            "loss: increase, in nats per token; ±: standard deviation over random plans.",
             as_markdown(findings).strip(),
         ],
         packages=("torch", "transformers", "vllm-moeq"),
