@@ -243,7 +243,10 @@ def check_output_is_free(output: Path) -> None:
     if os.path.lexists(output):
         raise MoeqError(f"--output {output} exists already; remove it or choose another name")
     if not output.absolute().parent.is_dir():
-        raise MoeqError(f"the folder {output.parent} of --output does not exist; create it first")
+        raise MoeqError(
+            f"cannot write {output}: the folder {output.parent} of --output does not exist; "
+            "create it first"
+        )
 
 
 @contextmanager

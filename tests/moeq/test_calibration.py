@@ -209,7 +209,10 @@ def test_values_that_are_not_finite_are_named(
         assert "layer 0 gives NaN or infinity on the calibration text" in done.stderr
     else:
         name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
-        assert f"cannot quantize {name}: weights are NaN or infinite" in done.stderr
+        if strategy == "auto":  # MaxVar meets it first
+            assert f"{name} holds NaN or infinite weights" in done.stderr
+        else:
+            assert f"cannot quantize {name}: weights are NaN or infinite" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
