@@ -21,8 +21,9 @@ from unittest import mock
 
 import torch
 from distillation import LearnedScales, distill, last_hidden
+from held_out import HeldOut, Judgement
 from layerwise_rounding import Method, Rounded, Target, round_experts
-from plan_quality import PlannedModel, Text, read_texts
+from plan_quality import PlannedModel, read_texts
 from results import RESULTS, table, write_section
 from rotation import write_rotated
 
@@ -43,6 +44,7 @@ PAYS = 0.9
 """An idea pays if it leaves at most this share of GPTQ's increase."""
 SCALE_RATE, ROUTER_RATE = 1e-2, 1e-3
 GPTQ = "GPTQ, the product"
+COLUMNS = ("increase", "share", "divergence", "share", "s")
 
 
 @dataclass
@@ -95,13 +97,13 @@ class Idea(NamedTuple):
     Attributes:
         name: For the table.
         run: Does it.
-        seeds: Draws of calibration text it is tried with; None: all.
+        serious: Whether it is tried with every plan and draw of calibration text, not just once.
         starts_from_gptq: Whether GPTQ's own time comes on top.
     """
 
     name: str
     run: Run
-    seeds: int | None = 1
+    serious: bool = False
     starts_from_gptq: bool = False
 
 
@@ -188,7 +190,12 @@ def gptq_with(**refinement: object) -> Run:
 
 
 IDEAS = (
-    Idea(GPTQ, lambda trial: Outcome(trial.gptq), None, True),
+    Idea(GPTQ, lambda trial: Outcome(trial.gptq), True, True),
+    Idea("GPTQ, w2 fitted to the expert's output", layerwise(target=Target.EXPERT), True),
+    Idea("GPTQ, fitted to the original model", layerwise(target=Target.STREAM), True),
+    Idea("GPTQ, fitted to the original's stream", layerwise(target=Target.RESIDUAL), True),
+    Idea("scales distilled", distilled(SCALE_RATE, 0), True, True),
+    Idea("GPTQ in a rotated residual stream", rotated_gptq),
     Idea("round to nearest", layerwise(quantize=round_to_nearest)),
     Idea("GPTQ without refinement", gptq_with(rounds=0)),
     Idea("GPTQ, codes refined, scales not", gptq_with(scales=False)),
@@ -197,43 +204,39 @@ IDEAS = (
         layerwise(grid_search(partial(unweighted_grid, Grid.searched))),
     ),
     Idea("GPTQ, grid over the full range", layerwise(grid_search(full_range_grid))),
-    Idea("GPTQ, w2 fitted to the expert's output", layerwise(target=Target.EXPERT)),
-    Idea("GPTQ, fitted to the original model", layerwise(target=Target.STREAM)),
-    Idea("GPTQ in a rotated residual stream", rotated_gptq),
     Idea("routers fitted to the original's logits", layerwise(recalibrate_routers=True)),
     Idea("rounding learned from the nearest", learned(quantize=round_to_nearest)),
     Idea("rounding learned from GPTQ", learned()),
-    Idea("routers distilled", distilled(0, ROUTER_RATE), 1, True),
-    Idea("scales distilled", distilled(SCALE_RATE, 0), None, True),
-    Idea("scales and routers distilled", distilled(SCALE_RATE, ROUTER_RATE), 1, True),
+    Idea("routers distilled", distilled(0, ROUTER_RATE), False, True),
+    Idea("scales and routers distilled", distilled(SCALE_RATE, ROUTER_RATE), False, True),
 )
 
 
 class Found(NamedTuple):
-    """What an idea brought in one trial: increase of the loss, and CPU seconds."""
+    """What an idea brought in one trial."""
 
-    increase: float
+    judgement: Judgement
     cpu_seconds: float
 
 
-def judged(model: PlannedModel, outcome: Outcome, plan: BitPlan, texts: list[Text]) -> float:
-    """Return the held-out loss of a quantized model."""
-    widths, weights = expert_widths(plan, model.layers), outcome.rounded.weights
+def judged(held_out: HeldOut, model: PlannedModel, rounded: Rounded, plan: BitPlan) -> Judgement:
+    """Judge a quantized model; its routers are put back afterwards."""
+    widths, weights = expert_widths(plan, model.layers), rounded.weights
     model.fill(lambda name: weights[name].dequantize(widths[name]))
-    names = {layer.router: f"model.layers.{layer.index}.mlp.gate.weight" for layer in model.layers}
     parameters = dict(model.model.named_parameters())
     changed = {
-        parameters[names[stored]]: router for stored, router in outcome.rounded.routers.items()
+        parameters[f"model.layers.{layer.index}.mlp.gate.weight"]: rounded.routers[layer.router]
+        for layer in model.layers
+        if layer.router in rounded.routers
     }
     before = {parameter: parameter.detach().clone() for parameter in changed}
     with torch.no_grad():
         for parameter, router in changed.items():
-            # As it would be stored.
-            parameter.copy_(router.bfloat16().float())
-        loss = model.losses(texts).mean
+            parameter.copy_(router.bfloat16())  # as it would be stored
+        judgement = held_out.judge(model)
         for parameter, original in before.items():
             parameter.copy_(original)
-    return loss
+    return judgement
 
 
 def trials(model: PlannedModel, name: str, options: argparse.Namespace) -> Iterator[Trial]:
@@ -252,14 +255,14 @@ def trials(model: PlannedModel, name: str, options: argparse.Namespace) -> Itera
 
 
 def measure(
-    model: PlannedModel, texts: list[Text], full: float, options: argparse.Namespace
+    model: PlannedModel, held_out: HeldOut, options: argparse.Namespace
 ) -> dict[str, dict[str, list[Found]]]:
     """Return what each idea brought, by plan and idea, one entry for each draw."""
     found: dict[str, dict[str, list[Found]]] = {plan: defaultdict(list) for plan in options.plans}
     for plan in options.plans:
         for seed, trial in enumerate(trials(model, plan, options)):
             for idea in options.ideas:
-                if seed >= (idea.seeds or options.seeds):
+                if not idea.serious and (plan != options.plans[0] or seed > 0):
                     continue
                 if idea.starts_from_gptq:
                     trial.gptq  # noqa: B018  # its time is counted apart
@@ -268,53 +271,54 @@ def measure(
                 seconds = time.process_time() - start
                 if idea.starts_from_gptq:
                     seconds += trial.cpu_seconds["gptq"]
-                loss = judged(outcome.model or model, outcome, trial.plan, texts)
-                found[plan][idea.name].append(Found(loss - full, seconds))
+                judgement = judged(held_out, outcome.model or model, outcome.rounded, trial.plan)
+                found[plan][idea.name].append(Found(judgement, seconds))
                 print(
-                    f"== {plan} bits, seed {seed}, {idea.name}: {loss - full:+.4f}, "
-                    f"{seconds:.0f} s", flush=True,
+                    f"== {plan} bits, seed {seed}, {idea.name}: {judgement.increase:+.4f}, "
+                    f"divergence {judgement.divergence:.5f}, {seconds:.0f} s", flush=True,
                 )  # fmt: skip
     return found
 
 
-def increases(found: list[Found]) -> list[float]:
-    """Return the increase of the loss in each trial."""
-    return [trial.increase for trial in found]
-
-
-def relative(found: dict[str, list[Found]], name: str) -> float:
-    """Return an idea's increase over GPTQ's, both over the draws that the idea was tried with."""
-    own = increases(found[name])
-    return statistics.mean(own) / statistics.mean(increases(found[GPTQ])[: len(own)])
+def relative(found: dict[str, list[Found]], name: str) -> list[float]:
+    """Return an idea's increase and divergence, each as a share of GPTQ's on the same draws."""
+    own = [trial.judgement for trial in found[name]]
+    gptq = [trial.judgement for trial in found[GPTQ][: len(own)]]
+    return [sum(mine) / sum(its) for mine, its in zip(zip(*own), zip(*gptq), strict=True)]  # noqa: B905
 
 
 def cells(found: dict[str, list[Found]], name: str) -> list[str]:
-    """Return an idea's cells for one plan: increase, relative to GPTQ, CPU seconds."""
-    values = increases(found[name])
-    if len(values) > 1:
-        increase = f"{statistics.mean(values):+.4f} ± {statistics.stdev(values):.4f}"
-    else:
-        increase = f"{values[0]:+.4f} (one draw)"
+    """Return an idea's cells for one plan; empty ones if it was not tried."""
+    if not found[name]:
+        return [""] * len(COLUMNS)
+    texts = []
+    for values, digits in zip(zip(*(trial.judgement for trial in found[name])), (4, 5)):  # noqa: B905
+        text = f"{statistics.mean(values):.{digits}f}"
+        if len(values) > 1:
+            text += f" ± {statistics.stdev(values):.{digits}f}"
+        texts.append(text)
+    (increase, divergence), shares = texts, relative(found, name)
     seconds = statistics.mean(trial.cpu_seconds for trial in found[name])
-    return [increase, f"{relative(found, name):.2f}", f"{seconds:.0f}"]
+    return [
+        f"+{increase}", f"{shares[0]:.2f}", divergence, f"{shares[1]:.2f}", f"{seconds:.0f}",
+    ]  # fmt: skip
 
 
 def verdict(found: dict[str, dict[str, list[Found]]], ideas: list[Idea]) -> str:
     """Say which ideas leave clearly less than GPTQ at every plan."""
     ratios = {
-        idea.name: [relative(by_idea, idea.name) for by_idea in found.values()]
+        idea.name: [share for by_idea in found.values() for share in relative(by_idea, idea.name)]
         for idea in ideas
-        if idea.name != GPTQ
+        if idea.serious and idea.name != GPTQ
     }
-    paying = {name: values for name, values in ratios.items() if max(values) <= PAYS}
-    listed = ", ".join(
-        f"{name} ({' and '.join(f'{value:.2f}' for value in values)} of it)"
-        for name, values in paying.items()
-    )
-    widths = " and ".join(found)
+    paying = [
+        f"{name} ({', '.join(f'{value:.2f}' for value in values)} of it)"
+        for name, values in ratios.items()
+        if max(values) <= PAYS
+    ]
     return (
-        f"At {widths} bits these leave at most {PAYS:g} of the increase that the product's GPTQ "
-        f"leaves: {listed or 'none'}."
+        f"At {' and '.join(found)} bits these leave at most {PAYS:g} of both the increase and the "
+        f"divergence that the product's GPTQ leaves: {'; '.join(paying) or 'none'}."
     )
 
 
@@ -337,34 +341,31 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     parser.add_argument("--only", nargs="+", default=[""], help="ideas whose name holds a word")
     options = parser.parse_args()
-    options.ideas = [idea for idea in IDEAS if any(word in idea.name for word in options.only)]
+    options.ideas = [
+        idea
+        for idea in IDEAS
+        if idea.name == GPTQ or any(word in idea.name for word in options.only)
+    ]
     model = PlannedModel(resolve_model(options.model))
     texts = read_texts(options.text, model.reader.folder, options.max_tokens, 512, 8)
     model.check(texts[0])
-    full = model.losses(texts).mean
-    found = measure(model, texts, full, options)
+    held_out = HeldOut(model, texts)
+    found = measure(model, held_out, options)
     write_section(
         options.results,
         f"beyond GPTQ: {options.title or model.reader.folder.name}",
         [
             verdict(found, options.ideas),
-            f"Increase of the held-out loss (nats per token over 16 bits, {full:.4f}), "
-            f"{sum(text.tokens for text in texts):,} tokens, group size {options.group_size}; mean "
-            f"and standard deviation over {options.seeds} draws of {options.nsamples} × "
-            f"{options.seqlen} calibration tokens, which are also what is learned on. 2.5 bits: "
-            "`random:0` of 3 and 2. The second column of each plan is relative to GPTQ on the same "
-            "draws, the third CPU seconds on one thread, of a machine with other work. Learned "
-            f"rounding: {options.learning_steps} steps a layer; distillation: "
-            f"{options.distillation_steps} steps.",
+            f"Increase of the held-out loss (nats per token over 16 bits, {held_out.loss:.4f}) and "
+            f"divergence of the next-token distribution from the original's, {held_out.tokens:,} "
+            f"tokens, group size {options.group_size}; 2.5 bits: `random:0` of 3 and 2. Figures "
+            f"with ± are mean and standard deviation over {options.seeds} draws of "
+            f"{options.nsamples} × {options.seqlen} calibration tokens, the others are of ONE "
+            "draw. Shares are of GPTQ on the same draws. Seconds are CPU time of one thread. "
+            f"Learned rounding: {options.learning_steps} steps a layer; distillation: "
+            f"{options.distillation_steps} steps; both learn on the same calibration tokens.",
             table(
-                [
-                    "idea",
-                    *(
-                        f"{plan} bits: {column}"
-                        for plan in found
-                        for column in ("increase", "/ GPTQ", "s")
-                    ),
-                ],
+                ["idea", *(f"{plan} bits: {column}" for plan in found for column in COLUMNS)],
                 [
                     [
                         idea.name,

@@ -20,8 +20,8 @@ from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
 
-_RIDGE = 0.01
-"""Added to the diagonal of a Hessian, relative to its mean, where weights are fitted."""
+RIDGE = 0.1
+"""Cost of a change of fitted weights, relative to the mean square of their inputs."""
 
 Stored = dict[str, QuantizedWeight]
 Quantize = Callable[[torch.Tensor, torch.Tensor, int, int, int], QuantizedWeight]
@@ -34,6 +34,12 @@ class Target(Enum):
     MATRIX = "each matrix to its own output, as the product does"
     EXPERT = "w2 to the output of the unrounded expert"
     STREAM = "to the outputs in the original model, where no layer is rounded"
+    RESIDUAL = "w2 to what brings the residual stream to where it is in the original model"
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model has to run beside the rounded one."""
+        return self in (Target.STREAM, Target.RESIDUAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +49,21 @@ class Method:
     Attributes:
         quantize: Rounds a matrix.
         target: What it is fitted to.
+        ridge: See :data:`RIDGE`.
         learning_steps: Of learned rounding afterwards, against the output of the MoE block.
         recalibrate_routers: Whether routers are fitted to the original model's logits first.
     """
 
     quantize: Quantize = quantize_gptq
     target: Target = Target.MATRIX
+    ridge: float = RIDGE
     learning_steps: int = 0
     recalibrate_routers: bool = False
 
     @property
     def needs_original(self) -> bool:
         """Whether the original model runs beside the rounded one."""
-        return self.target is Target.STREAM or self.recalibrate_routers
+        return self.target.needs_original or self.recalibrate_routers
 
 
 class Rounded(NamedTuple):
@@ -110,7 +118,8 @@ def round_experts(
             weight = fitted_router(reader.tensor(layer.router).float(), routed.x, reference.x)
             result.routers[layer.router] = weight
             routed = _rerouted(routed, weight)
-        work = _LayerRounding(model, layer, plan, method, routed, reference)
+        lag = (original.hidden - rounded.hidden).flatten(0, 1)
+        work = _LayerRounding(model, layer, plan, method, routed, reference, lag)
         for stored, places, output in work.run():
             result.weights.update(stored)
             rounded.add(places, output)
@@ -121,7 +130,7 @@ def round_experts(
 
 
 def fitted(
-    weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, ridge: float = _RIDGE
+    weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, ridge: float = RIDGE
 ) -> torch.Tensor:
     """Return the weights nearest to ``weight`` whose output on x comes nearest to a wanted one.
 
@@ -161,7 +170,11 @@ def _original_outputs(
 
 @dataclass(slots=True)
 class _LayerRounding:
-    """Rounds the experts of one layer."""
+    """Rounds the experts of one layer.
+
+    Attributes:
+        lag: What the residual stream lacks before the experts' share is added, [T, hidden_size].
+    """
 
     model: LayerwiseModel
     layer: MoELayer
@@ -169,6 +182,7 @@ class _LayerRounding:
     method: Method
     routed: Routed
     reference: Routed
+    lag: torch.Tensor
 
     def run(self) -> Iterator[tuple[Stored, torch.Tensor, torch.Tensor]]:
         """Yield for each expert its packed weights, the places of its tokens and its output."""
@@ -214,7 +228,7 @@ class _LayerRounding:
         x, original = self.routed.x[places], self.model.matrices(self.layer, expert)
         original_x = self.reference.x[places]
         w13 = torch.cat((original.gate, original.up))
-        wanted = original_x @ w13.T if self.method.target is Target.STREAM else None
+        wanted = original_x @ w13.T if self.method.target.needs_original else None
         packed = self._round(w13, x, router_weights, bits.width("w13", expert), wanted)
         gate_up = [
             QuantizedWeight(*parts)
@@ -225,6 +239,8 @@ class _LayerRounding:
         wanted = None
         if self.method.target is not Target.MATRIX:
             wanted = self._expert_output(original, original_x)
+        if self.method.target is Target.RESIDUAL:
+            wanted += self.lag[places]  # in full: an expert's tokens have weights that sum to one
         down = self._round(original.down, inner, router_weights, bits.width("w2", expert), wanted)
         return *gate_up, down
 
@@ -245,5 +261,5 @@ class _LayerRounding:
             return quantize_hqq(weight, bits, group_size)
         weighted = x * router_weights
         if wanted is not None:
-            weight = fitted(weight, weighted, wanted * router_weights)
+            weight = fitted(weight, weighted, wanted * router_weights, self.method.ridge)
         return self.method.quantize(weight, weighted.T @ weighted, len(x), bits, group_size)
