@@ -1,6 +1,6 @@
 """Train a small Mixtral-architecture model on English text that ships inside CPython.
 
-    python examples/train_tiny_moe.py OUTPUT [--seconds 120]
+    python examples/train_tiny_moe.py OUTPUT [--seconds 120] [--experts 32 --top-k 4 ...]
 
 Writes OUTPUT/model (a Hugging Face checkpoint) and OUTPUT/routers.safetensors, the initial routers
 as recorded by ``moeq.RouterNormTracker``. The model learns little in two minutes; it is there to
@@ -45,18 +45,18 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def new_model() -> MixtralForCausalLM:
-    """Return an untrained model of about 3 million parameters, 8 experts in each of 3 layers."""
+def new_model(options: argparse.Namespace) -> MixtralForCausalLM:
+    """Return an untrained model; by default about 3 million parameters."""
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
+            intermediate_size=options.intermediate_size,
+            num_hidden_layers=options.layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            num_local_experts=8,
-            num_experts_per_tok=2,
+            num_local_experts=options.experts,
+            num_experts_per_tok=options.top_k,
             max_position_embeddings=1024,
             router_aux_loss_coef=0.01,
             output_router_logits=True,
@@ -102,15 +102,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument("--seconds", type=float, default=120, help="training time (default 120)")
+    parser.add_argument("--layers", type=int, default=3, help="default 3")
+    parser.add_argument("--experts", type=int, default=8, help="of each layer (default 8)")
+    parser.add_argument("--top-k", type=int, default=2, help="experts of a token (default 2)")
+    parser.add_argument(
+        "--intermediate-size", type=int, default=256, help="of each expert (default 256)"
+    )
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
     texts, _ = split()
     tokenizer = train_tokenizer(texts)
     tokens = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
     print(f"{len(texts)} documents, {len(tokens) / 1e6:.2f} M tokens")
-    model = new_model()
+    model = new_model(options)
     options.output.mkdir(parents=True)
     train(model, tokens, options.output / "routers.safetensors", options.seconds)
     model.config.output_router_logits = False

@@ -19,9 +19,9 @@ from results import RESULTS, table, write_section
 from moeq.allocation import PlanOptions, make_plan
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, resolve_model
-from moeq.convert import DATA_FREE, Conversion
+from moeq.convert import Conversion
 from moeq.families import expert_widths
-from moeq.rounding import QuantizedWeight
+from moeq.rounding import DATA_FREE, QuantizedWeight
 from moeq.text import calibration_sequences
 from vllm_moeq.format import BitPlan
 

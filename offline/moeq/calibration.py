@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,19 +17,34 @@ from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import Matrix, MoELayer
+from moeq.fisher import mapped
 from moeq.layerwise import LayerwiseModel, Routed
-from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.rounding import REFINEMENT, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq._version import __version__
-from vllm_moeq.format import BitPlan, LayerBits
+from vllm_moeq.format import BitPlan, Projection
 
 FEWEST_TOKENS = 32
 """An expert that gets fewer calibration tokens is rounded without them: so few say more about
 themselves than about the expert."""
 _HESSIAN_COPIES = 4
 """Square matrices in memory while one is factored."""
+_WEIGHT_COPIES = 7
+"""float32 copies of an expert's weights while it is rounded."""
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Coverage(NamedTuple):
+    """What the router gives to each expert of a layer on the calibration text.
+
+    Attributes:
+        tokens: How many tokens.
+        weight: Sum of their router weights.
+    """
+
+    tokens: list[int]
+    weight: list[float]
 
 
 @dataclass(slots=True)
@@ -46,8 +61,10 @@ class Calibration:
         plan: Widths of the experts.
         tokens: int64 [n, L]: the calibration text.
         device: Where layers run and experts are rounded.
+        route_all: Round each expert by all tokens, as if the router had chosen it for each of
+            them, instead of by those that it gets.
         fewest_tokens: See :data:`FEWEST_TOKENS`.
-        coverage: How many tokens reach each expert, by container of the layers done so far.
+        coverage: By container of the layers done so far.
     """
 
     reader: CheckpointReader
@@ -55,8 +72,9 @@ class Calibration:
     plan: BitPlan
     tokens: torch.Tensor
     device: str = "cpu"
+    route_all: bool = False
     fewest_tokens: int = FEWEST_TOKENS
-    coverage: dict[str, list[int]] = field(default_factory=dict)
+    coverage: dict[str, Coverage] = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -80,7 +98,7 @@ class Calibration:
                 total += rows * columns**2 * refined + 4 * columns**3
         # At most: the experts' products and Hessians, if every token went to two of them.
         layer = self.layers[0]
-        weights = 3 * layer.hidden_size * layer.intermediate_size
+        weights = _weights(layer)
         hessians = layer.hidden_size**2 + layer.intermediate_size**2
         return total + 4 * self.tokens.numel() * len(self.layers) * (weights + hessians)
 
@@ -88,23 +106,29 @@ class Calibration:
     def uncalibrated(self) -> int:
         """Experts that were rounded without calibration because too few tokens reach them."""
         return sum(
-            count < self.fewest_tokens for counts in self.coverage.values() for count in counts
+            not self._is_calibrated(count)
+            for coverage in self.coverage.values()
+            for count in coverage.tokens
         )
+
+    def summary(self) -> dict[str, Any]:
+        """Return as JSON what each expert got of the calibration text."""
+        return {
+            "tokens": self.tokens.numel(),
+            "fewest_tokens": self.fewest_tokens,
+            "route_all_experts": self.route_all,
+            "experts": {name: found._asdict() for name, found in self.coverage.items()},
+        }
 
     @property
     def peak_memory_bytes(self) -> int:
         """Estimate of the memory in use beyond Python and torch themselves."""
-        largest = max(self.layers, key=lambda layer: layer.intermediate_size)
+        largest = max(self.layers, key=_working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
         # All tokens may choose the same expert.
         activations = 4 * self.tokens.numel() * (hidden + 3 * inner)
-        weights = 4 * 3 * hidden * inner
-        return (
-            2 * self.activation_bytes
-            + activations
-            + 3 * weights
-            + 4 * _HESSIAN_COPIES * max(hidden, inner) ** 2
-        )
+        batch = 2 * largest.num_experts * _weights(largest)
+        return 2 * self.activation_bytes + activations + max(batch, _working_bytes(largest))
 
     @torch.inference_mode()
     def run(self, folder: Path, resume: bool, progress: bool = True) -> None:
@@ -123,7 +147,7 @@ class Calibration:
         self._check_fingerprint(folder, resume)
         model = LayerwiseModel(self.reader, self.layers, torch.device(self.device))
         shape = (*self.tokens.shape, self.layers[0].hidden_size)
-        hidden, x = (_memory(folder / name, shape) for name in ("hidden.bin", "x.bin"))
+        hidden, x = (mapped(folder / name, shape) for name in ("hidden.bin", "x.bin"))
         done = self._restore(folder, hidden) if resume else 0
         if done == 0:
             model.embed(self.tokens, hidden)
@@ -165,57 +189,96 @@ class Calibration:
         self, model: LayerwiseModel, layer: MoELayer, routed: Routed, hidden: torch.Tensor
     ) -> Iterator[Tensors]:
         """Round the experts of a layer, and add their outputs to ``hidden``."""
-        counts = []
+        shares = [routed.of_expert(expert) for expert in range(layer.num_experts)]
+        self.coverage[layer.container] = Coverage(
+            [len(places) for places, _ in shares],
+            [float(weights.sum()) for _, weights in shares],
+        )
         flat = hidden.view(-1, hidden.shape[-1])
-        for expert in range(layer.num_experts):
-            places, weights = routed.of_expert(expert)
-            counts.append(len(places))
-            x, weights = routed.x[places].to(model.device), weights.to(model.device)
-            stored, output = self._round_expert(model, layer, expert, x, weights)
-            flat.index_add_(0, places, (output * weights).to(flat.device))
-            yield stored
-        self.coverage[layer.container] = counts
+        for batch in self._batches(layer):
+            for expert, (stored, output) in self._round_batch(model, layer, batch, routed).items():
+                places, weights = shares[expert]
+                flat.index_add_(0, places, output.to(flat.device) * weights)
+                yield stored
 
-    def _round_expert(
-        self,
-        model: LayerwiseModel,
-        layer: MoELayer,
-        expert: int,
-        x: torch.Tensor,
-        router_weights: torch.Tensor,
-    ) -> tuple[Tensors, torch.Tensor]:
-        """Return the packed tensors of an expert, and what it gives for its tokens x."""
-        bits: LayerBits = self.plan.expert_bits[layer.container]
-        original = model.matrices(layer, expert)
-        stored: Tensors = {}
+    def _is_calibrated(self, tokens: int) -> bool:
+        """Tell whether an expert that gets so many tokens is rounded by what it gets."""
+        return (self.tokens.numel() if self.route_all else tokens) >= self.fewest_tokens
 
-        def rounded(inputs: torch.Tensor, width: int, *names: Matrix) -> list[torch.Tensor]:
+    def _batches(self, layer: MoELayer) -> Iterator[list[int]]:
+        """Yield experts to be rounded at once: of equal widths, all with calibration or none."""
+        # As many as take no more memory than the 16-bit weights of the layer, but at least one.
+        size = max(1, 2 * layer.num_experts * _weights(layer) // _working_bytes(layer))
+        bits = self.plan.expert_bits[layer.container]
+        alike: dict[tuple[int, int, bool], list[int]] = {}
+        for expert, count in enumerate(self.coverage[layer.container].tokens):
+            key = bits.w13[expert], bits.w2[expert], self._is_calibrated(count)
+            alike.setdefault(key, []).append(expert)
+        for experts in alike.values():
+            yield from (experts[i : i + size] for i in range(0, len(experts), size))
+
+    def _round_batch(
+        self, model: LayerwiseModel, layer: MoELayer, experts: list[int], routed: Routed
+    ) -> dict[int, tuple[Tensors, torch.Tensor]]:
+        """Return of each expert its packed tensors, and what it gives for the tokens it gets."""
+        originals = [model.matrices(layer, expert) for expert in experts]
+        x, weights = [], []
+        for expert in experts:
+            places, router_weights = routed.of_expert(expert)
+            x.append(routed.x if self.route_all else routed.x[places])
+            weights.append(torch.ones(len(routed.x), 1) if self.route_all else router_weights)
+        x, weights = ([part.to(model.device) for part in parts] for parts in (x, weights))
+        stored: list[Tensors] = [{} for _ in experts]
+
+        def rounded(
+            inputs: list[torch.Tensor], projection: Projection, *names: Matrix
+        ) -> list[torch.Tensor]:
             """Round matrices with the same inputs; keep what is stored, return the weights."""
-            matrix = torch.cat([getattr(original, name) for name in names])
+            bits = self.plan.expert_bits[layer.container].width(projection, experts[0])
+            matrices = [torch.cat([getattr(o, name) for name in names]) for o in originals]
             try:
-                quantized = self._quantize(matrix, inputs, router_weights, width)
+                quantized = self._quantize(matrices, inputs, weights, bits)
             except ValueError as error:
-                name = layer.tensor_name(expert, names[0])
-                raise MoeqError(f"{self.reader.folder}: cannot quantize {name}: {error}") from error
-            parts = (tensor.chunk(len(names)) for tensor in quantized)
-            for name, *tensors in zip(names, *parts, strict=True):
-                weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in tensors))
-                stored.update(weight.named(layer.tensor_name(expert, name)))
-            return list(quantized.dequantize(width).chunk(len(names)))
+                where = ", ".join(layer.tensor_name(expert, names[0]) for expert in experts)
+                raise MoeqError(
+                    f"{self.reader.folder}: cannot quantize {where}: {error}"
+                ) from error
+            for expert, found, tensors in zip(experts, quantized, stored, strict=True):
+                parts = (tensor.chunk(len(names)) for tensor in found)
+                for name, *kept in zip(names, *parts, strict=True):
+                    weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in kept))
+                    tensors.update(weight.named(layer.tensor_name(expert, name)))
+            return [found.dequantize(bits) for found in quantized]
 
-        gate, up = rounded(x, bits.width("w13", expert), "gate", "up")
-        inner = model.expert_hidden(gate, up, x)
-        (down,) = rounded(inner, bits.width("w2", expert), "down")
-        return stored, inner @ down.T
+        gates_and_ups = rounded(x, "w13", "gate", "up")
+        inner = []
+        for matrix, tokens in zip(gates_and_ups, x, strict=True):
+            gate, up = matrix.chunk(2)
+            inner.append(model.expert_hidden(gate, up, tokens))
+        downs = rounded(inner, "w2", "down")
+        if self.route_all:
+            inner = [
+                every[routed.of_expert(expert)[0]]
+                for every, expert in zip(inner, experts, strict=True)
+            ]
+        outputs = (tokens @ down.T for tokens, down in zip(inner, downs, strict=True))
+        return dict(zip(experts, zip(stored, outputs, strict=True), strict=True))
 
     def _quantize(
-        self, matrix: torch.Tensor, x: torch.Tensor, router_weights: torch.Tensor, bits: int
-    ) -> QuantizedWeight:
-        if len(x) < self.fewest_tokens:
-            return quantize_hqq(matrix, bits, self.plan.group_size)
+        self,
+        matrices: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        router_weights: list[torch.Tensor],
+        bits: int,
+    ) -> list[QuantizedWeight]:
+        counts = [len(x) for x in inputs]
+        if min(counts) < self.fewest_tokens:
+            return [quantize_hqq(matrix, bits, self.plan.group_size) for matrix in matrices]
         # An error counts as much as the router weight that it is multiplied with, squared.
-        weighted = x * router_weights
-        return quantize_gptq(matrix, weighted.T @ weighted, len(x), bits, self.plan.group_size)
+        weighted = (x * weight for x, weight in zip(inputs, router_weights, strict=True))
+        hessians = torch.stack([x.T @ x for x in weighted])
+        curvature = Curvature.of(hessians, counts)
+        return quantize_gptq(torch.stack(matrices), curvature, bits, self.plan.group_size)
 
     def _check_fingerprint(self, folder: Path, resume: bool) -> None:
         """Check that files in the folder come from the same work."""
@@ -229,6 +292,7 @@ class Calibration:
             "group size": self.plan.group_size,
             "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
             "device": self.device,
+            "choice of --route-all-experts": self.route_all,
             "fewest tokens": self.fewest_tokens,
         }
         fingerprint = json.loads(json.dumps(fingerprint))
@@ -258,10 +322,21 @@ class Calibration:
         if not (folder / _STATE).exists():
             return 0
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        self.coverage = state["coverage"]
+        self.coverage = {key: Coverage(*value) for key, value in state["coverage"].items()}
         done = int(state["done"])
         hidden.copy_(load_file(_snapshot(folder, done))["hidden"])
         return done
+
+
+def _weights(layer: MoELayer) -> int:
+    """Return the number of weights of one expert."""
+    return 3 * layer.hidden_size * layer.intermediate_size
+
+
+def _working_bytes(layer: MoELayer) -> int:
+    """Return about how much memory rounding one expert takes."""
+    columns = max(layer.hidden_size, layer.intermediate_size)
+    return 4 * (_HESSIAN_COPIES * columns**2 + _WEIGHT_COPIES * _weights(layer))
 
 
 def _layer_file(folder: Path, layer: MoELayer) -> Path:
@@ -270,12 +345,6 @@ def _layer_file(folder: Path, layer: MoELayer) -> Path:
 
 def _snapshot(folder: Path, done: int) -> Path:
     return folder / f"hidden-{done:05}.safetensors"
-
-
-def _memory(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return float32 memory that the system may write to a file when it needs the space."""
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:

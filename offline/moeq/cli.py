@@ -1,30 +1,20 @@
 """The ``moeq`` command."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from moeq.calibration import Calibration
-    from moeq.checkpoint import CheckpointReader
-    from moeq.convert import Conversion, Rounding
-    from moeq.families import MoELayer
-    from vllm_moeq.format import BitPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
+    from moeq import commands
     from moeq.errors import MoeqError
     from vllm_moeq.format import FormatError
 
     try:
-        status: int = options.run(options)
+        status: int = commands.COMMANDS[options.command](options)
     except (MoeqError, FormatError) as error:
         print(f"moeq {options.command}: {error}", file=sys.stderr)
         return 1
@@ -59,27 +49,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan_options(quantize)
     _add_rounding_options(quantize)
-    quantize.set_defaults(run=_quantize)
+    quantize.add_argument(
+        "--route-all-experts",
+        action="store_true",
+        default=None,
+        help="round each expert by all tokens, not only by those that the router gives to it",
+    )
 
     plan = commands.add_parser("plan", help="decide the width of every expert; write plan.json")
     plan.add_argument("model", metavar="MODEL", help="folder or hub id of the model")
     plan.add_argument("-o", "--output", type=Path, help="file to create; default: only print")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_plan_options(plan)
-    plan.set_defaults(run=_plan)
+    _add_rounding_options(plan)
 
     inspect = commands.add_parser("inspect", help="show the plan of a checkpoint or plan.json")
     inspect.add_argument("path", metavar="OUT|plan.json", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="check that a packed checkpoint is undamaged")
     verify.add_argument("path", metavar="OUT", type=Path)
-    verify.set_defaults(run=_verify)
+
+    evaluate = commands.add_parser(
+        "eval", help="compare a packed checkpoint with its original on held-out text"
+    )
+    _add_eval_options(evaluate)
 
     bench = commands.add_parser("bench", help="measure the speed of one MoE layer on this CPU")
     _add_bench_options(bench)
-    bench.set_defaults(run=_bench, usage_error=bench.error)
+    bench.set_defaults(usage_error=bench.error)
     return parser
 
 
@@ -87,11 +85,20 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument("--bits", type=float, help="average width of the expert weights, as in 2.5")
     group.add_argument(
+        "--bits-per-weight", type=float, help="instead: the same with scales and zero points"
+    )
+    group.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="instead: size of all tensors of the result, as in 14GB",
+    )
+    group.add_argument(
         "--levels", type=_levels, help="widths to use, as in 3,2 (default: those next to --bits)"
     )
     group.add_argument(
         "--strategy",
-        help="combined (default), router-norm, maxvar, uniform or random:SEED",
+        help="with --calib: auto (the default then; tries several plans) or sensitivity; without: "
+        "combined (the default then), router-norm, maxvar, uniform or random:SEED",
     )
     group.add_argument(
         "--base-router",
@@ -135,6 +142,36 @@ def _add_rounding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="where to calibrate: cpu (default) or cuda")
 
 
+def _add_eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Perplexity, divergence (KL) from the original, how often the likeliest token is the same, "
+        "and how often routers choose other experts; for each text, and over all of them."
+    )
+    parser.add_argument("path", metavar="OUT", type=Path, help="packed checkpoint")
+    parser.add_argument(
+        "--against", required=True, metavar="MODEL", help="folder or hub id of the original"
+    )
+    parser.add_argument(
+        "--text",
+        required=True,
+        help="held-out text, in the forms that --calib of `moeq quantize` takes; each file of a "
+        "folder is judged by itself, too",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["reference", "transformers", "vllm"],
+        default="reference",
+        help="reference (default): layer by layer from disk, float32; transformers: whole models "
+        "in memory, float32; vllm: OUT as it is served, against the original in float32",
+    )
+    parser.add_argument("--dtype", help="of vllm, as in vllm serve (default auto)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda; not of vllm")
+    parser.add_argument("--nsamples", type=int, default=16, help="sequences a text (default 16)")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens of each (default 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of sequences (default 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time one MoE layer with random weights. The environment chooses the kernel (MOEQ_KERNEL), "
@@ -176,173 +213,6 @@ def _levels(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of widths such as 3,2") from None
-
-
-def _read_model(model: str) -> tuple["CheckpointReader", list["MoELayer"]]:
-    from moeq.checkpoint import CheckpointReader, resolve_model
-
-    reader = CheckpointReader(resolve_model(model))
-    return reader, reader.moe_layers()
-
-
-def _given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the group "plan" that the user gave; the rest has its default."""
-    from moeq.allocation import PlanOptions
-
-    names = (field.name for field in fields(PlanOptions))
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _make_plan(
-    options: argparse.Namespace, reader: "CheckpointReader", layers: list["MoELayer"]
-) -> "BitPlan":
-    from moeq.allocation import PlanOptions, make_plan
-    from moeq.errors import MoeqError
-
-    if options.bits is None:
-        raise MoeqError("--bits is needed, as in --bits 2.5")
-    return make_plan(
-        reader,
-        layers,
-        PlanOptions(**_given_plan_options(options)),
-        options.model,
-    )
-
-
-def _quantize(options: argparse.Namespace) -> int:
-    from moeq.convert import Conversion, check_output_is_free
-    from moeq.errors import MoeqError
-    from moeq.report import describe_conversion, describe_plan, describe_result, load_plan
-
-    output = options.output.absolute()
-    check_output_is_free(output)
-    reader, layers = _read_model(options.model)
-    if options.plan is not None:
-        for name in _given_plan_options(options):
-            option = name.replace("_", "-")
-            raise MoeqError(f"--{option} has no effect with --plan; give only one of them")
-        plan = load_plan(options.plan)
-    else:
-        plan = _make_plan(options, reader, layers)
-    conversion = Conversion.prepare(reader, layers, plan, _size(options.max_shard_size))
-    rounding, note = _rounding(options, conversion)
-    conversion = conversion.noting("rounding", note)
-    print(describe_plan(conversion.plan))
-    print(describe_conversion(conversion, rounding), flush=True)
-    if not options.dry_run:
-        conversion.run(output, options.model, rounding, options.resume)
-        print(describe_result(rounding), end="")
-        print(f"wrote {options.output}")
-        print(f"serve it with: vllm serve {options.output} --quantization moeq")
-    return 0
-
-
-def _rounding(
-    options: argparse.Namespace, conversion: "Conversion"
-) -> tuple["Rounding | Calibration", str]:
-    """Return how to round, and that in words."""
-    from moeq.calibration import Calibration
-    from moeq.convert import DATA_FREE
-    from moeq.errors import MoeqError
-    from moeq.text import calibration_sequences
-
-    method = options.method or ("rtn" if options.calib is None else "gptq")
-    if method in DATA_FREE:
-        for name in ("calib", "nsamples", "seqlen", "seed", "device"):
-            if getattr(options, name) is not None:
-                raise MoeqError(f"--{name} has no effect with --method {method}; leave it out")
-        if options.resume:
-            raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
-        return DATA_FREE[method], method
-    if options.calib is None:
-        raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
-    counts = {"nsamples": options.nsamples, "seqlen": options.seqlen}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise MoeqError(f"--{name} {value} is not a positive number")
-    device = _device(options.device or "cpu")
-    count, length, seed = options.nsamples or 128, options.seqlen or 512, options.seed or 0
-    tokens = calibration_sequences(conversion.reader.folder, options.calib, count, length, seed)
-    note = f"gptq, {len(tokens)} x {length} tokens of {options.calib}, seed {seed}"
-    calibration = Calibration(conversion.reader, conversion.layers, conversion.plan, tokens, device)
-    return calibration, note
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from moeq.errors import MoeqError
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise MoeqError(f"--device {name} cannot be used: {reason}") from error
-    return name
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from moeq.report import describe_plan, plan_summary, write_plan
-
-    plan = _make_plan(options, *_read_model(options.model))
-    if options.output is not None:
-        write_plan(plan, options.output)
-    print(json.dumps(plan_summary(plan)) if options.json else describe_plan(plan))
-    return 0
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from moeq.report import describe_plan, plan_of, plan_summary
-
-    plan = plan_of(options.path)
-    print(json.dumps(plan_summary(plan)) if options.json else describe_plan(plan))
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from moeq.verify import verify_checkpoint
-
-    problems = verify_checkpoint(options.path)
-    for problem in problems:
-        print(f"moeq verify: {options.path}: {problem}", file=sys.stderr)
-    if not problems:
-        print(f"{options.path} is complete and undamaged")
-    return 1 if problems else 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from moeq.bench import Machine, Settings, UsageError, describe, measure, prepare, rows
-
-    try:
-        settings = Settings.parse(
-            shape=options.shape,
-            bits=options.bits,
-            tokens=options.tokens,
-            against=options.against,
-            group_size=options.group_size,
-            threads=options.threads,
-            runs=options.runs,
-        )
-    except UsageError as error:
-        options.usage_error(str(error))
-    with redirect_stdout(sys.stderr):  # vLLM logs to the standard output
-        machine = Machine.detect()
-        measurement = measure(settings, machine, prepare(settings, machine))
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows(measurement)]))
-    else:
-        print(describe(measurement))
-    return 0
-
-
-def _size(text: str) -> int:
-    from moeq.errors import MoeqError
-
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.isdecimal() or int(number) == 0:
-        raise MoeqError(f"--max-shard-size {text} is no size such as 2GB or 500MB")
-    return int(number) * units[unit]
 
 
 if __name__ == "__main__":

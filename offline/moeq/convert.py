@@ -23,7 +23,7 @@ from moeq.checkpoint import INDEX_NAME, CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits, expert_widths
 from moeq.model_card import write_model_card
-from moeq.rounding import QuantizedWeight, quantize_hqq, quantize_rtn
+from moeq.rounding import Rounding, quantize_rtn
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
@@ -31,9 +31,8 @@ from vllm_moeq.format import (
     write_manifest,
 )
 
-Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
-DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
-"""Rounding methods without calibration, by the name that ``--method`` takes."""
+CALIBRATION_NAME = "moeq_calibration.json"
+"""What each expert got of the calibration text; beside the packed weights."""
 DEFAULT_SHARD_BYTES = 2 << 30
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
@@ -143,7 +142,7 @@ class Conversion:
         Args:
             output: Folder to create.
             source: The model as the user named it, for the model card.
-            rounding: One of :data:`DATA_FREE`, or a calibration of this plan.
+            rounding: One of :data:`moeq.rounding.DATA_FREE`, or a calibration of this plan.
             resume: Go on where a calibration that failed or was killed ended.
             progress: Show a progress bar.
 
@@ -161,6 +160,7 @@ class Conversion:
                 if isinstance(rounding, Calibration):
                     rounding.run(calibrated, resume, progress)
                     read = rounding.stored(calibrated)
+                    _write_json(work / CALIBRATION_NAME, rounding.summary())
                     self._write(work, source, lambda name, _: read(name), progress)
                 else:
                     self._write(work, source, partial(self._round, rounding), progress)

@@ -16,6 +16,8 @@ from moeq.families import MoELayer
 
 _MOE_MODULE = "mlp"
 """Name of the MoE block inside a decoder layer of transformers 5, for every family."""
+_TOKENS_AT_ONCE = 2048
+"""Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 
 
 class Routed(NamedTuple):
@@ -66,7 +68,8 @@ class LayerwiseModel:
         config = AutoConfig.from_pretrained(reader.folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self._body = model.model.eval()
+        self._body, self._head = model.model.eval(), model.lm_head
+        self.hidden_size = layers[0].hidden_size
         with torch.device(device):
             self._body.rotary_emb = type(self._body.rotary_emb)(config=config)
         self._layers: list[nn.Module] = list(self._body.layers)
@@ -74,11 +77,13 @@ class LayerwiseModel:
         self._arguments: list[dict[str, Any]] = []
         first = layers[0]
         self._prefix = first.container.removesuffix(f"{first.index}.{first.family.experts}")
+        # "model.layers." holds the layers, "model." what is around them.
+        self._around = self._prefix.removesuffix("layers.")
 
     def __len__(self) -> int:
         return len(self._layers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
         """Start with sequences: write their embeddings to ``hidden``.
 
@@ -88,17 +93,15 @@ class LayerwiseModel:
         """
         entrances = [_Entrance() for _ in self._layers]
         self._body.layers = nn.ModuleList(entrances)
-        # "model.layers." holds the layers, "model." what is around them.
-        around = self._prefix.removesuffix("layers.")
-        self._fill(self._body.embed_tokens, f"{around}embed_tokens.")
-        self._fill(self._body.norm, f"{around}norm.")
+        self._fill(self._body.embed_tokens, f"{self._around}embed_tokens.")
+        self._fill(self._body.norm, f"{self._around}norm.")
         for sequence, target in zip(tokens, hidden, strict=True):
             self._body(input_ids=sequence[None].to(self.device), use_cache=False)
             target.copy_(entrances[0].hidden[0])
         self._arguments = [entrance.arguments for entrance in entrances]
         self._body.embed_tokens.to("meta")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, x: torch.Tensor) -> Routed | None:
         """Run one layer in place, all but its routed experts.
 
@@ -117,9 +120,10 @@ class LayerwiseModel:
             getattr(layer, _MOE_MODULE).experts = router
         self._fill(layer, f"{self._prefix}{index}.", moe)
         ids, weights = [], []
-        for sequence, target in zip(hidden, x, strict=True):
-            output = layer(sequence[None].to(self.device), **self._arguments[index])
-            sequence.copy_((output[0] if isinstance(output, tuple) else output)[0])
+        size = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
+        for sequences, target in zip(torch.split(hidden, size), torch.split(x, size), strict=True):
+            output = layer(sequences.to(self.device), **self._arguments[index])
+            sequences.copy_(output[0] if isinstance(output, tuple) else output)
             if moe is not None:
                 target.copy_(router.routed.x.view(target.shape))
                 ids.append(router.routed.ids.cpu())
@@ -129,19 +133,67 @@ class LayerwiseModel:
             return None
         return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), torch.cat(weights))
 
+    def backward(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Turn the gradient of a layer's output, in place, into that of its input.
+
+        All experts of the layer are in memory at once.
+
+        Args:
+            index: Which layer.
+            hidden: float32 [n, L, hidden_size]: its input.
+            gradient: Of the same shape.
+        """
+        layer, moe = self._layers[index], self.moe_layers.get(index)
+        if moe is not None:
+            getattr(layer, _MOE_MODULE).experts = _Experts(self, moe)
+        self._fill(layer, f"{self._prefix}{index}.", moe)
+        with torch.enable_grad():
+            for sequence, target in zip(hidden, gradient, strict=True):
+                inputs = sequence[None].to(self.device, copy=True).requires_grad_()
+                output = layer(inputs, **self._arguments[index])
+                output = output[0] if isinstance(output, tuple) else output
+                (found,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
+                target.copy_(found[0])
+        if moe is not None:
+            getattr(layer, _MOE_MODULE).experts = _Recorder()
+        layer.to("meta")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
+        if self._head.weight.is_meta:
+            name = "lm_head.weight"
+            if name not in self.reader.tensors:  # tied
+                name = f"{self._around}embed_tokens.weight"
+            weight = self.reader.tensor(name).to(self.device).float()
+            self._head.load_state_dict({"weight": weight}, assign=True)
+        logits: torch.Tensor = self._head(self._body.norm(hidden.to(self.device)))
+        return logits
+
+    def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
+        """Return what an expert gives for tokens x [n, hidden_size]."""
+        return F.linear(self.expert_hidden(matrices.gate, matrices.up, x), matrices.down)
+
     def expert_hidden(self, gate: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
         activated: torch.Tensor = self._activation(F.linear(x, gate))
         return activated * F.linear(x, up)
 
     def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
-        """Read an expert's 16- or 32-bit weights."""
-        return ExpertMatrices(
-            *(
-                self.reader.tensor(layer.tensor_name(expert, matrix)).to(self.device).float()
-                for matrix in ("gate", "up", "down")
+        """Read an expert's 16- or 32-bit weights.
+
+        Raises:
+            MoeqError: They are not finite; names the tensor.
+        """
+        names = (layer.tensor_name(expert, matrix) for matrix in ("gate", "up", "down"))
+        return ExpertMatrices(*map(self._finite, names))
+
+    def _finite(self, name: str) -> torch.Tensor:
+        tensor = self.reader.tensor(name).to(self.device).float()
+        if not torch.isfinite(tensor).all():
+            raise MoeqError(
+                f"{self.reader.folder}: cannot quantize {name}: weights are NaN or infinite"
             )
-        )
+        return tensor
 
     def _fill(self, module: nn.Module, prefix: str, moe: MoELayer | None = None) -> None:
         """Give a module its tensors from the checkpoint.
@@ -175,6 +227,26 @@ class _Entrance(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         self.hidden, self.arguments = hidden_states, arguments
         return hidden_states
+
+
+class _Experts(nn.Module):
+    """The experts of a layer, with gradients of what they get."""
+
+    def __init__(self, model: LayerwiseModel, layer: MoELayer) -> None:
+        super().__init__()
+        self._model = (model,)  # not a submodule
+        self._matrices = [model.matrices(layer, expert) for expert in range(layer.num_experts)]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        routed = Routed(hidden_states, top_k_index, top_k_weights)
+        result = torch.zeros_like(hidden_states)
+        for expert, matrices in enumerate(self._matrices):
+            places, weights = routed.of_expert(expert)
+            output = self._model[0].expert_output(matrices, hidden_states[places])
+            result = result.index_add(0, places, output * weights)
+        return result
 
 
 class _Recorder(nn.Module):

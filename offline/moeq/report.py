@@ -1,15 +1,21 @@
 """What the command line prints about plans and checkpoints."""
 
 import json
+import math
 import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from moeq.calibration import Calibration
 from moeq.checkpoint import CheckpointReader, read_json
-from moeq.convert import Conversion, Rounding
+from moeq.convert import CALIBRATION_NAME, Conversion
 from moeq.errors import MoeqError
+from moeq.evaluate import Evaluation, Scores
+from moeq.planning import Candidate
+from moeq.rounding import Rounding
 from moeq.verify import read_plan
 from vllm_moeq.format import BitPlan, FormatError
 
@@ -109,13 +115,94 @@ def describe_conversion(conversion: Conversion, rounding: Rounding | Calibration
 
 def describe_result(rounding: Rounding | Calibration) -> str:
     """Return what there is to know about a rounding that is done."""
-    if not isinstance(rounding, Calibration) or not rounding.uncalibrated:
+    if not isinstance(rounding, Calibration):
         return ""
-    experts = sum(layer.num_experts for layer in rounding.layers)
-    return (
-        f"{rounding.uncalibrated} of {experts} experts got fewer than {rounding.fewest_tokens} "
-        "calibration tokens and were rounded without them (hqq); more text helps: --nsamples\n"
+    counts = [n for coverage in rounding.coverage.values() for n in coverage.tokens]
+    text = (
+        f"an expert got {median(counts):,.0f} of {rounding.tokens.numel():,} calibration tokens "
+        f"(median; fewest {min(counts):,}, most {max(counts):,}; all: {CALIBRATION_NAME})\n"
     )
+    if rounding.uncalibrated:
+        text += (
+            f"{rounding.uncalibrated} of {len(counts)} experts got fewer than "
+            f"{rounding.fewest_tokens} calibration tokens and were rounded without them (hqq); "
+            "more text helps (--nsamples), or --route-all-experts\n"
+        )
+    return text
+
+
+def describe_candidates(tried: list[Candidate]) -> str:
+    """Return what ``--strategy auto`` tried as text, the best first; empty if it was not asked."""
+    if not tried:
+        return ""
+    lines = [["plan", "expert bytes", "KL", "loss"]]
+    for candidate in tried:
+        provenance, scores = candidate.plan.provenance, candidate.scores
+        lines.append(
+            [
+                provenance.strategy,
+                f"{provenance.expert_bytes:,}",
+                f"{scores.divergence:.5f}",
+                f"{scores.loss - scores.original_loss:+.5f}",
+            ]
+        )
+    text = _aligned(lines)
+    text.append(
+        f"tried on {tried[0].scores.tokens:,} tokens held back from the calibration text; KL: from "
+        "the original, loss: increase, in nats per token"
+    )
+    return "\n".join(text) + "\n"
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Return lines of a table whose first column is text and whose others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """Return an evaluation as text: a line for each text, and how routing shifts."""
+    lines = [["text", "tokens", "16 bits", "packed", "loss", "KL", "same top"]]
+    texts = dict(evaluation.texts)
+    if len(texts) > 1:
+        texts["all"] = evaluation.total
+    for name, scores in texts.items():
+        lines.append(
+            [
+                name,
+                f"{scores.tokens:,}",
+                f"{math.exp(scores.original_loss):.4f}",
+                f"{scores.perplexity:.4f}",
+                f"{scores.loss - scores.original_loss:+.4f}",
+                f"{scores.divergence:.5f}",
+                f"{scores.agreement:.1%}",
+            ]
+        )
+    text = _aligned(lines)
+    text.append(
+        "16 bits, packed: perplexity; loss: increase in nats per token; KL: from the original, in "
+        "nats per token; same top: places with the same likeliest token"
+    )
+    if evaluation.routing_shift:
+        text.append("routing shift (choices of the original's router that are not made any more):")
+        text += [f"  {name}: {shift:.2%}" for name, shift in evaluation.routing_shift.items()]
+    return "\n".join(text)
+
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as JSON for programs."""
+
+    def summary(scores: Scores) -> dict[str, float]:
+        return {**asdict(scores), "perplexity": scores.perplexity}
+
+    return {
+        "total": summary(evaluation.total),
+        "texts": {name: summary(scores) for name, scores in evaluation.texts.items()},
+        "routing_shift": dict(evaluation.routing_shift),
+    }
 
 
 def _time_class(operations: float) -> str:

@@ -59,16 +59,42 @@ def calibration_sequences(
     Raises:
         MoeqError: The text is shorter than one sequence, or the checkpoint has no tokenizer.
     """
-    windows = torch.cat(
-        [_windows(tokens, length) for tokens in tokenized(folder, read_texts(source)).values()]
-    )
+    texts = tokenized(folder, read_texts(source))
+    windows = torch.cat([_windows(tokens, length) for tokens in texts.values()])
     if not len(windows):
-        raise MoeqError(
-            f"{source}: no text in it has the {length} tokens of one sequence; give more text or "
-            "a smaller --seqlen"
-        )
+        raise _too_short(source, length)
+    return _drawn(windows, count, seed)
+
+
+def evaluation_sequences(
+    folder: Path, source: str, count: int, length: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return for each text int64 [n, length]: sequences without overlap, n <= count.
+
+    Texts that are too short for one are left out. Arguments as those of
+    :func:`calibration_sequences`.
+
+    Raises:
+        MoeqError: All are too short, or the checkpoint has no tokenizer.
+    """
+    texts = tokenized(folder, read_texts(source))
+    windows = {name: _windows(tokens, length) for name, tokens in texts.items()}
+    drawn = {name: _drawn(found, count, seed) for name, found in windows.items() if len(found)}
+    if not drawn:
+        raise _too_short(source, length)
+    return drawn
+
+
+def _drawn(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(len(windows), generator=generator)[:count]]
+
+
+def _too_short(source: str, length: int) -> MoeqError:
+    return MoeqError(
+        f"{source}: no text in it has the {length} tokens of one sequence; give more text or a "
+        "smaller --seqlen"
+    )
 
 
 def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:

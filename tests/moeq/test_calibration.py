@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from support.cli import run_moeq, start_moeq
 from support.reference import dequantize_checkpoint
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
-OPTIONS = ("--bits", 2.5, "--group-size", 32, "--nsamples", 24, "--seqlen", 48)
+OPTIONS = (
+    "--bits", 2.5, "--group-size", 32, "--strategy", "combined", "--nsamples", 24, "--seqlen", 48,
+)  # fmt: skip
 UNFINISHED = ".out.moeq-calibration"
 
 
@@ -60,9 +63,9 @@ def test_outputs_stay_nearer_to_the_original_than_without_calibration(
     logits = {}
     for method in ("gptq", "rtn"):
         out = tmp_path / method
-        calibration = ("--calib", text, *OPTIONS[4:]) if method == "gptq" else ()
+        calibration = ("--calib", text, *OPTIONS[6:]) if method == "gptq" else ()
         done = run_moeq(
-            "quantize", source, "-o", out, *OPTIONS[:4], "--method", method, *calibration
+            "quantize", source, "-o", out, *OPTIONS[:6], "--method", method, *calibration
         )
         assert done.returncode == 0, done.stderr
         assert run_moeq("verify", out).returncode == 0
@@ -74,6 +77,18 @@ def test_outputs_stay_nearer_to_the_original_than_without_calibration(
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     note = config["quantization_config"]["provenance"]["details"]["rounding"]
     assert note == f"gptq, 24 x 48 tokens of {text}, seed 0"
+    _check_coverage(json.loads((tmp_path / "gptq" / "moeq_calibration.json").read_text()))
+
+
+def _check_coverage(summary: dict[str, Any]) -> None:
+    """Every token goes to two experts of each layer, and their router weights make up a sum."""
+    assert summary["tokens"] == 24 * 48
+    for coverage in summary["experts"].values():
+        assert sum(coverage["tokens"]) == 2 * 24 * 48
+        assert all(
+            0 <= weight <= tokens
+            for weight, tokens in zip(coverage["weight"], coverage["tokens"], strict=True)
+        )
 
 
 def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,7 +102,7 @@ def test_experts_that_few_tokens_reach_are_counted(
 ) -> None:
     source = tiny_model("qwen3_moe")
     out = tmp_path / "out"
-    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:4], "--nsamples=1",
+    done = run_moeq("quantize", source, "-o", out, "--calib", text, *OPTIONS[:6], "--nsamples=1",
                     "--seqlen=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     # Two tokens make four choices: some of the eight experts of a layer get none.
@@ -95,6 +110,43 @@ def test_experts_that_few_tokens_reach_are_counted(
     for path in out.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.isfinite(tensor.float()).all(), name
+
+
+def test_every_expert_can_be_rounded_by_all_tokens(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """Also those that few tokens reach: on all tokens, their outputs stay nearer than with hqq."""
+    source = tiny_model("qwen3_moe")
+    # 40 tokens, of which no expert gets 32.
+    options = ("--calib", text, *OPTIONS[:6], "--nsamples=1", "--seqlen=40")
+    floats = {}
+    for name, extra in {"all": ("--route-all-experts",), "hqq": ()}.items():
+        done = run_moeq("quantize", source, "-o", tmp_path / name, *options, *extra)
+        assert done.returncode == 0, done.stderr
+        assert ("were rounded without them" in done.stdout) == (name == "hqq")
+        floats[name] = dequantize_checkpoint(tmp_path / name, tmp_path / f"{name}-float")
+    summary = json.loads((tmp_path / "all" / "moeq_calibration.json").read_text())
+    assert summary["route_all_experts"] is True
+
+    inputs: list[torch.Tensor] = []
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, arguments: inputs.append(arguments[0])
+    )
+    tokens = [byte + 3 for byte in text.read_bytes()]
+    with torch.inference_mode():
+        model(torch.tensor([tokens]))  # the drawn 40 are some of these
+    errors = {}
+    original = load_file(source / "model.safetensors")
+    for name, folder in floats.items():
+        found = load_file(folder / "model.safetensors")
+        errors[name] = [
+            ((found[key] - original[key].float()) @ inputs[0].T).norm().item()
+            for key in found
+            if "layers.0.mlp.experts" in key and "gate_proj" in key
+        ]
+    better = sum(a < b for a, b in zip(errors["all"], errors["hqq"], strict=True))
+    assert better >= 6  # of 8 experts
 
 
 def test_a_killed_run_is_resumed_and_gives_the_same_bytes(
@@ -148,15 +200,15 @@ def test_values_that_are_not_finite_are_named(
         return weight.index_fill(0, torch.tensor([1]), float("nan"))
 
     source = _copy(tiny_model("mixtral"), tmp_path / "model", **{ending: poison})
-    command = ("quantize", source, "-o", tmp_path / "out", "--strategy", "random:0")
-    done = run_moeq(*command, "--calib", text, *OPTIONS)
+    command = ("quantize", source, "-o", tmp_path / "out", "--calib", text, *OPTIONS)
+    done = run_moeq(*command, "--strategy", "random:0")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     if ending == "q_proj_weight":
         assert "layer 0 gives NaN or infinity on the calibration text" in done.stderr
     else:
         name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
-        assert f"cannot quantize {name}: weights are NaN" in done.stderr
+        assert f"cannot quantize {name}: weights are NaN or infinite" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

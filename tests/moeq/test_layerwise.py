@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import CheckpointReader
+from moeq.evaluate.reference import ExpertSource, run_layer
 from moeq.layerwise import LayerwiseModel
 from support.models import FAMILIES, VOCABULARY
 
@@ -39,3 +40,35 @@ def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str
     with torch.inference_mode():
         logits = whole.lm_head(whole.model.norm(hidden))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_transformers(
+    family: str, tiny_model: Callable[[str], Path]
+) -> None:
+    folder = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=generator)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs: list[torch.Tensor] = []
+    whole.model.layers[-1].register_forward_hook(
+        lambda module, args, output: outputs.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+    )
+    embedded = whole.model.embed_tokens(tokens).detach().requires_grad_()
+    whole(inputs_embeds=embedded)
+    gradient = torch.randn(embedded.shape, generator=generator)
+    (expected,) = torch.autograd.grad(outputs[0], embedded, gradient)
+
+    reader = CheckpointReader(folder)
+    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    hidden = torch.empty(embedded.shape)
+    model.embed(tokens, hidden)
+    inputs = []
+    for index in range(len(model)):
+        inputs.append(hidden.clone())
+        run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
+    for index in reversed(range(len(model))):
+        model.backward(index, inputs[index], gradient)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)

@@ -25,7 +25,7 @@ def run_moeq(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         preexec_fn=before,
     )
 

@@ -20,9 +20,15 @@ from moeq.signals import load_base_routers, max_var, router_norms
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance, packed_bytes
 
-STRATEGIES = ("combined", "router-norm", "maxvar", "uniform", "random:SEED")
+MEASURED = ("auto", "sensitivity")
+"""Strategies that need calibration text; see ``moeq.planning``."""
+STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random:SEED")
+
+DEFAULT_GROUP_SIZE = 128
 
 _USED_OPTIONS = {
+    "auto": {"levels", "base_router", "zeta", "maxvar", "reorder"},
+    "sensitivity": {"levels"},
     "combined": {"levels", "base_router", "zeta", "maxvar", "reorder"},
     "router-norm": {"levels", "base_router"},
     "maxvar": {"levels", "maxvar"},
@@ -50,7 +56,7 @@ class PlanOptions:
     bits: float
     levels: tuple[int, ...] | None = None
     strategy: str = "combined"
-    group_size: int = 128
+    group_size: int = DEFAULT_GROUP_SIZE
     base_router: str | None = None
     zeta: float = DEFAULT_ZETA
     maxvar: str = "max-row"
@@ -154,6 +160,11 @@ def make_plan(
         MoeqError: Options that contradict each other or do not fit the model; names them.
     """
     options.check()
+    if options.strategy in MEASURED:
+        raise MoeqError(
+            f"--strategy {options.strategy} needs calibration text: --calib FILE, or --calib "
+            "default"
+        )
     levels = options.resolved_levels()
     expert_bits = {}
     details: dict[str, object] = {"levels": list(levels)}

@@ -1,8 +1,26 @@
 """Rounding: weights to codes, scales and zero points."""
 
-from moeq.rounding.gptq import REFINEMENT, quantize_gptq
+from collections.abc import Callable
+
+import torch
+
+from moeq.rounding.gptq import REFINEMENT, Curvature, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
 
-__all__ = ["REFINEMENT", "QuantizedWeight", "quantize_gptq", "quantize_hqq", "quantize_rtn"]
+__all__ = [
+    "DATA_FREE",
+    "REFINEMENT",
+    "Curvature",
+    "QuantizedWeight",
+    "Rounding",
+    "quantize_gptq",
+    "quantize_hqq",
+    "quantize_rtn",
+]
+
+Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
+"""Takes a matrix, its width and the group size."""
+DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
+"""Rounding methods without calibration, by the name that ``--method`` takes."""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.rounding import REFINEMENT, quantize_gptq, quantize_rtn
-from moeq.rounding.gptq import Refinement
+from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_rtn
+from moeq.rounding.gptq import Curvature, Refinement
 from support.reference import dequantize
 
 N, K, GROUP = 24, 256, 64
@@ -33,6 +33,20 @@ def _objective(weight: np.ndarray, quantized: np.ndarray, hessian: np.ndarray) -
     return float(np.einsum("nk,kl,nl->", difference, hessian, difference))
 
 
+def _quantized(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    samples: int,
+    bits: int,
+    group: int,
+    refinement: Refinement = REFINEMENT,
+) -> QuantizedWeight:
+    """Quantize a batch of one."""
+    curvature = Curvature.of(hessian.float()[None].clone(), [samples])
+    (found,) = quantize_gptq(weight[None], curvature, bits, group, refinement)
+    return found
+
+
 def _stored(
     weight: np.ndarray,
     hessian: np.ndarray,
@@ -41,7 +55,7 @@ def _stored(
     refinement: Refinement = REFINEMENT,
 ) -> np.ndarray:
     """Return the weights as read back from the three stored tensors by other code."""
-    found = quantize_gptq(
+    found = _quantized(
         torch.from_numpy(weight), torch.from_numpy(hessian), MANY, bits, group, refinement
     )
     return dequantize(*found, group_size=group).numpy()
@@ -109,7 +123,7 @@ def test_codes_are_close_to_an_exhaustive_search(seed: int) -> None:
     columns = 8
     x, weight = _inputs(64, columns, seed), _weight(6, columns, seed)
     hessian = x.T @ x
-    found = quantize_gptq(torch.from_numpy(weight), torch.from_numpy(hessian), MANY, 1, columns)
+    found = _quantized(torch.from_numpy(weight), torch.from_numpy(hessian), MANY, 1, columns)
     scale = found.scale.double().numpy()
     zero = found.zero_point.double().numpy() * 2 / 256
     every = np.array(list(itertools.product((0, 1), repeat=columns)))
@@ -125,7 +139,7 @@ def test_codes_are_close_to_an_exhaustive_search(seed: int) -> None:
 def test_without_correlation_it_is_rounding_to_nearest() -> None:
     weight = torch.from_numpy(_weight())
     for ours, nearest in zip(
-        quantize_gptq(weight, torch.eye(K), MANY, 3, GROUP, PLAIN),
+        _quantized(weight, torch.eye(K), MANY, 3, GROUP, PLAIN),
         quantize_rtn(weight, 3, GROUP),
         strict=True,
     ):
@@ -137,9 +151,7 @@ def test_few_samples_are_not_fitted_at_the_cost_of_other_inputs(samples: int) ->
     """Judged on inputs that were not seen, it is no worse than rounding to nearest."""
     x, weight = _inputs(4096), _weight()
     seen, unseen = x[:samples], x[2048:]
-    found = quantize_gptq(
-        torch.from_numpy(weight), torch.from_numpy(seen.T @ seen), samples, 2, GROUP
-    )
+    found = _quantized(torch.from_numpy(weight), torch.from_numpy(seen.T @ seen), samples, 2, GROUP)
     nearest = quantize_rtn(torch.from_numpy(weight), 2, GROUP)
     hessian = unseen.T @ unseen
     ours, theirs = (
@@ -163,7 +175,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     hessian = torch.eye(K)
     hessian[3, 3] = torch.nan
     with pytest.raises(ValueError, match="calibration activations are NaN or infinite"):
-        quantize_gptq(torch.randn(4, K), hessian, MANY, 2, GROUP)
+        _quantized(torch.randn(4, K), hessian, MANY, 2, GROUP)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -171,4 +183,28 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     weight = torch.randn(4, K)
     weight[1, 2] = value
     with pytest.raises(ValueError, match="weights are NaN, infinite"):
-        quantize_gptq(weight, torch.eye(K), MANY, 2, GROUP)
+        _quantized(weight, torch.eye(K), MANY, 2, GROUP)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_matrices_of_a_batch_are_rounded_as_if_alone(bits: int) -> None:
+    """Up to codes that flip, and what follows from them: sums are ordered differently."""
+    weights = [_weight(seed=seed) for seed in range(3)]
+    hessians = [x.T @ x for x in (_inputs(seed=seed) for seed in range(3))]
+    samples = [MANY, MANY, 300]
+    together = quantize_gptq(
+        torch.from_numpy(np.stack(weights)),
+        Curvature.of(torch.from_numpy(np.stack(hessians)).float(), samples),
+        bits,
+        GROUP,
+    )
+    objectives = []
+    for weight, hessian, count, found in zip(weights, hessians, samples, together, strict=True):
+        alone = _quantized(torch.from_numpy(weight), torch.from_numpy(hessian), count, bits, GROUP)
+        objectives.append(
+            [
+                _objective(weight, dequantize(*stored, group_size=GROUP).numpy(), hessian)
+                for stored in (found, alone)
+            ]
+        )
+    np.testing.assert_allclose(*zip(*objectives, strict=True), rtol=0.02)

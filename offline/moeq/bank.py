@@ -1,0 +1,257 @@
+"""Every expert at every width, rounded once: plans are put together from it without rounding."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from moeq.calibration import FEWEST_TOKENS
+from moeq.evaluate.reference import ExpertSource, run_layer
+from moeq.families import Matrix, MoELayer
+from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
+from moeq.rounding import DATA_FREE, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
+from vllm_moeq.format import PROJECTIONS, BitPlan, Projection
+
+_MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
+
+
+class Choice(NamedTuple):
+    """A projection of an expert at a width."""
+
+    container: str
+    expert: int
+    projection: Projection
+    bits: int
+
+
+class Damage(NamedTuple):
+    """What one projection of one expert at a lower width does, all else being original.
+
+    Attributes:
+        weight: Squared errors of its weights.
+        output: Squared errors of the layer's output, as a sum over the calibration tokens.
+        loss: Estimate of the increase of the model's divergence from itself, in nats per token:
+            half of the squared products of output errors and gradients (see ``moeq.fisher``).
+    """
+
+    weight: float
+    output: float
+    loss: float
+
+
+class Traffic(NamedTuple):
+    """What the router gives to an expert.
+
+    Attributes:
+        frequency: Share of the tokens.
+        weight: Mean router weight of these tokens.
+    """
+
+    frequency: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """Rounded experts on disk, with what they do to the model.
+
+    Attributes:
+        folder: Holds a file for each layer.
+        layers: The MoE layers.
+        group_size: Weights that share a scale.
+        damage: Of every choice.
+        traffic: Of each expert, by container.
+    """
+
+    folder: Path
+    layers: list[MoELayer]
+    group_size: int
+    damage: Mapping[Choice, Damage]
+    traffic: Mapping[str, list[Traffic]]
+
+    def source(self, plan: BitPlan, device: torch.device) -> ExpertSource:
+        """Return the experts of a plan with the bank's group size and widths."""
+        files: dict[str, Any] = {
+            layer.container: safe_open(_file(self.folder, layer), framework="pt")
+            for layer in self.layers
+        }
+
+        def widths(layer: MoELayer, expert: int) -> tuple[int, int]:
+            bits = plan.expert_bits[layer.container]
+            return bits.w13[expert], bits.w2[expert]
+
+        def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
+            first, second = widths(layer, expert)
+            parts: dict[str, torch.Tensor] = {}
+            matrix_widths: dict[Matrix, int] = {"gate": first, "up": first, "down": second}
+            for name, width in matrix_widths.items():
+                tensor = layer.tensor_name(expert, name)
+                stored = (
+                    files[layer.container].get_tensor(f"{width}.{part}").to(device)
+                    for part in QuantizedWeight.names(tensor)
+                )
+                parts[name] = QuantizedWeight(*stored).dequantize(width)
+            return ExpertMatrices(**parts)
+
+        return ExpertSource(matrices, widths)
+
+
+@torch.no_grad()
+def build(
+    model: LayerwiseModel,
+    tokens: torch.Tensor,
+    widths: Iterable[int],
+    group_size: int,
+    method: str,
+    gradients: list[torch.Tensor],
+    folder: Path,
+    progress: bool = True,
+) -> Bank:
+    """Round every expert at every width, by what it gets in the ORIGINAL model.
+
+    Args:
+        model: Runs the checkpoint.
+        tokens: int64 [n, L]: calibration text.
+        widths: Of the format's.
+        group_size: Weights that share a scale.
+        method: ``gptq``, or one of :data:`moeq.rounding.DATA_FREE`.
+        gradients: Of :func:`moeq.fisher.gradients` for the same tokens.
+        folder: Gets the rounded experts: together the sum of ``widths`` / 16 of the experts' size.
+        progress: Show a progress bar.
+
+    Raises:
+        MoeqError: A weight is not finite; names it.
+    """
+    widths = sorted(widths)
+    hidden, x = torch.empty(2, *tokens.shape, model.hidden_size)
+    model.embed(tokens, hidden)
+    damage: dict[Choice, Damage] = {}
+    traffic: dict[str, list[Traffic]] = {}
+    layers = [model.moe_layers[index] for index in sorted(model.moe_layers)]
+    experts = sum(layer.num_experts for layer in layers)
+    with tqdm(total=experts, desc=f"bank ({method})", unit="expert", disable=not progress) as bar:
+        for index in range(layers[-1].index + 1):
+            routed = run_layer(model, index, hidden, x, [ExpertSource.original(model)])
+            if routed is None:
+                continue
+            layer = model.moe_layers[index]
+            stored: dict[str, torch.Tensor] = {}
+            gradient = gradients[index].view(-1, model.hidden_size)
+            traffic[layer.container] = []
+            for expert in range(layer.num_experts):
+                visit = _Visit.of(model, layer, expert, routed, gradient)
+                traffic[layer.container].append(visit.traffic(tokens.numel()))
+                for bits, (weights, errors) in visit.rounded(widths, group_size, method):
+                    stored |= {f"{bits}.{name}": tensor for name, tensor in weights.items()}
+                    for projection, error in errors.items():
+                        choice = Choice(layer.container, expert, projection, bits)
+                        damage[choice] = error
+                bar.update()
+            save_file(stored, _file(folder, layer))
+    return Bank(folder, layers, group_size, damage, traffic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One expert and what it gets: all on the device where the model runs.
+
+    Attributes:
+        model: Runs it.
+        layer: Where it is.
+        expert: Its number.
+        original: Its weights.
+        x: float32 [n, hidden_size].
+        weights: Router weights [n, 1].
+        gradient: Of the loss with respect to the layer's output [n, hidden_size].
+        tokens: Of the calibration text.
+    """
+
+    model: LayerwiseModel
+    layer: MoELayer
+    expert: int
+    original: ExpertMatrices
+    x: torch.Tensor
+    weights: torch.Tensor
+    gradient: torch.Tensor
+    tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        model: LayerwiseModel,
+        layer: MoELayer,
+        expert: int,
+        routed: Routed,
+        gradient: torch.Tensor,
+    ) -> "_Visit":
+        places, weights = routed.of_expert(expert)
+        x, weights, local = (
+            part.to(model.device) for part in (routed.x[places], weights, gradient[places])
+        )
+        matrices = model.matrices(layer, expert)
+        return cls(model, layer, expert, matrices, x, weights, local, len(routed.x))
+
+    def traffic(self, tokens: int) -> Traffic:
+        """Return what the router gives to it."""
+        mean = float(self.weights.mean()) if len(self.weights) else 0.0
+        return Traffic(len(self.weights) / tokens, mean)
+
+    def rounded(
+        self, widths: list[int], group_size: int, method: str
+    ) -> Iterator[tuple[int, tuple[dict[str, torch.Tensor], dict[Projection, Damage]]]]:
+        """Yield of each width the packed tensors, and what each projection alone does."""
+        gate, up, down = self.original
+        inner = self.model.expert_hidden(gate, up, self.x)
+        expected = inner @ down.T
+        matrices = {"w13": torch.cat((gate, up)), "w2": down}
+        inputs = {"w13": self.x, "w2": inner}
+        found = {
+            projection: self._quantize(
+                matrices[projection], inputs[projection], widths, group_size, method
+            )
+            for projection in PROJECTIONS
+        }
+        for bits in widths:
+            stored: dict[str, torch.Tensor] = {}
+            errors: dict[Projection, Damage] = {}
+            for projection in PROJECTIONS:
+                quantized, names = found[projection][bits], _MATRICES[projection]
+                parts = (tensor.chunk(len(names)) for tensor in quantized)
+                for name, *kept in zip(names, *parts, strict=True):
+                    weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in kept))
+                    stored |= weight.named(self.layer.tensor_name(self.expert, name))
+                matrix = quantized.dequantize(bits)
+                if projection == "w13":
+                    new_gate, new_up = matrix.chunk(2)
+                    output = self.model.expert_hidden(new_gate, new_up, self.x) @ down.T
+                else:
+                    output = inner @ matrix.T
+                difference = (output - expected) * self.weights
+                felt = (difference * self.gradient).sum(-1)
+                errors[projection] = Damage(
+                    weight=float((matrix - matrices[projection]).square().sum()),
+                    output=float(difference.square().sum()),
+                    loss=float(felt.square().sum()) / 2 / self.tokens,
+                )
+            yield bits, (stored, errors)
+
+    def _quantize(
+        self, matrix: torch.Tensor, x: torch.Tensor, widths: list[int], group_size: int, method: str
+    ) -> dict[int, QuantizedWeight]:
+        if method in DATA_FREE or len(x) < FEWEST_TOKENS:
+            rounding = DATA_FREE.get(method, quantize_hqq)
+            return {bits: rounding(matrix, bits, group_size) for bits in widths}
+        weighted = x * self.weights
+        curvature = Curvature.of((weighted.T @ weighted)[None], [len(x)])
+        return {
+            bits: quantize_gptq(matrix[None], curvature, bits, group_size)[0] for bits in widths
+        }
+
+
+def _file(folder: Path, layer: MoELayer) -> Path:
+    return folder / f"layer-{layer.index:05}.safetensors"

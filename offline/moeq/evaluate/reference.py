@@ -1,0 +1,141 @@
+"""Runs models layer by layer from disk: several sets of experts cost little more than one."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from moeq.checkpoint import CheckpointReader
+from moeq.evaluate.scores import Output
+from moeq.families import MoELayer
+from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
+from moeq.rounding import QuantizedWeight
+from vllm_moeq.format import BitPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSource:
+    """Where a model's experts come from.
+
+    Attributes:
+        matrices: Takes a layer and an expert's number; returns its weights.
+        key: Takes the same; sources with equal keys give equal weights, which are then read once.
+    """
+
+    matrices: Callable[[MoELayer, int], ExpertMatrices]
+    key: Callable[[MoELayer, int], Hashable]
+
+    @classmethod
+    def original(cls, model: LayerwiseModel) -> "ExpertSource":
+        """Return the experts of the checkpoint itself."""
+        return cls(model.matrices, lambda layer, expert: None)
+
+    @classmethod
+    def packed(
+        cls, reader: CheckpointReader, plan: BitPlan, device: torch.device
+    ) -> "ExpertSource":
+        """Return the experts of a packed checkpoint."""
+
+        def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
+            bits = plan.expert_bits[layer.container]
+
+            def weight(name: str, width: int) -> torch.Tensor:
+                stored = (reader.tensor(part).to(device) for part in QuantizedWeight.names(name))
+                return QuantizedWeight(*stored).dequantize(width)
+
+            return ExpertMatrices(
+                weight(layer.tensor_name(expert, "gate"), bits.width("w13", expert)),
+                weight(layer.tensor_name(expert, "up"), bits.width("w13", expert)),
+                weight(layer.tensor_name(expert, "down"), bits.width("w2", expert)),
+            )
+
+        return cls(matrices, lambda layer, expert: "packed")
+
+
+@torch.no_grad()
+def outputs(
+    model: LayerwiseModel,
+    sources: Sequence[ExpertSource],
+    tokens: torch.Tensor,
+    progress: bool = True,
+) -> Iterator[list[Output]]:
+    """Yield for each sequence what the model says with each of several sets of experts.
+
+    Args:
+        model: All but the experts.
+        sources: Sets of experts.
+        tokens: int64 [n, L].
+        progress: Show a progress bar.
+    """
+    hidden = torch.empty(len(sources), *tokens.shape, model.hidden_size)
+    model.embed(tokens, hidden[0])
+    hidden[1:] = hidden[0]
+    flat, x = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
+    chosen: dict[str, torch.Tensor] = {}
+    for index in tqdm(range(len(model)), desc="layers", disable=not progress):
+        routed = run_layer(model, index, flat, x, sources)
+        if routed is not None:
+            container = model.moe_layers[index].container
+            chosen[container] = routed.ids.view(len(sources), *tokens.shape, -1)
+    for i in range(len(tokens)):
+        yield [
+            Output.of(
+                model.logits(stream[i]),
+                {container: ids[number, i] for container, ids in chosen.items()},
+            )
+            for number, stream in enumerate(hidden)
+        ]
+
+
+def run_layer(
+    model: LayerwiseModel,
+    index: int,
+    hidden: torch.Tensor,
+    x: torch.Tensor,
+    sources: Sequence[ExpertSource],
+) -> Routed | None:
+    """Run one layer in place, with its experts.
+
+    Args:
+        model: All but the experts.
+        index: Which layer.
+        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
+        x: Memory of the same shape.
+        sources: Sets of experts.
+
+    Returns:
+        What the experts got; None for a layer without experts.
+    """
+    routed = model.run(index, hidden, x)
+    if routed is None:
+        return None
+    layer, flat = model.moe_layers[index], hidden.view(-1, hidden.shape[-1])
+    for expert in range(layer.num_experts):
+        places, weights = routed.of_expert(expert)
+        streams = places // (len(flat) // len(sources))
+        for part, matrices in _weights(sources, layer, expert, streams):
+            inputs = routed.x[places[part]].to(model.device)
+            result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
+            flat.index_add_(0, places[part], result)
+    return routed
+
+
+def _weights(
+    sources: Sequence[ExpertSource], layer: MoELayer, expert: int, stream: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ExpertMatrices]]:
+    """Yield an expert's different weights, and which of its tokens get them.
+
+    Args:
+        sources: Sets of experts.
+        layer: Where the expert is.
+        expert: Its number.
+        stream: int64 [n]: for each of its tokens, the number of the source.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for number, source in enumerate(sources):
+        alike.setdefault(source.key(layer, expert), []).append(number)
+    for numbers in alike.values():
+        part = torch.isin(stream, torch.tensor(numbers)).nonzero().flatten()
+        if len(part):
+            yield part, sources[numbers[0]].matrices(layer, expert)

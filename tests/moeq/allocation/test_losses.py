@@ -1,0 +1,110 @@
+"""From a table of losses to arrays, to a choice, to the widths of a plan."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeq.allocation import solve
+from moeq.allocation.budget import bits_budget, option_sizes
+from moeq.allocation.losses import LossTable, layer_bits, loss_array, solve_group_sizes
+from moeq.checkpoint import CheckpointReader
+from moeq.errors import MoeqError
+from moeq.families import MoELayer, check_plan_fits
+from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint
+from vllm_moeq.format import PROJECTIONS, BitPlan
+
+WIDTHS = (4, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> list[MoELayer]:
+    return CheckpointReader(write_checkpoint(tmp_path_factory.mktemp("model"))).moe_layers()
+
+
+def _table(factor: float = 1.0) -> LossTable:
+    """Return losses that tell by their digits where they belong."""
+    return {
+        (container, expert, projection, width): factor
+        * (1000 * layer + 100 * expert + 10 * place + 1 / width)
+        for layer, container in enumerate(CONTAINERS)
+        for expert in range(NUM_EXPERTS)
+        for place, projection in enumerate(PROJECTIONS)
+        for width in WIDTHS
+    }
+
+
+def test_losses_are_ordered_by_layer_expert_and_projection(layers: list[MoELayer]) -> None:
+    loss = loss_array(_table(), layers, WIDTHS)
+    assert (loss.dtype, loss.shape) == (np.float64, (2 * NUM_EXPERTS * 2, 3))
+    assert loss[0].tolist() == [0.25, 0.5, 1.0]
+    assert loss[1].tolist() == [10.25, 10.5, 11.0]
+    assert loss[2 * NUM_EXPERTS + 2 * 3 + 1].tolist() == [1310.25, 1310.5, 1311.0]
+
+
+def test_a_missing_loss_is_named(layers: list[MoELayer]) -> None:
+    table = dict(_table())
+    del table[CONTAINERS[1], 2, "w2", 4]
+    with pytest.raises(MoeqError, match=rf"w2 of expert 2 of {CONTAINERS[1]} at 4 bits"):
+        loss_array(table, layers, WIDTHS)
+
+
+def test_a_choice_becomes_a_plan_of_its_size_and_loss(layers: list[MoELayer]) -> None:
+    source = np.random.default_rng(0)
+    table = {key: source.lognormal(0, 2) for key in _table()}
+    size, budget = option_sizes(layers, 64, WIDTHS), bits_budget(2.25, layers, 64)
+    solution = solve(loss_array(table, layers, WIDTHS), size, budget)
+    plan = BitPlan(64, layer_bits(solution.choice, layers, WIDTHS))
+    check_plan_fits(plan, layers)
+    losses = [
+        table[container, expert, projection, bits.width(projection, expert)]
+        for container, bits in plan.expert_bits.items()
+        for expert in range(NUM_EXPERTS)
+        for projection in PROJECTIONS
+    ]
+    assert solution.loss == pytest.approx(math.fsum(losses))
+    rows = {"w13": 2 * 128 * 64, "w2": 64 * 128}
+    total = sum(
+        rows[projection] * bits.width(projection, expert) // 8 + rows[projection] // 64 * 3
+        for bits in plan.expert_bits.values()
+        for expert in range(NUM_EXPERTS)
+        for projection in PROJECTIONS
+    )
+    assert solution.size == total <= budget
+
+
+def test_the_group_size_of_the_least_loss_is_taken(layers: list[MoELayer]) -> None:
+    budget = bits_budget(2.25, layers, 64)
+    for factors in ({32: 1.0, 64: 0.9}, {32: 0.5, 64: 0.9}, {32: 1.0, 64: 1.0}):
+        tables = {group: _table(factor) for group, factor in factors.items()}
+        alone = {
+            group: solve(
+                loss_array(tables[group], layers, WIDTHS),
+                option_sizes(layers, group, WIDTHS),
+                budget,
+            )
+            for group in factors
+        }
+        group, solution = solve_group_sizes(tables, layers, budget, WIDTHS)
+        assert solution.loss == min(other.loss for other in alone.values())
+        assert solution.choice.tolist() == alone[group].choice.tolist()
+
+
+def test_group_sizes_that_do_not_fit_are_left_out(layers: list[MoELayer]) -> None:
+    # 128 does not divide the hidden size 64; scales of groups of 32 are too large for the budget.
+    tables = {128: _table(0.0), 64: _table(), 32: _table(0.0)}
+    least = int(option_sizes(layers, 64, (1,)).sum())
+    group, solution = solve_group_sizes(tables, layers, least, WIDTHS)
+    assert (group, solution.size) == (64, least)
+    with pytest.raises(MoeqError, match=f"at least {least:,} bytes"):
+        solve_group_sizes(tables, layers, least - 1, WIDTHS)
+
+
+def test_no_fitting_group_size_is_an_error(layers: list[MoELayer], tmp_path: Path) -> None:
+    with pytest.raises(MoeqError, match=rf"128 .*{CONTAINERS[0]}"):
+        solve_group_sizes({128: _table()}, layers, 10**6, WIDTHS)
+    odd = [replace(layer, hidden_size=48) for layer in layers]
+    with pytest.raises(MoeqError, match="32, 64 .*hidden_size 48"):
+        solve_group_sizes({32: _table(), 64: _table()}, odd, 10**6, WIDTHS)
