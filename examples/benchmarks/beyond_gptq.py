@@ -30,7 +30,7 @@ from rotation import write_rotated
 from moeq.allocation import PlanOptions, make_plan
 from moeq.checkpoint import resolve_model
 from moeq.families import expert_widths
-from moeq.rounding import QuantizedWeight, quantize_gptq, quantize_rtn
+from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_rtn
 from moeq.rounding.gptq import Refinement
 from moeq.rounding.grid import Grid
 from moeq.text import calibration_sequences
@@ -120,10 +120,10 @@ def layerwise(
 
 
 def round_to_nearest(
-    weight: torch.Tensor, hessian: torch.Tensor, samples: int, bits: int, group_size: int
-) -> QuantizedWeight:
+    weights: torch.Tensor, curvature: Curvature, bits: int, group_size: int
+) -> list[QuantizedWeight]:
     """Round without looking at the inputs."""
-    return quantize_rtn(weight, bits, group_size)
+    return [quantize_rtn(weight, bits, group_size) for weight in weights]
 
 
 def rotated_gptq(trial: Trial) -> Outcome:

@@ -4,7 +4,8 @@ Quantized layers feed the next, as in ``moeq quantize --calib``; what differs is
 weights are fitted to.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -17,15 +18,17 @@ from moeq.calibration import FEWEST_TOKENS
 from moeq.checkpoint import CheckpointReader
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
-from moeq.rounding import QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
 
 RIDGE = 0.1
 """Cost of a change of fitted weights, relative to the mean square of their inputs."""
 
 Stored = dict[str, QuantizedWeight]
-Quantize = Callable[[torch.Tensor, torch.Tensor, int, int, int], QuantizedWeight]
-"""Takes a matrix, the Hessian of its inputs, how many inputs, the width and the group size."""
+ThreeWeights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
+"""Gate, up and down of an expert."""
+Quantize = Callable[[torch.Tensor, Curvature, int, int], list[QuantizedWeight]]
+"""Takes matrices [B, N, K], the curvature of their inputs, the width and the group size."""
 
 
 class Target(Enum):
@@ -47,7 +50,7 @@ class Method:
     """How experts are rounded.
 
     Attributes:
-        quantize: Rounds a matrix.
+        quantize: Rounds matrices.
         target: What it is fitted to.
         ridge: See :data:`RIDGE`.
         learning_steps: Of learned rounding afterwards, against the output of the MoE block.
@@ -163,9 +166,8 @@ def _original_outputs(
     """Yield the places of each expert's tokens, and what the unrounded expert gives for them."""
     for expert in range(layer.num_experts):
         places, weights = routed.of_expert(expert)
-        gate, up, down = model.matrices(layer, expert)
-        inner = model.expert_hidden(gate, up, routed.x[places])
-        yield places, inner @ down.T * weights
+        output = model.expert_output(model.matrices(layer, expert), routed.x[places])
+        yield places, output * weights
 
 
 @dataclass(slots=True)
@@ -186,80 +188,99 @@ class _LayerRounding:
 
     def run(self) -> Iterator[tuple[Stored, torch.Tensor, torch.Tensor]]:
         """Yield for each expert its packed weights, the places of its tokens and its output."""
-        bits = self.plan.expert_bits[self.layer.container]
-        rounded = [self._round_expert(expert) for expert in range(self.layer.num_experts)]
+        rounded: dict[int, ThreeWeights] = {}
+        for experts in self._alike():
+            rounded.update(zip(experts, self._round_experts(experts), strict=True))
         if self.method.learning_steps:
-            experts = [
-                LearnedExpert.of(
-                    self.model.matrices(self.layer, expert), weights,
-                    (bits.width("w13", expert), bits.width("w2", expert)),
-                )
-                for expert, weights in enumerate(rounded)
-            ]  # fmt: skip
-            learn_rounding(
-                experts, self.model.expert_hidden, self.routed, self._block_output(),
-                self.method.learning_steps,
-            )  # fmt: skip
-            rounded = [expert.stored() for expert in experts]
-        for expert, (gate, up, down) in enumerate(rounded):
+            rounded = self._learned(rounded)
+        for expert, (gate, up, down) in rounded.items():
             places, weights = self.routed.of_expert(expert)
-            width = bits.width("w13", expert)
-            inner = self.model.expert_hidden(
-                gate.dequantize(width), up.dequantize(width), self.routed.x[places]
-            )
-            output = inner @ down.dequantize(bits.width("w2", expert)).T * weights
+            w13, w2 = self._widths(expert)
+            matrices = ExpertMatrices(gate.dequantize(w13), up.dequantize(w13), down.dequantize(w2))
             names: tuple[Matrix, ...] = ("gate", "up", "down")
             stored = {
                 self.layer.tensor_name(expert, name): weight
                 for name, weight in zip(names, (gate, up, down), strict=True)
             }
+            output = self.model.expert_output(matrices, self.routed.x[places]) * weights
             yield stored, places, output
 
-    def _block_output(self) -> torch.Tensor:
-        """Return what the unrounded experts give for the tokens as they are routed, [T, H]."""
-        output = torch.zeros_like(self.routed.x)
-        for places, part in _original_outputs(self.model, self.layer, self.routed):
-            output.index_add_(0, places, part)
-        return output
-
-    def _round_expert(self, expert: int) -> tuple[QuantizedWeight, ...]:
+    def _widths(self, expert: int) -> tuple[int, int]:
         bits = self.plan.expert_bits[self.layer.container]
-        places, router_weights = self.routed.of_expert(expert)
-        x, original = self.routed.x[places], self.model.matrices(self.layer, expert)
-        original_x = self.reference.x[places]
-        w13 = torch.cat((original.gate, original.up))
-        wanted = original_x @ w13.T if self.method.target.needs_original else None
-        packed = self._round(w13, x, router_weights, bits.width("w13", expert), wanted)
-        gate_up = [
-            QuantizedWeight(*parts)
-            for parts in zip(*(tensor.chunk(2) for tensor in packed), strict=True)
+        return bits.width("w13", expert), bits.width("w2", expert)
+
+    def _alike(self) -> Iterable[list[int]]:
+        """Group experts that can be rounded at once, as the product does."""
+        alike: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+        for expert in range(self.layer.num_experts):
+            enough = len(self.routed.of_expert(expert)[0]) >= FEWEST_TOKENS
+            alike[*self._widths(expert), enough].append(expert)
+        return alike.values()
+
+    def _round_experts(self, experts: list[int]) -> list[ThreeWeights]:
+        w13, w2 = self._widths(experts[0])
+        originals = [self.model.matrices(self.layer, expert) for expert in experts]
+        shares = [self.routed.of_expert(expert) for expert in experts]
+        inputs = [self.routed.x[places] for places, _ in shares]
+        router_weights = [weights for _, weights in shares]
+        original_inputs = [self.reference.x[places] for places, _ in shares]
+        matrices = [torch.cat((original.gate, original.up)) for original in originals]
+        wanted = None
+        if self.method.target.needs_original:
+            wanted = [x @ m.T for x, m in zip(original_inputs, matrices, strict=True)]
+        gates_and_ups = self._round(matrices, inputs, router_weights, w13, wanted)
+        inner = [
+            self.model.expert_hidden(*weight.dequantize(w13).chunk(2), x)
+            for weight, x in zip(gates_and_ups, inputs, strict=True)
         ]
-        rounded_gate, rounded_up = packed.dequantize(bits.width("w13", expert)).chunk(2)
-        inner = self.model.expert_hidden(rounded_gate, rounded_up, x)
         wanted = None
         if self.method.target is not Target.MATRIX:
-            wanted = self._expert_output(original, original_x)
-        if self.method.target is Target.RESIDUAL:
-            wanted += self.lag[places]  # in full: an expert's tokens have weights that sum to one
-        down = self._round(original.down, inner, router_weights, bits.width("w2", expert), wanted)
-        return *gate_up, down
-
-    def _expert_output(self, original: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
-        return self.model.expert_hidden(original.gate, original.up, x) @ original.down.T
+            wanted = list(map(self.model.expert_output, originals, original_inputs))
+        if self.method.target is Target.RESIDUAL and wanted is not None:
+            # In full to each expert of a token: their weights sum to one.
+            wanted = [w + self.lag[places] for w, (places, _) in zip(wanted, shares, strict=True)]
+        matrices = [original.down for original in originals]
+        downs = self._round(matrices, inner, router_weights, w2, wanted)
+        return [(*_halves(weight), down) for weight, down in zip(gates_and_ups, downs, strict=True)]
 
     def _round(
         self,
-        weight: torch.Tensor,
-        x: torch.Tensor,
-        router_weights: torch.Tensor,
+        matrices: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        router_weights: list[torch.Tensor],
         bits: int,
-        wanted: torch.Tensor | None,
-    ) -> QuantizedWeight:
-        """Round a matrix as the product does, after moving it to a wanted output if there is."""
-        group_size = self.plan.group_size
-        if len(x) < FEWEST_TOKENS:
-            return quantize_hqq(weight, bits, group_size)
-        weighted = x * router_weights
+        wanted: list[torch.Tensor] | None,
+    ) -> list[QuantizedWeight]:
+        """Round as the product does, after moving matrices to wanted outputs if there are."""
+        group_size, counts = self.plan.group_size, [len(x) for x in inputs]
+        if min(counts) < FEWEST_TOKENS:
+            return [quantize_hqq(matrix, bits, group_size) for matrix in matrices]
+        weighted = [x * weights for x, weights in zip(inputs, router_weights, strict=True)]
         if wanted is not None:
-            weight = fitted(weight, weighted, wanted * router_weights, self.method.ridge)
-        return self.method.quantize(weight, weighted.T @ weighted, len(x), bits, group_size)
+            outputs = (w * weights for w, weights in zip(wanted, router_weights, strict=True))
+            matrices = [
+                fitted(*parts, self.method.ridge)
+                for parts in zip(matrices, weighted, outputs, strict=True)
+            ]
+        curvature = Curvature.of(torch.stack([x.T @ x for x in weighted]), counts)
+        return self.method.quantize(torch.stack(matrices), curvature, bits, group_size)
+
+    def _learned(self, rounded: dict[int, ThreeWeights]) -> dict[int, ThreeWeights]:
+        learned = [
+            LearnedExpert.of(
+                self.model.matrices(self.layer, expert), rounded[expert], self._widths(expert)
+            )
+            for expert in range(self.layer.num_experts)
+        ]
+        wanted = torch.zeros_like(self.routed.x)
+        for places, output in _original_outputs(self.model, self.layer, self.routed):
+            wanted.index_add_(0, places, output)
+        steps = self.method.learning_steps
+        learn_rounding(learned, self.model.expert_hidden, self.routed, wanted, steps)
+        return {number: expert.stored() for number, expert in enumerate(learned)}
+
+
+def _halves(weight: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Cut a rounded matrix into its upper and its lower half of rows."""
+    upper, lower = zip(*(tensor.chunk(2) for tensor in weight), strict=True)
+    return QuantizedWeight(*upper), QuantizedWeight(*lower)

@@ -77,7 +77,7 @@ class LearnedExpert:
         widths = (bits[0], *bits)
         return cls(*map(LearnedMatrix, original, rounded, widths))
 
-    def stored(self) -> tuple[QuantizedWeight, ...]:
+    def stored(self) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Return gate, up and down as the format stores them."""
         return self.gate.stored(), self.up.stored(), self.down.stored()
 
