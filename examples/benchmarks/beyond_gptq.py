@@ -144,14 +144,15 @@ def learned(**method: object) -> Run:
     return run
 
 
-def distilled(scale_rate: float, router_rate: float) -> Run:
-    """Return what learns scales and routers, with these rates, from GPTQ's result."""
+def distilled(scale_rate: float, router_rate: float, target: Target = Target.MATRIX) -> Run:
+    """Return what learns scales and routers, with these rates, after GPTQ with a target."""
 
     def run(trial: Trial) -> Outcome:
-        model, weights = trial.model, trial.gptq.weights
+        model = trial.model
+        start = trial.gptq if target is Target.MATRIX else trial.rounded(target=target)
         model.apply(None)
         teacher = last_hidden(model, trial.tokens)
-        scales = LearnedScales(model.layers, trial.plan, weights)
+        scales = LearnedScales(model.layers, trial.plan, start.weights)
         on_disk = {f"layers.{layer.index}.mlp.gate.weight": layer.router for layer in model.layers}
         routers = {name: model.reader.tensor(stored).float() for name, stored in on_disk.items()}
         steps = trial.distillation_steps
@@ -192,9 +193,15 @@ def gptq_with(**refinement: object) -> Run:
 IDEAS = (
     Idea(GPTQ, lambda trial: Outcome(trial.gptq), True, True),
     Idea("GPTQ, w2 fitted to the expert's output", layerwise(target=Target.EXPERT), True),
-    Idea("GPTQ, fitted to the original model", layerwise(target=Target.STREAM), True),
-    Idea("GPTQ, fitted to the original's stream", layerwise(target=Target.RESIDUAL), True),
+    Idea("GPTQ, every matrix fitted to the original model", layerwise(target=Target.STREAM), True),
+    Idea(
+        "GPTQ, w2 fitted to the original's residual stream", layerwise(target=Target.RESIDUAL), True
+    ),
     Idea("scales distilled", distilled(SCALE_RATE, 0), True, True),
+    Idea(
+        "w2 fitted to the residual stream, then scales distilled",
+        distilled(SCALE_RATE, 0, Target.RESIDUAL),
+    ),
     Idea("GPTQ in a rotated residual stream", rotated_gptq),
     Idea("round to nearest", layerwise(quantize=round_to_nearest)),
     Idea("GPTQ without refinement", gptq_with(rounds=0)),

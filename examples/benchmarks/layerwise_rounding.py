@@ -21,7 +21,7 @@ from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
 
-RIDGE = 0.1
+RIDGE = 0.03
 """Cost of a change of fitted weights, relative to the mean square of their inputs."""
 
 Stored = dict[str, QuantizedWeight]
@@ -32,11 +32,11 @@ Quantize = Callable[[torch.Tensor, Curvature, int, int], list[QuantizedWeight]]
 
 
 class Target(Enum):
-    """What the rounded matrices of an expert are fitted to; each includes the one before."""
+    """What the rounded matrices of an expert are fitted to."""
 
     MATRIX = "each matrix to its own output, as the product does"
     EXPERT = "w2 to the output of the unrounded expert"
-    STREAM = "to the outputs in the original model, where no layer is rounded"
+    STREAM = "each matrix to its output in the original model, where no layer is rounded"
     RESIDUAL = "w2 to what brings the residual stream to where it is in the original model"
 
     @property
@@ -226,7 +226,7 @@ class _LayerRounding:
         original_inputs = [self.reference.x[places] for places, _ in shares]
         matrices = [torch.cat((original.gate, original.up)) for original in originals]
         wanted = None
-        if self.method.target.needs_original:
+        if self.method.target is Target.STREAM:
             wanted = [x @ m.T for x, m in zip(original_inputs, matrices, strict=True)]
         gates_and_ups = self._round(matrices, inputs, router_weights, w13, wanted)
         inner = [
