@@ -18,11 +18,8 @@ from moeq.calibration import FEWEST_TOKENS
 from moeq.checkpoint import CheckpointReader
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
-from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.rounding import Curvature, QuantizedWeight, fitted, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
-
-RIDGE = 0.03
-"""Cost of a change of fitted weights, relative to the mean square of their inputs."""
 
 Stored = dict[str, QuantizedWeight]
 ThreeWeights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
@@ -52,14 +49,12 @@ class Method:
     Attributes:
         quantize: Rounds matrices.
         target: What it is fitted to.
-        ridge: See :data:`RIDGE`.
         learning_steps: Of learned rounding afterwards, against the output of the MoE block.
         recalibrate_routers: Whether routers are fitted to the original model's logits first.
     """
 
     quantize: Quantize = quantize_gptq
     target: Target = Target.MATRIX
-    ridge: float = RIDGE
     learning_steps: int = 0
     recalibrate_routers: bool = False
 
@@ -132,25 +127,11 @@ def round_experts(
     return result
 
 
-def fitted(
-    weight: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, ridge: float = RIDGE
-) -> torch.Tensor:
-    """Return the weights nearest to ``weight`` whose output on x comes nearest to a wanted one.
-
-    Args:
-        weight: float32 [N, K].
-        x: float32 [n, K].
-        wanted: float32 [n, N].
-        ridge: Cost of a change of the weights, relative to the mean of x's squares.
-    """
-    hessian = x.T @ x
-    hessian += ridge * hessian.diagonal().mean() * torch.eye(len(hessian))
-    return weight + torch.linalg.solve(hessian, x.T @ (wanted - x @ weight.T)).T
-
-
 def fitted_router(weight: torch.Tensor, x: torch.Tensor, original_x: torch.Tensor) -> torch.Tensor:
     """Return a router [E, K] whose logits on x are nearest to the old ones on ``original_x``."""
-    return fitted(weight, x, original_x @ weight.T)
+    curvature = Curvature.of((x.T @ x)[None], [len(x)])
+    missing = weight @ (original_x - x).T @ x
+    return fitted(weight[None], curvature, missing[None])[0]
 
 
 def _rerouted(routed: Routed, weight: torch.Tensor) -> Routed:
@@ -256,14 +237,17 @@ class _LayerRounding:
         if min(counts) < FEWEST_TOKENS:
             return [quantize_hqq(matrix, bits, group_size) for matrix in matrices]
         weighted = [x * weights for x, weights in zip(inputs, router_weights, strict=True)]
-        if wanted is not None:
-            outputs = (w * weights for w, weights in zip(wanted, router_weights, strict=True))
-            matrices = [
-                fitted(*parts, self.method.ridge)
-                for parts in zip(matrices, weighted, outputs, strict=True)
-            ]
         curvature = Curvature.of(torch.stack([x.T @ x for x in weighted]), counts)
-        return self.method.quantize(torch.stack(matrices), curvature, bits, group_size)
+        stacked = torch.stack(matrices)
+        if wanted is not None:
+            missing = [
+                (output * weights - x @ matrix.T).T @ x
+                for output, weights, x, matrix in zip(
+                    wanted, router_weights, weighted, matrices, strict=True
+                )
+            ]
+            stacked = fitted(stacked, curvature, torch.stack(missing))
+        return self.method.quantize(stacked, curvature, bits, group_size)
 
     def _learned(self, rounded: dict[int, ThreeWeights]) -> dict[int, ThreeWeights]:
         learned = [

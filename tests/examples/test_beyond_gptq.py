@@ -73,19 +73,6 @@ def test_the_plain_method_is_the_product(model: Any, tokens: torch.Tensor, tmp_p
             assert (ours - theirs).norm() < 0.1 * theirs.norm(), name
 
 
-def test_fitted_weights_solve_the_ridge_regression() -> None:
-    from layerwise_rounding import fitted
-
-    weight, x, wanted = _random(5, 8), _random(40, 8, seed=1), _random(40, 5, seed=2)
-    ridge = 0.3
-    strength = (ridge * x.double().square().sum(0).mean()).sqrt()
-    # The ridge as further samples, whose wanted output is that of the old weights.
-    samples = torch.cat((x.double(), strength * torch.eye(8).double()))
-    outputs = torch.cat((wanted.double(), strength * weight.double().T))
-    solution = torch.linalg.lstsq(samples, outputs).solution.T
-    assert torch.allclose(fitted(weight, x, wanted, ridge).double(), solution, atol=1e-4)
-
-
 def test_fitted_router_undoes_a_change_of_its_inputs() -> None:
     from layerwise_rounding import fitted_router
 
