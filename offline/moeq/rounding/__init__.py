@@ -8,6 +8,7 @@ from moeq.rounding.gptq import REFINEMENT, Curvature, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
+from moeq.rounding.target import fitted
 
 __all__ = [
     "DATA_FREE",
@@ -15,6 +16,7 @@ __all__ = [
     "Curvature",
     "QuantizedWeight",
     "Rounding",
+    "fitted",
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",

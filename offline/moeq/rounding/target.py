@@ -1,0 +1,29 @@
+"""Moves weights, before they are rounded, to where their output comes nearest to a wanted one.
+
+GPTQ keeps the output of a matrix on the inputs that it gets in the quantized model. What earlier
+matrices and layers have done to those inputs stays as an error, unless the matrix is fitted to the
+output in the ORIGINAL model first: the idea of Li et al., "GPTAQ" (2025), and Arai and Ichikawa,
+"Quantization Error Propagation" (2025), here as one least-squares step before any rounding.
+"""
+
+import torch
+
+from moeq.rounding.gptq import Curvature
+
+
+def fitted(weights: torch.Tensor, curvature: Curvature, missing: torch.Tensor) -> torch.Tensor:
+    """Return the weights whose outputs come nearest to wanted ones, by damped least squares.
+
+    The damping is that of the Hessians, so few samples move the weights little; and their factors
+    serve twice, here and in the rounding.
+
+    Args:
+        weights: float32 [B, N, K].
+        curvature: Of their inputs.
+        missing: Sums of the outer products of what the outputs lack, wanted - output, and the
+            inputs: float32 [B, N, K].
+    """
+    order, upper = curvature.order[:, None].expand_as(missing), curvature.upper
+    # The factor is of the inverse with its columns in that order.
+    change = missing.gather(2, order) @ upper.mT @ upper
+    return weights + torch.empty_like(change).scatter_(2, order, change)
