@@ -33,6 +33,7 @@ from moeq.bench.gpu import (
 from moeq.bench.settings import Settings, Shape, Widths
 from moeq.errors import MoeqError
 from vllm_moeq.kernels import ExpertWeights, select_kernel
+from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.triton.tiles import Table, Tiles, choose_tiles
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,13 @@ def tune_and_write(settings: Settings, seconds: float) -> str:
         raise MoeqError("--tune measures a CUDA GPU, and torch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     gpu, shape = torch.cuda.get_device_name(device), settings.shape
-    path = Path(os.environ.get(tuned.TILES_VARIABLE) or tuned.default_file(gpu))
     try:
-        tables = tuned.read_tables(path) if path.exists() else {}
+        path = Path(os.environ.get(tuned.TILES_VARIABLE) or tuned.default_file(gpu))
+        tables = tuned.read_tables(path, gpu) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
         layer = Layer(shape, settings.bits[0], settings.group_size, device)
         tuning = tune(layer, settings, deadline)
-    except ValueError as error:
+    except (ValueError, OSError, BuildError) as error:
         raise MoeqError(f"--tune: {error}") from error
     key = tuned.shape_key(shape.hidden_size, shape.intermediate_size, shape.experts)
     tuned.write_tables(path, gpu, tables | {key: tuning.table})

@@ -49,7 +49,8 @@ def tuned_table(
     Raises:
         ValueError: The file that ``MOEQ_TILES`` names cannot be read, or a file is damaged.
     """
-    shapes = _read_once(_file(device))
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    shapes = _read_once(_file(device), gpu)
     return shapes.get(shape_key(hidden_size, intermediate_size, experts), TABLE)
 
 
@@ -67,11 +68,16 @@ def default_file(gpu: str) -> Path:
     return cache_folder() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
 
 
-def read_tables(path: Path) -> dict[str, Table]:
+def read_tables(path: Path, gpu: str | None = None) -> dict[str, Table]:
     """Read a file of tiles: tables by :func:`shape_key`.
 
+    Args:
+        path: The file.
+        gpu: Name of the GPU that they are for; None does not ask.
+
     Raises:
-        ValueError: It cannot be read or does not follow the format; names the file and the place.
+        ValueError: It cannot be read, does not follow the format, or is of another GPU; names the
+            file and the place.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -83,6 +89,8 @@ def read_tables(path: Path) -> dict[str, Table]:
         _check_fields(content, ("format", "gpu", "shapes"), "the file")
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r} is not {_FORMAT}")
+        if gpu is not None and content["gpu"] != gpu:
+            raise ValueError(f"measured on {content['gpu']!r}, this GPU is {gpu!r}")
         if not isinstance(content["shapes"], dict):
             raise ValueError("shapes is no object")
         return {shape: _table(shape, rows) for shape, rows in content["shapes"].items()}
@@ -109,8 +117,8 @@ def write_tables(path: Path, gpu: str, tables: Mapping[str, Table]) -> None:
 
 
 @cache
-def _read_once(path: Path | None) -> dict[str, Table]:
-    return {} if path is None else read_tables(path)
+def _read_once(path: Path | None, gpu: str | None) -> dict[str, Table]:
+    return {} if path is None else read_tables(path, gpu)
 
 
 def _file(device: torch.device) -> Path | None:

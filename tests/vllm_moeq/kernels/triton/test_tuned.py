@@ -60,6 +60,13 @@ def test_the_variable_names_the_file_and_it_is_read_once(
     assert tuned.tuned_table(CPU, 128, 128, 3) == TABLE
 
 
+def test_tiles_of_another_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setenv("MOEQ_TILES", str(_file(tmp_path / "t.json", {SHAPE: [ROW]}, gpu="H100")))
+    with pytest.raises(ValueError, match="measured on 'H100', this GPU is 'A100'"):
+        tuned.tuned_table(GPU, 128, 128, 2)
+
+
 def test_without_the_variable_the_file_of_this_gpu_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +74,9 @@ def test_without_the_variable_the_file_of_this_gpu_is_read(
     monkeypatch.setenv("MOEQ_CACHE_DIR", str(tmp_path))
     assert tuned.tuned_table(GPU, 128, 128, 2) == TABLE
     _forget()
-    _file(tmp_path / "tiles-NVIDIA_H100_80GB_HBM3.json", {SHAPE: [ROW]})
+    _file(
+        tmp_path / "tiles-NVIDIA_H100_80GB_HBM3.json", {SHAPE: [ROW]}, gpu="NVIDIA H100 80GB HBM3"
+    )
     assert tuned.tuned_table(GPU, 128, 128, 2)[0][1].num_warps == 8
     assert tuned.tuned_table(CPU, 128, 128, 2) == TABLE
 
