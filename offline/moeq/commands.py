@@ -6,8 +6,10 @@ errors in options should not.
 
 import argparse
 import json
+import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -174,7 +176,7 @@ def evaluate(options: argparse.Namespace) -> int:
     sequences = evaluation_sequences(
         original.folder, options.text, options.nsamples, options.seqlen, options.seed
     )
-    with redirect_stdout(sys.stderr):  # vLLM logs to the standard output
+    with _stdout_to_stderr():  # vLLM logs to the standard output
         found = comparison.evaluate(sequences, options.backend, options.dtype or "auto")
     if options.json:
         print(json.dumps(evaluation_summary(found)))
@@ -260,7 +262,7 @@ def bench(options: argparse.Namespace) -> int:
         )
     except UsageError as error:
         options.usage_error(str(error))
-    with redirect_stdout(sys.stderr):  # vLLM logs to the standard output
+    with _stdout_to_stderr():  # vLLM logs to the standard output
         machine = Machine.detect()
         measurement = measure(settings, machine, prepare(settings, machine))
     if options.json:
@@ -293,6 +295,20 @@ def _tune(options: argparse.Namespace) -> int:
         options.usage_error("argument --bits: --tune takes one width or one mix such as 3/2")
     print(tune_and_write(settings, options.seconds))
     return 0
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what is printed to the standard error, by child processes such as vLLM's engine, too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _size(text: str) -> int:
