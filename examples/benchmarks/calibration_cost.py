@@ -4,8 +4,9 @@
 
 The default is the layer of Mixtral-8x7B: 2.8 GB in bfloat16 with its 8 experts, made of random
 weights in FOLDER, which needs the space of the model and twice that of the result. Rounding an
-expert of this shape takes about 16 TFLOP, so all of it takes hours on a small CPU; memory does not
-depend on the number of layers, and hardly on that of experts, which are rounded one at a time.
+expert of this shape takes about 16 TFLOP, so all of it takes hours on a small CPU. Memory does not
+depend on the number of layers; experts of this shape are rounded one at a time, small ones together
+as far as that takes no more memory than the 16-bit weights of a layer.
 """
 
 import argparse

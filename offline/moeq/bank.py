@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from moeq.calibration import FEWEST_TOKENS
 from moeq.errors import MoeqError
-from moeq.evaluate.reference import ExpertSource, run_layer
+from moeq.evaluate.reference import ExpertSource, dequantized, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import DATA_FREE, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
@@ -91,17 +91,11 @@ class Bank:
             return bits.w13[expert], bits.w2[expert]
 
         def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
-            first, second = widths(layer, expert)
-            parts: dict[str, torch.Tensor] = {}
-            matrix_widths: dict[Matrix, int] = {"gate": first, "up": first, "down": second}
-            for name, width in matrix_widths.items():
-                tensor = layer.tensor_name(expert, name)
-                stored = (
-                    files[layer.container].get_tensor(f"{width}.{part}").to(device)
-                    for part in QuantizedWeight.names(tensor)
-                )
-                parts[name] = QuantizedWeight(*stored).dequantize(width)
-            return ExpertMatrices(**parts)
+            def read(name: str, width: int) -> torch.Tensor:
+                tensor: torch.Tensor = files[layer.container].get_tensor(f"{width}.{name}")
+                return tensor
+
+            return dequantized(layer, expert, widths(layer, expert), read, device)
 
         return ExpertSource(matrices, widths)
 
@@ -231,9 +225,7 @@ class _Visit:
             errors: dict[Projection, Damage] = {}
             for projection in PROJECTIONS:
                 quantized, names = found[projection][bits], _MATRICES[projection]
-                parts = (tensor.chunk(len(names)) for tensor in quantized)
-                for name, *kept in zip(names, *parts, strict=True):
-                    weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in kept))
+                for name, weight in zip(names, quantized.parts(len(names)), strict=True):
                     stored |= weight.named(self.layer.tensor_name(self.expert, name))
                 matrix = quantized.dequantize(bits)
                 if projection == "w13":

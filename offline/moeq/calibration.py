@@ -96,11 +96,15 @@ class Calibration:
                 rows, columns = layer.shape(matrix)
                 refined = 4 * (1 + REFINEMENT.rounds)  # feedback, and the rounds after it
                 total += rows * columns**2 * refined + 4 * columns**3
-        # At most: the experts' products and Hessians, if every token went to two of them.
+        # The experts' products and Hessians, for every token that they are rounded by.
         layer = self.layers[0]
+        choices = int(self.reader.config.get("num_experts_per_tok", layer.num_experts))
+        if self.route_all:
+            choices = layer.num_experts
         weights = _weights(layer)
         hessians = layer.hidden_size**2 + layer.intermediate_size**2
-        return total + 4 * self.tokens.numel() * len(self.layers) * (weights + hessians)
+        passes = 2 * choices * self.tokens.numel() * len(self.layers)
+        return total + passes * (weights + hessians)
 
     @property
     def uncalibrated(self) -> int:
@@ -240,9 +244,7 @@ class Calibration:
                     f"{self.reader.folder}: cannot quantize {where}: {error}"
                 ) from error
             for expert, found, tensors in zip(experts, quantized, stored, strict=True):
-                parts = (tensor.chunk(len(names)) for tensor in found)
-                for name, *kept in zip(names, *parts, strict=True):
-                    weight = QuantizedWeight(*(tensor.cpu().contiguous() for tensor in kept))
+                for name, weight in zip(names, found.parts(len(names)), strict=True):
                     tensors.update(weight.named(layer.tensor_name(expert, name)))
             return [found.dequantize(bits) for found in quantized]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -184,12 +185,16 @@ def write_comparison(folder: Path, findings: Findings, title: str, notes: list[s
         "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
         "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
     }
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        folder.mkdir(parents=True)
+        partial.mkdir()
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (partial / name).write_text(text, encoding="utf-8")
+        partial.rename(folder)
     except OSError as error:
         raise MoeqError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:

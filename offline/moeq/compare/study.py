@@ -14,7 +14,7 @@ from moeq.allocation import (
     ordered_bits,
     plan_sizes,
 )
-from moeq.bank import build
+from moeq.bank import Bank, build
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation
@@ -30,6 +30,10 @@ ALLOCATED = {"sensitivity": "loss", "output-error": "output", "weight-error": "w
 """Signals that are losses, too: widths that make their sum least, over all layers together."""
 GLOBAL = "global "
 """Stands before their names."""
+
+
+Signals = dict[str, dict[str, list[float]]]
+"""A number for each expert, by name of the signal and container of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,13 @@ class Findings:
 
     Attributes:
         points: All plans.
-        signals: By name and container: a number for each expert.
+        signals: Those that need calibration are of the last method.
         correlations: Of each signal with the measured sensitivity: Spearman's, the mean over
             layers; positive where experts that it gives more bits are more sensitive.
     """
 
     points: list[Point]
-    signals: dict[str, dict[str, list[float]]]
+    signals: Signals
     correlations: dict[str, float]
 
 
@@ -117,7 +121,7 @@ class Study:
         if self.base_router is not None:
             base = load_base_routers(self.base_router, self.layers)
         points: list[Point] = []
-        evidence = Evidence(self.reader, base)
+        signals: Signals = {}
         with TemporaryDirectory(prefix="moeq-") as name:
             felt = gradients(model, self.tokens, Path(name), self.seed, progress)
             for method in self.methods:
@@ -128,19 +132,20 @@ class Study:
                     progress,
                 )  # fmt: skip
                 evidence = Evidence(self.reader, base, bank)
-                plans = [plan for bits in self.bits for plan in self._plans(bits, evidence)]
+                for signal in SIGNALS:
+                    # The weights stay: what needs no calibration is computed once.
+                    if signal.needs == "calibration" or signal.name not in signals:
+                        signals[signal.name] = {
+                            layer.container: signal.values(evidence, layer).tolist()
+                            for layer in self.layers
+                        }
+                plans = [plan for bits in self.bits for plan in self._plans(bits, bank, signals)]
                 sources = [bank.source(plan, self.device) for plan in plans]
                 for plan, found in zip(
                     plans, judge(model, sources, self.heldout, progress), strict=True
                 ):
                     points.append(self._point(method, plan, found))
                 shutil.rmtree(folder)
-        signals = {
-            signal.name: {
-                layer.container: signal.values(evidence, layer).tolist() for layer in self.layers
-            }
-            for signal in SIGNALS
-        }
         return Findings(points, signals, correlations(signals))
 
     def _widths(self) -> tuple[int, ...]:
@@ -152,7 +157,7 @@ class Study:
         last = min(i for i, width in enumerate(WIDTHS) if width >= high)
         return WIDTHS[max(0, first - 1) : last + 2]
 
-    def _plans(self, bits: float, evidence: Evidence) -> Iterator[BitPlan]:
+    def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""
         options = PlanOptions(bits, group_size=self.group_size, base_router=self.base_router)
         levels = options.resolved_levels()
@@ -160,9 +165,9 @@ class Study:
         # Of whole experts: every plan is to take the same bytes.
         budget = plan_sizes(combined, self.reader, self.layers).expert_bytes
         for name, attribute in ALLOCATED.items():
-            losses = evidence.measured().losses(attribute)
-            found, _ = allocate(losses, self.layers, self._widths(), self.group_size, budget)
-            yield self._plan(GLOBAL + name, bits, found)
+            losses = bank.losses(attribute)
+            widths, _ = allocate(losses, self.layers, self._widths(), self.group_size, budget)
+            yield self._plan(GLOBAL + name, bits, widths)
         if len(levels) == 1:  # every plan by layers is the uniform one
             uniform = PlanOptions(bits, None, "uniform", self.group_size)
             yield make_plan(self.reader, self.layers, uniform, self.source)
@@ -171,7 +176,7 @@ class Study:
         for signal in SIGNALS:
             if signal.name == "final-router-norm" and self.base_router is None:
                 continue  # the same as router-norm
-            orders = {layer.container: signal.order(evidence, layer) for layer in self.layers}
+            orders = {key: signal.order(found) for key, found in signals[signal.name].items()}
             yield self._ordered(signal.name, bits, levels, orders)
             if signal.name == "router-norm":
                 opposite = {key: order[::-1] for key, order in orders.items()}
@@ -202,7 +207,7 @@ class Study:
         )
 
 
-def correlations(signals: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+def correlations(signals: Signals) -> dict[str, float]:
     """Return Spearman's rank correlation of every signal with the sensitivity, see Findings."""
     from scipy.stats import spearmanr
 

@@ -126,11 +126,14 @@ def as_markdown(findings: Findings) -> str:
             f"| {row.method} | {row.bits:g} | {row.strategy} | {row.total_bytes / 1e6:.2f} | "
             f"{row.divergence:.5f}{spread} | {share} | {row.loss:+.5f} |"
         )
-    lines += ["", "| signal | needs | most bits to | source | rank correlation with sensitivity |"]
-    lines.append("|---|---|---|---|---:|")
     lines += [
-        f"| {signal.name} | {signal.needs} | {signal.most_bits_to} values | {signal.source} | "
-        f"{findings.correlations[signal.name]:+.2f} |"
+        "",
+        "| signal | needs | cost | most bits to | source | rank correlation with sensitivity |",
+    ]
+    lines.append("|---|---|---|---|---|---:|")
+    lines += [
+        f"| {signal.name} | {signal.needs} | {signal.cost} | {signal.most_bits_to} values | "
+        f"{signal.source} | {findings.correlations[signal.name]:+.2f} |"
         for signal in SIGNALS
     ]
     return "\n".join(lines) + "\n"

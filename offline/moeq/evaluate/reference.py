@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from moeq.checkpoint import CheckpointReader
 from moeq.evaluate.scores import Output
-from moeq.families import MoELayer
+from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
@@ -39,18 +39,38 @@ class ExpertSource:
 
         def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
             bits = plan.expert_bits[layer.container]
-
-            def weight(name: str, width: int) -> torch.Tensor:
-                stored = (reader.tensor(part).to(device) for part in QuantizedWeight.names(name))
-                return QuantizedWeight(*stored).dequantize(width)
-
-            return ExpertMatrices(
-                weight(layer.tensor_name(expert, "gate"), bits.width("w13", expert)),
-                weight(layer.tensor_name(expert, "up"), bits.width("w13", expert)),
-                weight(layer.tensor_name(expert, "down"), bits.width("w2", expert)),
+            widths = bits.w13[expert], bits.w2[expert]
+            return dequantized(
+                layer, expert, widths, lambda name, width: reader.tensor(name), device
             )
 
         return cls(matrices, lambda layer, expert: "packed")
+
+
+def dequantized(
+    layer: MoELayer,
+    expert: int,
+    widths: tuple[int, int],
+    read: Callable[[str, int], torch.Tensor],
+    device: torch.device,
+) -> ExpertMatrices:
+    """Return the weights of an expert that is stored packed.
+
+    Args:
+        layer: Where it is.
+        expert: Its number.
+        widths: Of w13 and w2.
+        read: Takes the name of a packed tensor and its width; returns it.
+        device: Where the weights are to be.
+    """
+
+    def weight(matrix: Matrix, width: int) -> torch.Tensor:
+        names = QuantizedWeight.names(layer.tensor_name(expert, matrix))
+        stored = (read(name, width).to(device) for name in names)
+        return QuantizedWeight(*stored).dequantize(width)
+
+    first, second = widths
+    return ExpertMatrices(weight("gate", first), weight("up", first), weight("down", second))
 
 
 @torch.no_grad()

@@ -46,6 +46,14 @@ class QuantizedWeight(NamedTuple):
         """Return the weights float32 [N, K]."""
         return dequantize(self.packed, self.scale, self.zero_point, bits)
 
+    def parts(self, count: int) -> list["QuantizedWeight"]:
+        """Take apart matrices that were rounded one above the other; they come to the CPU."""
+        chunks = (tensor.chunk(count) for tensor in self)
+        return [
+            QuantizedWeight(*(tensor.cpu().contiguous() for tensor in part))
+            for part in zip(*chunks, strict=True)
+        ]
+
     @classmethod
     def names(cls, weight: str) -> tuple[str, ...]:
         """Return the names of the three tensors that replace the tensor ``weight`` on disk."""

@@ -1,6 +1,6 @@
 """All signals behind one interface: a number for each expert, and who gets more bits by it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +48,7 @@ class Signal:
     """One signal.
 
     Attributes:
-        name: As ``--strategy`` takes it.
+        name: What tables call it.
         needs: What it is computed from, beside the checkpoint.
         cost: What that takes.
         most_bits_to: Whether small or large values get the higher widths.
@@ -63,13 +63,10 @@ class Signal:
     source: str
     values: Callable[[Evidence, MoELayer], torch.Tensor]
 
-    def order(self, evidence: Evidence, layer: MoELayer) -> list[int]:
+    def order(self, values: Sequence[float]) -> list[int]:
         """Return the experts of a layer, first those that get most bits; ties by number."""
-        descending = self.most_bits_to == "large"
-        order: list[int] = torch.argsort(
-            self.values(evidence, layer), descending=descending, stable=True
-        ).tolist()
-        return order
+        sign = -1 if self.most_bits_to == "large" else 1
+        return sorted(range(len(values)), key=lambda expert: sign * values[expert])
 
 
 def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
