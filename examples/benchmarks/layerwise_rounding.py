@@ -222,7 +222,7 @@ class _LayerRounding:
             wanted = [w + self.lag[places] for w, (places, _) in zip(wanted, shares, strict=True)]
         matrices = [original.down for original in originals]
         downs = self._round(matrices, inner, router_weights, w2, wanted)
-        return [(*_halves(weight), down) for weight, down in zip(gates_and_ups, downs, strict=True)]
+        return [(*weight.parts(2), down) for weight, down in zip(gates_and_ups, downs, strict=True)]
 
     def _round(
         self,
@@ -262,9 +262,3 @@ class _LayerRounding:
         steps = self.method.learning_steps
         learn_rounding(learned, self.model.expert_hidden, self.routed, wanted, steps)
         return {number: expert.stored() for number, expert in enumerate(learned)}
-
-
-def _halves(weight: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """Cut a rounded matrix into its upper and its lower half of rows."""
-    upper, lower = zip(*(tensor.chunk(2) for tensor in weight), strict=True)
-    return QuantizedWeight(*upper), QuantizedWeight(*lower)
