@@ -1,4 +1,4 @@
-"""Measures whether rounding can be better than the product's GPTQ, at equal bytes.
+"""Measures what the product adds to GPTQ, and what else could be added, at equal bytes.
 
     python examples/benchmarks/beyond_gptq.py MODEL --calib TEXT --text HELDOUT
 
@@ -43,7 +43,7 @@ PLANS: dict[str, PlanOptions] = {
 PAYS = 0.9
 """An idea pays if it leaves at most this share of GPTQ's increase."""
 SCALE_RATE, ROUTER_RATE = 1e-2, 1e-3
-GPTQ = "GPTQ, the product"
+GPTQ = "GPTQ alone"
 COLUMNS = ("increase", "share", "divergence", "share", "s")
 
 
@@ -69,7 +69,7 @@ class Trial:
 
     @cached_property
     def gptq(self) -> Rounded:
-        """The product's rounding, where learning starts."""
+        """Plain GPTQ, where learning starts."""
         start = time.process_time()
         rounded = self.rounded()
         self.cpu_seconds["gptq"] = time.process_time() - start
@@ -185,21 +185,23 @@ def full_range_grid(
 
 
 def gptq_with(**refinement: object) -> Run:
-    """Return the product's GPTQ with another refinement."""
+    """Return GPTQ with another refinement."""
     quantize = partial(quantize_gptq, refinement=Refinement(**refinement))  # type: ignore[arg-type]
     return layerwise(quantize=quantize)
 
 
 IDEAS = (
     Idea(GPTQ, lambda trial: Outcome(trial.gptq), True, True),
-    Idea("GPTQ, w2 fitted to the expert's output", layerwise(target=Target.EXPERT), True),
-    Idea("GPTQ, every matrix fitted to the original model", layerwise(target=Target.STREAM), True),
+    Idea("w2 fitted to the expert's output", layerwise(target=Target.EXPERT), True),
+    Idea("every matrix fitted to the original model", layerwise(target=Target.STREAM), True),
     Idea(
-        "GPTQ, w2 fitted to the original's residual stream", layerwise(target=Target.RESIDUAL), True
+        "the product: w2 fitted to the original's residual stream",
+        layerwise(target=Target.RESIDUAL),
+        True,
     ),
     Idea("scales distilled", distilled(SCALE_RATE, 0), True, True),
     Idea(
-        "w2 fitted to the residual stream, then scales distilled",
+        "the product, then scales distilled",
         distilled(SCALE_RATE, 0, Target.RESIDUAL),
     ),
     Idea("GPTQ in a rotated residual stream", rotated_gptq),
@@ -299,15 +301,15 @@ def cells(found: dict[str, list[Found]], name: str) -> list[str]:
     if not found[name]:
         return [""] * len(COLUMNS)
     texts = []
-    for values, digits in zip(zip(*(trial.judgement for trial in found[name])), (4, 5)):  # noqa: B905
-        text = f"{statistics.mean(values):.{digits}f}"
+    for values, sign, digits in zip(zip(*(trial.judgement for trial in found[name])), "+-", (4, 5)):  # noqa: B905
+        text = f"{statistics.mean(values):{sign}.{digits}f}"
         if len(values) > 1:
             text += f" ± {statistics.stdev(values):.{digits}f}"
         texts.append(text)
     (increase, divergence), shares = texts, relative(found, name)
     seconds = statistics.mean(trial.cpu_seconds for trial in found[name])
     return [
-        f"+{increase}", f"{shares[0]:.2f}", divergence, f"{shares[1]:.2f}", f"{seconds:.0f}",
+        increase, f"{shares[0]:.2f}", divergence, f"{shares[1]:.2f}", f"{seconds:.0f}",
     ]  # fmt: skip
 
 
@@ -325,7 +327,7 @@ def verdict(found: dict[str, dict[str, list[Found]]], ideas: list[Idea]) -> str:
     ]
     return (
         f"At {' and '.join(found)} bits these leave at most {PAYS:g} of both the increase and the "
-        f"divergence that the product's GPTQ leaves: {'; '.join(paying) or 'none'}."
+        f"divergence that GPTQ alone leaves: {'; '.join(paying) or 'none'}."
     )
 
 

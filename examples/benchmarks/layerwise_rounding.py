@@ -1,4 +1,4 @@
-"""Ways to round experts layer by layer that the product does not have, for beyond_gptq.py.
+"""Ways to round experts layer by layer, for beyond_gptq.py: the product's, and others.
 
 Quantized layers feed the next, as in ``moeq quantize --calib``; what differs is what the rounded
 weights are fitted to.
@@ -31,10 +31,10 @@ Quantize = Callable[[torch.Tensor, Curvature, int, int], list[QuantizedWeight]]
 class Target(Enum):
     """What the rounded matrices of an expert are fitted to."""
 
-    MATRIX = "each matrix to its own output, as the product does"
+    MATRIX = "each matrix to its own output, as GPTQ does"
     EXPERT = "w2 to the output of the unrounded expert"
     STREAM = "each matrix to its output in the original model, where no layer is rounded"
-    RESIDUAL = "w2 to what brings the residual stream to where it is in the original model"
+    RESIDUAL = "w2 to what brings the residual stream back to the original model's: the product"
 
     @property
     def needs_original(self) -> bool:
@@ -107,23 +107,29 @@ def round_experts(
     original = _Stream(model, tokens, layers[0].hidden_size) if method.needs_original else rounded
     result = Rounded({}, {})
     for index in range(len(model)):
+        reference = original.run(index) if original is not rounded else None
+        if reference is not None:
+            for places, output in _original_outputs(model, model.moe_layers[index], reference):
+                original.add(places, output)
         routed = rounded.run(index)
-        reference = original.run(index) if original is not rounded else routed
-        if routed is None or reference is None:
+        if routed is None:
             continue
         layer = model.moe_layers[index]
+        reference = reference or routed
         if method.recalibrate_routers:
             weight = fitted_router(reader.tensor(layer.router).float(), routed.x, reference.x)
             result.routers[layer.router] = weight
             routed = _rerouted(routed, weight)
-        lag = (original.hidden - rounded.hidden).flatten(0, 1)
+        lag = None
+        if method.target is Target.RESIDUAL:
+            lag = (original.hidden - rounded.hidden).flatten(0, 1)
+            for places, output in _original_outputs(model, layer, routed):
+                lag.index_add_(0, places, output, alpha=-1)
+            lag /= routed.weights.sum(1, keepdim=True)
         work = _LayerRounding(model, layer, plan, method, routed, reference, lag)
         for stored, places, output in work.run():
             result.weights.update(stored)
             rounded.add(places, output)
-        if original is not rounded:
-            for places, output in _original_outputs(model, layer, reference):
-                original.add(places, output)
     return result
 
 
@@ -156,7 +162,8 @@ class _LayerRounding:
     """Rounds the experts of one layer.
 
     Attributes:
-        lag: What the residual stream lacks before the experts' share is added, [T, hidden_size].
+        lag: What the residual stream would lack if this layer were not rounded, divided by the
+            sum of a token's router weights, [T, hidden_size]; None if nothing makes up for it.
     """
 
     model: LayerwiseModel
@@ -165,7 +172,7 @@ class _LayerRounding:
     method: Method
     routed: Routed
     reference: Routed
-    lag: torch.Tensor
+    lag: torch.Tensor | None
 
     def run(self) -> Iterator[tuple[Stored, torch.Tensor, torch.Tensor]]:
         """Yield for each expert its packed weights, the places of its tokens and its output."""
@@ -216,10 +223,12 @@ class _LayerRounding:
         ]
         wanted = None
         if self.method.target is not Target.MATRIX:
-            wanted = list(map(self.model.expert_output, originals, original_inputs))
-        if self.method.target is Target.RESIDUAL and wanted is not None:
-            # In full to each expert of a token: their weights sum to one.
-            wanted = [w + self.lag[places] for w, (places, _) in zip(wanted, shares, strict=True)]
+            of_stream = self.method.target is Target.STREAM
+            fed = original_inputs if of_stream else inputs
+            wanted = list(map(self.model.expert_output, originals, fed))
+        if self.lag is not None and wanted is not None:
+            lags = (self.lag[places] for places, _ in shares)
+            wanted = [output + lag for output, lag in zip(wanted, lags, strict=True)]
         matrices = [original.down for original in originals]
         downs = self._round(matrices, inner, router_weights, w2, wanted)
         return [(*weight.parts(2), down) for weight, down in zip(gates_and_ups, downs, strict=True)]
@@ -232,7 +241,7 @@ class _LayerRounding:
         bits: int,
         wanted: list[torch.Tensor] | None,
     ) -> list[QuantizedWeight]:
-        """Round as the product does, after moving matrices to wanted outputs if there are."""
+        """Round, after moving matrices to wanted outputs if there are."""
         group_size, counts = self.plan.group_size, [len(x) for x in inputs]
         if min(counts) < FEWEST_TOKENS:
             return [quantize_hqq(matrix, bits, group_size) for matrix in matrices]

@@ -1,25 +1,30 @@
 """Rounds experts with what they get: layer by layer, quantized layers feeding the next."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
+from moeq.evaluate.reference import ExpertSource, add_experts, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.fisher import check_finite, mapped
 from moeq.layerwise import LayerwiseModel, Routed
-from moeq.rounding import REFINEMENT, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.rounding import (
+    REFINEMENT,
+    Curvature,
+    QuantizedWeight,
+    fitted,
+    quantize_gptq,
+    quantize_hqq,
+)
+from moeq.snapshots import Snapshots, Tensors
 from vllm_moeq._version import __version__
 from vllm_moeq.format import BitPlan, Projection
 
@@ -28,11 +33,12 @@ FEWEST_TOKENS = 32
 themselves than about the expert."""
 _HESSIAN_COPIES = 4
 """Square matrices in memory while one is factored."""
+_STREAMS, _SAVED = 4, 2
+"""Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
+_WAY = 2
+"""To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
 _WEIGHT_COPIES = 7
 """float32 copies of an expert's weights while it is rounded."""
-_STATE, _FINGERPRINT = "state.json", "fingerprint.json"
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Coverage(NamedTuple):
@@ -50,6 +56,10 @@ class Coverage(NamedTuple):
 @dataclass(slots=True)
 class Calibration:
     """Rounds all experts of a checkpoint with GPTQ, one layer at a time.
+
+    The original model runs beside the rounded one. Before its down projections are rounded, they
+    are fitted to what brings the residual stream back to where it is in the original: see
+    :mod:`moeq.rounding.target`. That is not done for experts rounded without calibration.
 
     What is finished lies in ``folder``, one file for each layer, with the activations that the
     next layer gets: a run that was killed goes on after its last finished layer and gives the
@@ -78,14 +88,14 @@ class Calibration:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of hidden states, and again of the experts' inputs; both may go to the disk."""
+        """Bytes of the hidden states of all tokens."""
         return 4 * self.tokens.numel() * self.layers[0].hidden_size
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of files that go at the end: finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.reader, self.layers).expert_bytes
-        return packed + 4 * self.activation_bytes
+        return packed + (_STREAMS + 2 * _SAVED) * self.activation_bytes
 
     @property
     def operations(self) -> float:
@@ -98,13 +108,13 @@ class Calibration:
                 total += rows * columns**2 * refined + 4 * columns**3
         # The experts' products and Hessians, for every token that they are rounded by.
         layer = self.layers[0]
-        choices = int(self.reader.config.get("num_experts_per_tok", layer.num_experts))
-        if self.route_all:
-            choices = layer.num_experts
-        weights = _weights(layer)
-        hessians = layer.hidden_size**2 + layer.intermediate_size**2
-        passes = 2 * choices * self.tokens.numel() * len(self.layers)
-        return total + passes * (weights + hessians)
+        routed = int(self.reader.config.get("num_experts_per_tok", layer.num_experts))
+        choices = layer.num_experts if self.route_all else routed
+        weights, square = _weights(layer), layer.hidden_size**2 + layer.intermediate_size**2
+        # Rounded and not, and what the one lacks; the original model, and the lag of the stream.
+        rounded = choices * (2 * weights + square + 2 * weights // 3)
+        passes = 2 * self.tokens.numel() * len(self.layers)
+        return total + passes * (rounded + 2 * routed * weights)
 
     @property
     def uncalibrated(self) -> int:
@@ -130,9 +140,9 @@ class Calibration:
         largest = max(self.layers, key=_working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
         # All tokens may choose the same expert.
-        activations = 4 * self.tokens.numel() * (hidden + 3 * inner)
+        activations = 4 * self.tokens.numel() * (3 * hidden + 3 * inner)
         batch = 2 * largest.num_experts * _weights(largest)
-        return 2 * self.activation_bytes + activations + max(batch, _working_bytes(largest))
+        return _STREAMS * self.activation_bytes + activations + max(batch, _working_bytes(largest))
 
     @torch.inference_mode()
     def run(self, folder: Path, resume: bool, progress: bool = True) -> None:
@@ -147,56 +157,71 @@ class Calibration:
             MoeqError: A weight or an activation is not finite, or what is there was made from
                 something else; names it.
         """
-        folder.mkdir(exist_ok=True)
-        self._check_fingerprint(folder, resume)
+        snapshots = Snapshots(folder)
+        snapshots.start(self._fingerprint(), resume)
         model = LayerwiseModel(self.reader, self.layers, torch.device(self.device))
+        own = [ExpertSource.original(model)]
         shape = (*self.tokens.shape, self.layers[0].hidden_size)
-        hidden, x = (mapped(folder / name, shape) for name in ("hidden.bin", "x.bin"))
-        done = self._restore(folder, hidden) if resume else 0
+        hidden, original, lag, x = (
+            mapped(folder / f"{name}.bin", shape) for name in ("hidden", "original", "lag", "x")
+        )
+        streams = {"hidden": hidden, "original": original}
+        done, coverage = snapshots.restore(streams) if resume else (0, {})
+        self.coverage = {key: Coverage(*value) for key, value in coverage.items()}
         if done == 0:
             model.embed(self.tokens, hidden)
+            original.copy_(hidden)
         else:
             model.embed(self.tokens[:1], x[:1])  # for what layers get beside hidden states
         last = max(layer.index for layer in self.layers)
         experts = sum(layer.num_experts for layer in self.layers if layer.index >= done)
         with tqdm(total=experts, desc="round", unit="expert", disable=not progress) as bar:
             for index in range(done, last + 1):
+                run_layer(model, index, original, x, own)
+                check_finite(model, index, original)
                 routed = model.run(index, hidden, x)
                 check_finite(model, index, hidden)
                 if routed is not None:
                     layer = model.moe_layers[index]
+                    lag.copy_(hidden)
+                    add_experts(model, layer, routed, lag, own)
+                    torch.sub(original, lag, out=lag)
                     tensors: Tensors = {}
-                    for stored in self._round_layer(model, layer, routed, hidden):
+                    for stored in self._round_layer(model, layer, routed, hidden, lag):
                         tensors |= stored
                         bar.update()
-                    _save_tensors(_layer_file(folder, layer), tensors)
-                self._save(folder, index + 1, hidden)
+                    snapshots.save_layer(index, tensors)
+                snapshots.save(index + 1, streams, self.coverage)
 
     def stored(self, folder: Path) -> Callable[[str], Tensors]:
         """Return what reads the packed tensors of a weight by its name, after :meth:`run`."""
-        files: list[Any] = [
-            safe_open(_layer_file(folder, layer), framework="pt") for layer in self.layers
-        ]
-        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-
-        def read(weight: str) -> Tensors:
-            names = QuantizedWeight.names(weight)
-            return {name: file_of[name].get_tensor(name) for name in names}
-
-        return read
+        return Snapshots(folder).stored(layer.index for layer in self.layers)
 
     def _round_layer(
-        self, model: LayerwiseModel, layer: MoELayer, routed: Routed, hidden: torch.Tensor
+        self,
+        model: LayerwiseModel,
+        layer: MoELayer,
+        routed: Routed,
+        hidden: torch.Tensor,
+        lag: torch.Tensor,
     ) -> Iterator[Tensors]:
-        """Round the experts of a layer, and add their outputs to ``hidden``."""
+        """Round the experts of a layer, and add their outputs to ``hidden``.
+
+        ``lag`` is what the residual stream would lack after this layer, compared with the
+        original model, if its experts were not rounded; it is changed.
+        """
         shares = [routed.of_expert(expert) for expert in range(layer.num_experts)]
         self.coverage[layer.container] = Coverage(
             [len(places) for places, _ in shares],
             [float(weights.sum()) for _, weights in shares],
         )
-        flat = hidden.view(-1, hidden.shape[-1])
+        # All experts of a token make up for its lag: each by the same, times its router weight.
+        totals = routed.weights.sum(1, keepdim=True)
+        missing = lag.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
+        flat = hidden.view(routed.x.shape)
         for batch in self._batches(layer):
-            for expert, (stored, output) in self._round_batch(model, layer, batch, routed).items():
+            rounded = self._round_batch(model, layer, batch, routed, missing)
+            for expert, (stored, output) in rounded.items():
                 places, weights = shares[expert]
                 flat.index_add_(0, places, output.to(flat.device) * weights)
                 yield stored
@@ -218,26 +243,36 @@ class Calibration:
             yield from (experts[i : i + size] for i in range(0, len(experts), size))
 
     def _round_batch(
-        self, model: LayerwiseModel, layer: MoELayer, experts: list[int], routed: Routed
+        self,
+        model: LayerwiseModel,
+        layer: MoELayer,
+        experts: list[int],
+        routed: Routed,
+        missing: torch.Tensor,
     ) -> dict[int, tuple[Tensors, torch.Tensor]]:
         """Return of each expert its packed tensors, and what it gives for the tokens it gets."""
         originals = [model.matrices(layer, expert) for expert in experts]
-        x, weights = [], []
-        for expert in experts:
-            places, router_weights = routed.of_expert(expert)
-            x.append(routed.x if self.route_all else routed.x[places])
-            weights.append(torch.ones(len(routed.x), 1) if self.route_all else router_weights)
-        x, weights = ([part.to(model.device) for part in parts] for parts in (x, weights))
+        shares = [routed.of_expert(expert) for expert in experts]
+        if self.route_all:
+            inputs = [(routed.x, torch.ones(len(routed.x), 1), missing)] * len(experts)
+        else:
+            inputs = [(routed.x[places], weights, missing[places]) for places, weights in shares]
+        x, weights, lacks = (
+            [part.to(model.device) for part in parts] for parts in zip(*inputs, strict=True)
+        )
         stored: list[Tensors] = [{} for _ in experts]
 
         def rounded(
-            inputs: list[torch.Tensor], projection: Projection, *names: Matrix
+            inputs: list[torch.Tensor],
+            projection: Projection,
+            *names: Matrix,
+            wanted: Iterable[torch.Tensor] | None = None,
         ) -> list[torch.Tensor]:
             """Round matrices with the same inputs; keep what is stored, return the weights."""
             bits = self.plan.expert_bits[layer.container].width(projection, experts[0])
             matrices = [torch.cat([getattr(o, name) for name in names]) for o in originals]
             try:
-                quantized = self._quantize(matrices, inputs, weights, bits)
+                quantized = self._quantize(matrices, inputs, weights, bits, wanted)
             except ValueError as error:
                 where = ", ".join(layer.tensor_name(expert, names[0]) for expert in experts)
                 raise MoeqError(
@@ -253,12 +288,13 @@ class Calibration:
         for matrix, tokens in zip(gates_and_ups, x, strict=True):
             gate, up = matrix.chunk(2)
             inner.append(model.expert_hidden(gate, up, tokens))
-        downs = rounded(inner, "w2", "down")
+        wanted = (
+            model.expert_output(original, tokens) + lack
+            for original, tokens, lack in zip(originals, x, lacks, strict=True)
+        )
+        downs = rounded(inner, "w2", "down", wanted=wanted)
         if self.route_all:
-            inner = [
-                every[routed.of_expert(expert)[0]]
-                for every, expert in zip(inner, experts, strict=True)
-            ]
+            inner = [every[places] for every, (places, _) in zip(inner, shares, strict=True)]
         outputs = (tokens @ down.T for tokens, down in zip(inner, downs, strict=True))
         return dict(zip(experts, zip(stored, outputs, strict=True), strict=True))
 
@@ -268,22 +304,31 @@ class Calibration:
         inputs: list[torch.Tensor],
         router_weights: list[torch.Tensor],
         bits: int,
+        wanted: Iterable[torch.Tensor] | None,
     ) -> list[QuantizedWeight]:
+        """Round matrices, after moving them to wanted outputs if there are."""
         counts = [len(x) for x in inputs]
         if min(counts) < self.fewest_tokens:
             return [quantize_hqq(matrix, bits, self.plan.group_size) for matrix in matrices]
         # An error counts as much as the router weight that it is multiplied with, squared.
-        weighted = (x * weight for x, weight in zip(inputs, router_weights, strict=True))
-        hessians = torch.stack([x.T @ x for x in weighted])
-        curvature = Curvature.of(hessians, counts)
-        return quantize_gptq(torch.stack(matrices), curvature, bits, self.plan.group_size)
+        weighted = [x * weight for x, weight in zip(inputs, router_weights, strict=True)]
+        curvature = Curvature.of(torch.stack([x.T @ x for x in weighted]), counts)
+        weights = torch.stack(matrices)
+        if wanted is not None:
+            parts = zip(wanted, router_weights, weighted, matrices, strict=True)
+            missing = [
+                (output * weight - x @ matrix.T).T @ x for output, weight, x, matrix in parts
+            ]
+            weights = fitted(weights, curvature, torch.stack(missing))
+        return quantize_gptq(weights, curvature, bits, self.plan.group_size)
 
-    def _check_fingerprint(self, folder: Path, resume: bool) -> None:
-        """Check that files in the folder come from the same work."""
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return what the result depends on."""
         files = {info.file for info in self.reader.tensors.values()}
         stats = {name: (self.reader.folder / name).stat() for name in sorted(files)}
-        fingerprint = {
+        return {
             "moeq version": __version__,
+            "way of rounding": _WAY,
             "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "config.json": self.reader.config,
             "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
@@ -293,37 +338,6 @@ class Calibration:
             "choice of --route-all-experts": self.route_all,
             "fewest tokens": self.fewest_tokens,
         }
-        fingerprint = json.loads(json.dumps(fingerprint))
-        path = folder / _FINGERPRINT
-        if resume and path.exists():
-            old = json.loads(path.read_text())
-            changed = [name for name in fingerprint if fingerprint[name] != old.get(name)]
-            if changed:
-                raise MoeqError(
-                    f"cannot resume: the unfinished run had another {', another '.join(changed)}; "
-                    "use the same options, or leave out --resume to start again"
-                )
-        _replace(path, lambda target: target.write_text(json.dumps(fingerprint)))
-
-    def _save(self, folder: Path, done: int, hidden: torch.Tensor) -> None:
-        """Note that the layers before ``done`` are finished; a kill at any time loses only one."""
-        snapshot = _snapshot(folder, done)
-        _save_tensors(snapshot, {"hidden": hidden})
-        state = json.dumps({"done": done, "coverage": self.coverage})
-        _replace(folder / _STATE, lambda target: target.write_text(state))
-        for old in folder.glob("hidden-*.safetensors"):
-            if old != snapshot:
-                old.unlink()
-
-    def _restore(self, folder: Path, hidden: torch.Tensor) -> int:
-        """Go on where an earlier run ended; return the first layer to do."""
-        if not (folder / _STATE).exists():
-            return 0
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        self.coverage = {key: Coverage(*value) for key, value in state["coverage"].items()}
-        done = int(state["done"])
-        hidden.copy_(load_file(_snapshot(folder, done))["hidden"])
-        return done
 
 
 def _weights(layer: MoELayer) -> int:
@@ -335,27 +349,3 @@ def _working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes."""
     columns = max(layer.hidden_size, layer.intermediate_size)
     return 4 * (_HESSIAN_COPIES * columns**2 + _WEIGHT_COPIES * _weights(layer))
-
-
-def _layer_file(folder: Path, layer: MoELayer) -> Path:
-    return folder / f"layer-{layer.index:05}.safetensors"
-
-
-def _snapshot(folder: Path, done: int) -> Path:
-    return folder / f"hidden-{done:05}.safetensors"
-
-
-def _save_tensors(path: Path, tensors: Tensors) -> None:
-    def write(target: Path) -> None:
-        save_file(tensors, target)
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is either complete or not there."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)

@@ -159,7 +159,7 @@ def test_a_killed_run_is_resumed_and_gives_the_same_bytes(
     shutil.rmtree(out)
 
     # Killed before a layer is done, after the first one, and while the result is written.
-    waits = ("fingerprint.json", "hidden-00001.safetensors", "hidden-00002.safetensors")
+    waits = ("fingerprint.json", "activations-00001.safetensors", "activations-00002.safetensors")
     for number, file in enumerate(waits):
         resume = ("--resume",) if number else ()
         process = start_moeq(*command, *resume)

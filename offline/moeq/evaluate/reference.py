@@ -128,9 +128,28 @@ def run_layer(
         What the experts got; None for a layer without experts.
     """
     routed = model.run(index, hidden, x)
-    if routed is None:
-        return None
-    layer, flat = model.moe_layers[index], hidden.view(-1, hidden.shape[-1])
+    if routed is not None:
+        add_experts(model, model.moe_layers[index], routed, hidden, sources)
+    return routed
+
+
+def add_experts(
+    model: LayerwiseModel,
+    layer: MoELayer,
+    routed: Routed,
+    hidden: torch.Tensor,
+    sources: Sequence[ExpertSource],
+) -> None:
+    """Add, in place, what the experts of a layer give.
+
+    Args:
+        model: Runs them.
+        layer: Where they are.
+        routed: What they get.
+        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
+        sources: Sets of experts.
+    """
+    flat = hidden.view(-1, hidden.shape[-1])
     for expert in range(layer.num_experts):
         places, weights = routed.of_expert(expert)
         streams = places // (len(flat) // len(sources))
@@ -138,7 +157,6 @@ def run_layer(
             inputs = routed.x[places[part]].to(model.device)
             result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
             flat.index_add_(0, places[part], result)
-    return routed
 
 
 def _weights(

@@ -1,9 +1,11 @@
 """Moves weights, before they are rounded, to where their output comes nearest to a wanted one.
 
 GPTQ keeps the output of a matrix on the inputs that it gets in the quantized model. What earlier
-matrices and layers have done to those inputs stays as an error, unless the matrix is fitted to the
-output in the ORIGINAL model first: the idea of Li et al., "GPTAQ" (2025), and Arai and Ichikawa,
-"Quantization Error Propagation" (2025), here as one least-squares step before any rounding.
+matrices and layers have done to those inputs stays as an error, unless a matrix is fitted first to
+what the ORIGINAL model has in its place: the idea of Li et al., "GPTAQ" (2025), and Arai and
+Ichikawa, "Quantization Error Propagation" (2025), here as one least-squares step before any
+rounding. ``moeq.calibration`` does it for the down projections, whose outputs end in the residual
+stream: wanted is what brings the stream back to where it is in the original model.
 """
 
 import torch
