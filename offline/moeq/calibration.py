@@ -11,13 +11,20 @@ from tqdm import tqdm
 
 from moeq.allocation import plan_sizes
 from moeq.checkpoint import CheckpointReader
+from moeq.cost import (
+    expert_weights,
+    experts_of_a_token,
+    forward_operations,
+    gptq_operations,
+    hessian_operations,
+    working_bytes,
+)
 from moeq.errors import MoeqError
 from moeq.evaluate.reference import ExpertSource, add_experts, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.fisher import check_finite, mapped
 from moeq.layerwise import LayerwiseModel, Routed
 from moeq.rounding import (
-    REFINEMENT,
     Curvature,
     QuantizedWeight,
     fitted,
@@ -31,14 +38,10 @@ from vllm_moeq.format import BitPlan, Projection
 FEWEST_TOKENS = 32
 """An expert that gets fewer calibration tokens is rounded without them: so few say more about
 themselves than about the expert."""
-_HESSIAN_COPIES = 4
-"""Square matrices in memory while one is factored."""
 _STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
 _WAY = 2
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
-_WEIGHT_COPIES = 7
-"""float32 copies of an expert's weights while it is rounded."""
 
 
 class Coverage(NamedTuple):
@@ -100,21 +103,14 @@ class Calibration:
     @property
     def operations(self) -> float:
         """About how many floating-point operations rounding takes; attention is left out."""
-        total = 0.0
-        for layer in self.layers:
-            for _, matrix, _ in layer.weights():
-                rows, columns = layer.shape(matrix)
-                refined = 4 * (1 + REFINEMENT.rounds)  # feedback, and the rounds after it
-                total += rows * columns**2 * refined + 4 * columns**3
-        # The experts' products and Hessians, for every token that they are rounded by.
         layer = self.layers[0]
-        routed = int(self.reader.config.get("num_experts_per_tok", layer.num_experts))
+        routed = experts_of_a_token(self.reader.config, layer)
         choices = layer.num_experts if self.route_all else routed
-        weights, square = _weights(layer), layer.hidden_size**2 + layer.intermediate_size**2
+        forward = forward_operations(layer)
         # Rounded and not, and what the one lacks; the original model, and the lag of the stream.
-        rounded = choices * (2 * weights + square + 2 * weights // 3)
-        passes = 2 * self.tokens.numel() * len(self.layers)
-        return total + passes * (rounded + 2 * routed * weights)
+        rounded = choices * (2 * forward + hessian_operations(layer) + forward // 3)
+        passes = self.tokens.numel() * len(self.layers) * (rounded + 2 * routed * forward)
+        return gptq_operations(self.layers) + passes
 
     @property
     def uncalibrated(self) -> int:
@@ -137,12 +133,30 @@ class Calibration:
     @property
     def peak_memory_bytes(self) -> int:
         """Estimate of the memory in use beyond Python and torch themselves."""
-        largest = max(self.layers, key=_working_bytes)
+        largest = max(self.layers, key=working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
-        # All tokens may choose the same expert.
-        activations = 4 * self.tokens.numel() * (3 * hidden + 3 * inner)
-        batch = 2 * largest.num_experts * _weights(largest)
-        return _STREAMS * self.activation_bytes + activations + max(batch, _working_bytes(largest))
+        size = self._batch_size(largest)
+        # All tokens may choose the same experts.
+        most = (
+            largest.num_experts
+            if self.route_all
+            else experts_of_a_token(self.reader.config, largest)
+        )
+        inputs = min(size, most) * self._input_bytes(largest)
+        one = 4 * self.tokens.numel() * (hidden + 2 * inner)
+        streams = _STREAMS * self.activation_bytes
+        return streams + inputs + one + size * working_bytes(largest)
+
+    def _input_bytes(self, layer: MoELayer) -> int:
+        """Return the most that what an expert gets may take, as it is and with router weights."""
+        columns = 2 * layer.hidden_size + 2 * layer.intermediate_size
+        return 4 * self.tokens.numel() * columns
+
+    def _batch_size(self, layer: MoELayer) -> int:
+        """Return how many experts are rounded at once."""
+        # As many as take no more memory than the 16-bit weights of the layer, but at least one.
+        each = working_bytes(layer) + (self._input_bytes(layer) if self.route_all else 0)
+        return max(1, 2 * layer.num_experts * expert_weights(layer) // each)
 
     @torch.inference_mode()
     def run(self, folder: Path, resume: bool, progress: bool = True) -> None:
@@ -232,8 +246,7 @@ class Calibration:
 
     def _batches(self, layer: MoELayer) -> Iterator[list[int]]:
         """Yield experts to be rounded at once: of equal widths, all with calibration or none."""
-        # As many as take no more memory than the 16-bit weights of the layer, but at least one.
-        size = max(1, 2 * layer.num_experts * _weights(layer) // _working_bytes(layer))
+        size = self._batch_size(layer)
         bits = self.plan.expert_bits[layer.container]
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for expert, count in enumerate(self.coverage[layer.container].tokens):
@@ -338,14 +351,3 @@ class Calibration:
             "choice of --route-all-experts": self.route_all,
             "fewest tokens": self.fewest_tokens,
         }
-
-
-def _weights(layer: MoELayer) -> int:
-    """Return the number of weights of one expert."""
-    return 3 * layer.hidden_size * layer.intermediate_size
-
-
-def _working_bytes(layer: MoELayer) -> int:
-    """Return about how much memory rounding one expert takes."""
-    columns = max(layer.hidden_size, layer.intermediate_size)
-    return 4 * (_HESSIAN_COPIES * columns**2 + _WEIGHT_COPIES * _weights(layer))

@@ -151,10 +151,10 @@ class Conversion:
                 cannot be quantized; names the file or tensor.
         """
         check_output_is_free(output)
-        self._check_disk(output, rounding)
+        calibrated = output.parent / f".{output.name}.moeq-calibration"
+        self._check_disk(output, rounding, calibrated)
         try:
             with _work_folder(output) as work:
-                calibrated = output.parent / f".{output.name}.moeq-calibration"
                 if not resume:
                     shutil.rmtree(calibrated, ignore_errors=True)
                 if isinstance(rounding, Calibration):
@@ -172,10 +172,12 @@ class Conversion:
         except (OSError, SafetensorError) as error:
             raise MoeqError(f"cannot write {output}: {error}") from error
 
-    def _check_disk(self, output: Path, rounding: Rounding | Calibration) -> None:
+    def _check_disk(self, output: Path, rounding: Rounding | Calibration, calibrated: Path) -> None:
         needed = self.output_bytes
         if isinstance(rounding, Calibration):
             needed += rounding.disk_bytes
+        # What an unfinished run left is either gone on with or removed.
+        needed -= sum(512 * path.stat().st_blocks for path in calibrated.glob("*"))
         parent = output.parent
         free = shutil.disk_usage(parent).free
         if free < needed:

@@ -24,6 +24,14 @@ from moeq.allocation import (
 )
 from moeq.bank import Bank, build
 from moeq.checkpoint import CheckpointReader
+from moeq.cost import (
+    expert_weights,
+    experts_of_a_token,
+    forward_operations,
+    gptq_operations,
+    hessian_operations,
+    working_bytes,
+)
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation, Scores
 from moeq.evaluate.reference import ExpertSource, outputs
@@ -31,6 +39,7 @@ from moeq.evaluate.scores import Scorer
 from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
+from moeq.rounding import DATA_FREE
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
 
@@ -95,6 +104,36 @@ class Planner:
             self.layers, self.widths, self.options.group_size, self.tokens.numel()
         )
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Estimate of the memory in use beyond Python and torch themselves."""
+        layer = max(self.layers, key=expert_weights)
+        count, size = self.tokens.numel(), 4 * layer.hidden_size
+        together = 4 * layer.num_experts * expert_weights(layer)  # for gradients, in float32
+        alone = working_bytes(layer) + count * (4 * size + 12 * layer.intermediate_size)
+        judged = 2 * (1 + _PLANS_AT_ONCE) * self._held_back * self.tokens.shape[1] * size
+        return max(4 * count * size + max(together, alone), judged)
+
+    @property
+    def operations(self) -> float:
+        """About how many floating-point operations measuring takes; attention is left out."""
+        layer, widths = self.layers[0], len(self.widths)
+        routed = experts_of_a_token(self.reader.config, layer) * len(self.layers)
+        held_back = self._held_back * self.tokens.shape[1]
+        # Forward for the gradients, and back; in the bank, whole and at each width of a projection.
+        passes = (1 + 3 + 2 + 2 * widths) * (self.tokens.numel() - held_back)
+        passes += (1 + _PLANS_AT_ONCE) * held_back
+        total = passes * routed * forward_operations(layer)
+        if self.method in DATA_FREE:
+            return total
+        hessians = self.tokens.numel() * routed * hessian_operations(layer)
+        return total + hessians + gptq_operations(self.layers, widths)
+
+    @property
+    def _held_back(self) -> int:
+        """Number of sequences that judge plans."""
+        return int(len(self.tokens) * _HELD_BACK) if self.options.strategy == "auto" else 0
+
     def run(self, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
         """Return the plan, and what ``auto`` tried, the best first.
 
@@ -102,7 +141,7 @@ class Planner:
             MoeqError: Options that do not fit the model, too little text, or weights or
                 activations that are not finite.
         """
-        held_back = int(len(self.tokens) * _HELD_BACK) if self.options.strategy == "auto" else 0
+        held_back = self._held_back
         if self.options.strategy == "auto" and not held_back:
             raise MoeqError(
                 f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "

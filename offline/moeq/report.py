@@ -135,10 +135,18 @@ def describe_result(rounding: Rounding | Calibration) -> str:
 
 def describe_measurement(planner: Planner) -> str:
     """Return what ``--dry-run`` says about a measurement that it leaves out."""
-    return (
-        f"measurement      left out: it rounds every expert at {len(planner.widths)} widths and "
-        f"takes\n                 {_bytes(planner.disk_bytes)} of temporary files; what follows is "
-        "for a plan of the same size"
+    rows = [
+        ("rounding", f"every expert at {len(planner.widths)} widths"),
+        ("disk", f"{_bytes(planner.disk_bytes)} of temporary files"),
+        ("time", f"{planner.operations / 1e12:.3g} TFLOP: {_time_class(planner.operations)}"),
+        ("peak memory", f"about {_bytes(planner.peak_memory_bytes)} beyond Python and torch"),
+    ]
+    return "\n".join(
+        [
+            "measurement, left out here:",
+            *(f"  {name:<14} {value}" for name, value in rows),
+            "What follows is for a plan of the same size.",
+        ]
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -276,6 +277,36 @@ def test_too_small_a_disk_is_refused_before_work_starts(
     done = run_moeq(*_quantize(big, disk))
     _assert_clean_failure(done, f"{disk} has 5,001,216 bytes free")
     assert list(disk.iterdir()) == []
+
+
+def test_the_disk_that_dry_run_states_is_enough_also_to_resume(
+    tiny_model: Callable[[str], Path], small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("Bytes are tokens. " * 400)
+
+    def command(output: Path, *more: str) -> tuple[object, ...]:
+        return (
+            "quantize", tiny_model("mixtral"), "-o", output, "--calib", tmp_path / "text.txt",
+            "--bits=2", "--group-size=32", "--strategy=uniform", "--nsamples=32", "--seqlen=64",
+            *more,
+        )  # fmt: skip
+
+    stated = run_moeq(*command(tmp_path / "out", "--dry-run")).stdout
+    sizes = [
+        re.search(rf"^{row} .*?([\d,]+) bytes", stated, re.MULTILINE)
+        for row in ("result", "disk on the way")
+    ]
+    needed = sum(int(size[1].replace(",", "")) for size in sizes)
+    disk = small_disk(needed + 4096 * 20)  # room for the small files
+    process = start_moeq(*command(disk / "out"))
+    while process.poll() is None and not list(disk.glob(".out.*/activations-00001.safetensors")):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert shutil.disk_usage(disk).free < needed
+    done = run_moeq(*command(disk / "out", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in disk.iterdir()] == ["out"]
 
 
 def test_a_disk_that_fills_up_is_named_and_leaves_nothing(
