@@ -32,8 +32,8 @@ def given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the group "plan" that the user gave; the rest has its default."""
     from moeq.allocation import PlanOptions
 
-    names = (field.name for field in fields(PlanOptions))
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {field.name: getattr(options, field.name, None) for field in fields(PlanOptions)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def requested_plan(
@@ -54,12 +54,15 @@ def requested_plan(
 
     if options.strategy is None and options.calib is not None:
         options.strategy = "auto"
+    if options.group_size is not None:
+        options.group_sizes = options.group_size if len(options.group_size) > 1 else None
+        options.group_size = max(options.group_size)
     budget = _budget(options, reader, layers)
     wanted = PlanOptions(**given_plan_options(options))
     if wanted.strategy not in MEASURED or options.calib is None:
         plan = make_plan(reader, layers, wanted, options.model)
     else:
-        plan = _measured_plan(options, wanted, reader, layers, kept)
+        plan = _measured_plan(options, wanted, reader, layers, budget, kept)
     size = plan_sizes(plan, reader, layers).expert_bytes
     if budget is not None and size > budget:
         raise MoeqError(
@@ -74,6 +77,7 @@ def _measured_plan(
     wanted: "PlanOptions",
     reader: "CheckpointReader",
     layers: list["MoELayer"],
+    budget: int | None,
     kept: "Path | None",
 ) -> "BitPlan":
     import torch
@@ -83,11 +87,12 @@ def _measured_plan(
     from moeq.report import describe_candidates, describe_measurement, load_plan
 
     wanted.check()
+    wanted.constraints.check(len(layers))
     device = torch.device(checked_device(options.device or "cpu"))
     tokens = calibration_tokens(options, reader)
     planner = Planner(
         reader, layers, wanted, options.model, tokens, options.method or "gptq", device,
-        options.seed or 0,
+        options.seed or 0, budget,
     )  # fmt: skip
     if getattr(options, "dry_run", False):
         print(describe_measurement(planner))

@@ -111,7 +111,13 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="router before training: a checkpoint, or a safetensors file as written by "
         "moeq.RouterNormTracker; without it the final router norm stands in",
     )
-    group.add_argument("--group-size", type=int, help="weights per scale: 32, 64 or 128 (default)")
+    group.add_argument(
+        "--group-size",
+        type=_group_sizes,
+        metavar="SIZE",
+        help="weights per scale: 32, 64 or 128 (default); measured plans choose from several, as "
+        "in 32,64,128, with as many bytes as the largest would take",
+    )
     group.add_argument(
         "--zeta", type=float, help="MaxVar factor that lets an expert overtake (default 3)"
     )
@@ -124,6 +130,23 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--reorder",
         choices=["stable", "one-pass"],
         help="repeat the MaxVar re-order until stable (default), or visit each place once",
+    )
+    side = parser.add_argument_group("what a measured plan must fulfil beside its size")
+    side.add_argument(
+        "--ranks", type=int, help="expert-parallel ranks that are to hold equal bytes, up to 1 %%"
+    )
+    side.add_argument(
+        "--layer-tolerance",
+        type=float,
+        metavar="SHARE",
+        help="bytes of a layer may differ from the mean of all layers by this share, as in 0.1",
+    )
+    side.add_argument("--widths-per-layer", type=int, help="most different widths in a layer")
+    side.add_argument(
+        "--same-width",
+        action="store_true",
+        default=None,
+        help="both projections of an expert get the same width",
     )
 
 
@@ -255,6 +278,13 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=900, help="time for --tune (default %(default)s)"
     )
+
+
+def _group_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size or list such as 64,128") from None
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -10,16 +10,15 @@ from tempfile import TemporaryDirectory, gettempdir
 import torch
 
 from moeq.allocation import (
-    LossTable,
     PlanOptions,
-    Solution,
+    allocate,
+    average_bits,
     bits_budget,
-    layer_bits,
-    loss_array,
+    check_possible,
+    fulfils,
     make_plan,
     option_sizes,
     plan_sizes,
-    solve,
     with_sizes,
 )
 from moeq.bank import Bank, build
@@ -41,7 +40,7 @@ from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
 from vllm_moeq._version import __version__
-from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
+from vllm_moeq.format import WIDTHS, BitPlan, Provenance
 
 RANDOM_PLANS = 3
 """Random plans that ``auto`` tries."""
@@ -77,6 +76,7 @@ class Planner:
         method: How experts are rounded, as ``--method`` has it.
         device: Where layers run and experts are rounded.
         seed: Of random plans, and of the tokens drawn for the Fisher information.
+        size: Bytes that the experts may take, if it is not the average width that was asked for.
     """
 
     reader: CheckpointReader
@@ -87,6 +87,7 @@ class Planner:
     method: str
     device: torch.device
     seed: int = 0
+    size: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -94,15 +95,13 @@ class Planner:
         files = sorted({info.file for info in self.reader.tensors.values()})
         stats = [(self.reader.folder / file).stat() for file in files]
         model = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        asked = repr((self.options, self.method, self.seed, __version__, model)).encode()
+        asked = repr((self.options, self.size, self.method, self.seed, __version__, model)).encode()
         return hashlib.sha256(asked + self.tokens.numpy().tobytes()).hexdigest()
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of temporary files: experts at every width, and activations of every layer."""
-        return measuring_bytes(
-            self.layers, self.widths, self.options.group_size, self.tokens.numel()
-        )
+        return measuring_bytes(self.layers, self.widths, self.group_sizes, self.tokens.numel())
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -121,13 +120,14 @@ class Planner:
         routed = experts_of_a_token(self.reader.config, layer) * len(self.layers)
         held_back = self._held_back * self.tokens.shape[1]
         # Forward for the gradients, and back; in the bank, whole and at each width of a projection.
-        passes = (1 + 3 + 2 + 2 * widths) * (self.tokens.numel() - held_back)
+        groups = len(self.group_sizes)
+        passes = (1 + 3 + groups * (2 + 2 * widths)) * (self.tokens.numel() - held_back)
         passes += (1 + _PLANS_AT_ONCE) * held_back
         total = passes * routed * forward_operations(layer)
         if self.method in DATA_FREE:
             return total
         hessians = self.tokens.numel() * routed * hessian_operations(layer)
-        return total + hessians + gptq_operations(self.layers, widths)
+        return total + hessians + gptq_operations(self.layers, widths * groups)
 
     @property
     def _held_back(self) -> int:
@@ -148,28 +148,37 @@ class Planner:
                 f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
             )
         # All that can fail in a moment comes before what takes hours.
-        check_group_size(self.options.group_size, self.layers)
+        for group_size in self.group_sizes:
+            check_group_size(group_size, self.layers)
         others = list(self._unmeasured()) if held_back else []
-        budget = bits_budget(self.options.bits, self.layers, self.options.group_size, self.widths)
+        budget = self._budget
         for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
             budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
+        check_possible(
+            self.options.group_size, self.layers, self.widths, budget, self.options.constraints
+        )
         check_temporary_space(self.disk_bytes)
         model = LayerwiseModel(self.reader, self.layers, self.device)
         with TemporaryDirectory(prefix="moeq-") as name:
             folder = Path(name)
             tokens = self.tokens[held_back:]
             felt = gradients(model, tokens, folder, self.seed, progress)
-            bank = build(
-                model, tokens, self.widths, self.options.group_size, self.method, felt, folder,
-                progress,
-            )  # fmt: skip
-            measured = self._measured(bank, budget)
+            banks = {}
+            for group_size in self.group_sizes:
+                (part := folder / str(group_size)).mkdir()
+                banks[group_size] = build(
+                    model, tokens, self.widths, group_size, self.method, felt, part, progress
+                )
+            measured = self._measured(banks, budget)
             if not held_back:
                 return self._noted(measured, measured.provenance.strategy), []
             plans = [measured, *others]
             judged = {"held back": self.tokens[:held_back]}
             found = judge(
-                model, [bank.source(plan, self.device) for plan in plans], judged, progress
+                model,
+                [banks[plan.group_size].source(plan, self.device) for plan in plans],
+                judged,
+                progress,
             )
         tried = [
             Candidate(plan, evaluation.total) for plan, evaluation in zip(plans, found, strict=True)
@@ -190,22 +199,45 @@ class Planner:
         """Widths to choose from: those asked for, or a few around the average."""
         if self.options.levels:
             return tuple(sorted(self.options.levels))
-        levels = self.options.resolved_levels()
+        averages = [
+            average_bits(self._budget, self.layers, group_size) for group_size in self.group_sizes
+        ]
+        levels = {
+            level
+            for average in (self.options.bits, *averages)
+            if average >= WIDTHS[0]
+            for level in replace(self.options, bits=average).resolved_levels()
+        }
         first = max(0, WIDTHS.index(min(levels)) - 1)
         return WIDTHS[first : WIDTHS.index(max(levels)) + 2]
 
-    def _measured(self, bank: Bank, budget: int) -> BitPlan:
+    @property
+    def _budget(self) -> int:
+        """Bytes that the experts may take, with the largest of several group sizes."""
+        if self.size is not None:
+            return self.size
+        return bits_budget(self.options.bits, self.layers, self.options.group_size)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes to choose from."""
+        return self.options.group_sizes or (self.options.group_size,)
+
+    def _measured(self, banks: Mapping[int, Bank], budget: int) -> BitPlan:
         """Return the plan of least estimated loss within the budget."""
-        widths, group_size = self.widths, self.options.group_size
-        losses = bank.losses("loss")
-        bits, solution = allocate(losses, self.layers, widths, group_size, budget)
+        tables = {group_size: bank.losses("loss") for group_size, bank in banks.items()}
+        group_size, bits, solution = allocate(
+            tables, self.layers, self.widths, budget, self.options.constraints
+        )
         provenance = Provenance(
             strategy="sensitivity",
             requested_bits=self.options.bits,
             source=self.source,
             moeq_version=__version__,
             details={
-                "widths": list(widths),
+                "widths": list(self.widths),
+                "group_sizes": list(self.group_sizes),
+                "constraints": str(self.options.constraints),
                 "estimated_divergence": solution.loss,
                 "gap_to_the_best_plan": solution.gap,
             },
@@ -213,10 +245,18 @@ class Planner:
         return with_sizes(BitPlan(group_size, bits, provenance), self.reader, self.layers)
 
     def _unmeasured(self) -> Iterator[BitPlan]:
-        """Yield plans of the same bytes that need no measurement."""
+        """Yield plans of the same bytes that need no measurement and fulfil the constraints."""
+        for plan in self._by_rule():
+            if fulfils(plan, self.layers, self.options.constraints):
+                yield plan
+
+    def _by_rule(self) -> Iterator[BitPlan]:
         asked = self.options
         plain = PlanOptions(asked.bits, asked.levels, group_size=asked.group_size)
-        yield self._made(replace(asked, strategy="combined"))
+        routers = {
+            name: getattr(asked, name) for name in ("base_router", "zeta", "maxvar", "reorder")
+        }
+        yield self._made(replace(plain, strategy="combined", **routers))
         if asked.levels is None and asked.bits in WIDTHS:
             yield self._made(replace(plain, strategy="uniform"))
             return
@@ -229,11 +269,12 @@ class Planner:
 
 
 def measuring_bytes(
-    layers: list[MoELayer], widths: tuple[int, ...], group_size: int, tokens: int
+    layers: list[MoELayer], widths: tuple[int, ...], group_sizes: tuple[int, ...], tokens: int
 ) -> int:
     """Return the bytes of experts at every width, and of the activations of every layer."""
     activations = 4 * tokens * layers[0].hidden_size * (max(layer.index for layer in layers) + 2)
-    return int(option_sizes(layers, group_size, widths).sum()) + activations
+    experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
+    return experts + activations
 
 
 def check_temporary_space(needed: int) -> None:
@@ -248,30 +289,6 @@ def check_temporary_space(needed: int) -> None:
             f"measuring takes {needed:,} bytes of temporary files, {gettempdir()} has {free:,} "
             "bytes free; set TMPDIR to another folder, or give fewer --nsamples"
         )
-
-
-def allocate(
-    losses: LossTable,
-    layers: list[MoELayer],
-    widths: tuple[int, ...],
-    group_size: int,
-    budget: int,
-) -> tuple[dict[str, LayerBits], Solution]:
-    """Choose the widths of least total loss within a budget of bytes.
-
-    Args:
-        losses: Of every projection at every width.
-        layers: MoE layers of the model.
-        widths: Widths to choose from.
-        group_size: Weights that share a scale.
-        budget: Bytes of all packed experts.
-
-    Raises:
-        MoeqError: The budget is too small; names the least.
-    """
-    array = loss_array(losses, layers, widths)
-    solution = solve(array, option_sizes(layers, group_size, widths), budget)
-    return layer_bits(solution.choice, layers, widths), solution
 
 
 def judge(

@@ -25,7 +25,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def _plan(model: Path, *options: object) -> dict[str, Any]:
-    done = run_moeq("plan", model, "--group-size", 32, "--json", *options)
+    group_size = () if "--group-size" in options else ("--group-size", 32)
+    done = run_moeq("plan", model, "--json", *group_size, *options)
     assert done.returncode == 0, done.stderr
     plan: dict[str, Any] = json.loads(done.stdout)
     return plan
@@ -88,6 +89,72 @@ def test_auto_keeps_to_the_options_of_the_plan(
     plan = _plan(tiny_model("mixtral"), "--bits", 2.5, "--calib", text, *CALIBRATION, *options)
     for bits in plan["expert_bits"].values():
         assert {*bits["w13"], *bits["w2"]} <= {2, 4}
+
+
+def test_side_constraints_are_fulfilled(tiny_model: Callable[[str], Path], text: Path) -> None:
+    options = ("--bits", 2.5, "--calib", text, *CALIBRATION, "--method", "rtn")
+    options += ("--strategy", "sensitivity")
+    side = ("--ranks", 4, "--layer-tolerance", 0.02, "--widths-per-layer", 2)
+    free = _plan(tiny_model("mixtral"), *options)
+    for extra in (side, (*side, "--same-width")):
+        plan = _plan(tiny_model("mixtral"), *options, *extra)
+        assert _spread(plan, "layer") <= 0.02 < _spread(free, "layer")
+        assert _spread(plan, "rank") <= 0.01 < _spread(free, "rank")
+        for bits in plan["expert_bits"].values():
+            assert len({*bits["w13"], *bits["w2"]}) <= 2
+            assert (bits["w13"] == bits["w2"]) == ("--same-width" in extra)
+        estimate = plan["provenance"]["details"]["estimated_divergence"]
+        assert estimate > free["provenance"]["details"]["estimated_divergence"]
+        spent = plan["provenance"]["expert_bytes"]
+        assert 0.9 * free["provenance"]["expert_bytes"] < spent
+
+
+def _spread(plan: dict[str, Any], kind: str) -> float:
+    """Return by how much of their mean the bits of layers, or of 4 ranks, differ from it."""
+    sums: dict[int, float] = {}
+    for layer, bits in enumerate(plan["expert_bits"].values()):
+        for expert in range(8):
+            key = layer if kind == "layer" else expert // 2
+            # w13 has twice as many weights; scales and zero points add 0.75 bits.
+            width = 2 * (bits["w13"][expert] + 0.75) + bits["w2"][expert] + 0.75
+            sums[key] = sums.get(key, 0) + width
+    mean = sum(sums.values()) / len(sums)
+    return max(abs(value / mean - 1) for value in sums.values())
+
+
+def test_auto_tries_what_fulfils_the_side_constraints(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    done = run_moeq(
+        "plan", tiny_model("mixtral"), "-o", tmp_path / "plan.json", "--bits", 2.5, "--calib", text,
+        "--group-size", 32, *CALIBRATION, "--method", "rtn", "--ranks", 8,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # No rule looks at ranks, of one expert each.
+    assert "sensitivity" in done.stderr
+    assert "combined" not in done.stderr and "random" not in done.stderr
+
+
+def test_the_group_size_can_be_left_to_the_plan(
+    tiny_model: Callable[[str], Path], text: Path
+) -> None:
+    options = ("--calib", text, *CALIBRATION, "--method", "rtn", "--strategy", "sensitivity")
+    options += ("--bits-per-weight", 3.3, "--levels", "4,3,2")
+    found = {}
+    for group_sizes in ("32", "64", "128", "32,64,128"):
+        plan = _plan(tiny_model("mixtral"), *options, "--group-size", group_sizes)
+        estimate = plan["provenance"]["details"]["estimated_divergence"]
+        found[group_sizes] = plan["group_size"], estimate
+        assert plan["provenance"]["bits_per_weight"] <= 3.3
+    chosen = found.pop("32,64,128")
+    assert chosen == min(found.values(), key=lambda item: item[1])
+    assert len({estimate for _, estimate in found.values()}) == 3
+
+
+def test_rules_cannot_choose_the_group_size(tiny_model: Callable[[str], Path]) -> None:
+    done = run_moeq("plan", tiny_model("mixtral"), "--bits", 2, "--group-size", "32,64")
+    assert done.returncode == 1
+    assert "--group-size 32,64 is a choice that --strategy combined cannot make" in done.stderr
 
 
 def test_dry_run_measures_nothing(

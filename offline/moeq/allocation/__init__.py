@@ -11,7 +11,7 @@ from moeq.allocation.budget import (
 from moeq.allocation.constraints import Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.knapsack import Solution, solve
-from moeq.allocation.losses import LossTable, layer_bits, loss_array, solve_group_sizes
+from moeq.allocation.losses import LossTable, allocate, check_possible, fulfils
 from moeq.allocation.milp import solve_constrained
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
@@ -36,13 +36,14 @@ __all__ = [
     "PlanOptions",
     "PlanSizes",
     "Solution",
+    "allocate",
     "average_bits",
     "bits_budget",
     "bits_per_weight_budget",
+    "check_possible",
     "combined_order",
     "expert_counts",
-    "layer_bits",
-    "loss_array",
+    "fulfils",
     "make_plan",
     "maxvar_order",
     "option_sizes",
@@ -52,7 +53,6 @@ __all__ = [
     "router_norm_order",
     "solve",
     "solve_constrained",
-    "solve_group_sizes",
     "target_size_budget",
     "with_sizes",
 ]

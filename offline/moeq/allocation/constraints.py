@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from moeq.allocation.knapsack import Choice, Loss, Size
 from moeq.errors import MoeqError
+from vllm_moeq.format import PROJECTIONS
 
 Groups = npt.NDArray[np.int64]
 """The layer, or the rank, of each item [items]."""
@@ -76,6 +77,9 @@ class Constraints:
         return "; ".join(parts) or "no side constraint"
 
 
+NO_CONSTRAINTS = Constraints()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Instance:
     """A knapsack with side constraints.
@@ -86,7 +90,7 @@ class Instance:
         budget: Bytes that all items may take together.
         layer: Layer of each item, from 0.
         rank: Expert-parallel rank of each item, from 0.
-        constraints: What a choice must fulfil; ``same_width`` is left to whoever makes the items.
+        constraints: What a choice must fulfil, but for ``same_width``: that joins items.
     """
 
     loss: Loss
@@ -95,6 +99,32 @@ class Instance:
     layer: Groups
     rank: Groups
     constraints: Constraints
+
+    @classmethod
+    def of(
+        cls,
+        loss: Loss,
+        size: Size,
+        budget: int,
+        num_experts: tuple[int, ...],
+        constraints: Constraints,
+    ) -> "Instance":
+        """Tell layers and ranks of items that are ordered by layer, expert and projection.
+
+        With ``same_width`` both projections of an expert become one item.
+        """
+        copies = len(PROJECTIONS) if constraints.same_width else 1
+        shape = (-1, copies, loss.shape[1])
+        layer = np.repeat(np.arange(len(num_experts)), num_experts)
+        rank = np.concatenate([constraints.expert_ranks(experts) for experts in num_experts])
+        return cls(
+            loss.reshape(shape).sum(axis=1),
+            size.reshape(shape).sum(axis=1),
+            budget,
+            np.repeat(layer, len(PROJECTIONS) // copies),
+            np.repeat(rank, len(PROJECTIONS) // copies),
+            constraints,
+        )
 
     @property
     def num_layers(self) -> int:

@@ -1,14 +1,17 @@
-"""Between tables of losses, the arrays of a knapsack, and the widths of a plan."""
+"""From tables of losses over the arrays of a knapsack to the widths of a plan."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from moeq.allocation.budget import option_sizes
-from moeq.allocation.knapsack import Choice, Loss, Solution, solve
+from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints, Instance
+from moeq.allocation.knapsack import Choice, Loss, Size, Solution, solve
+from moeq.allocation.milp import solve_constrained
 from moeq.errors import MoeqError
 from moeq.families import MoELayer
-from vllm_moeq.format import PROJECTIONS, LayerBits, Projection
+from vllm_moeq.format import PROJECTIONS, WIDTHS, BitPlan, LayerBits, Projection
 
 LossTable = Mapping[tuple[str, int, Projection, int], float]
 """Loss by (container of the layer, expert, projection, width)."""
@@ -54,47 +57,83 @@ def layer_bits(
     }
 
 
-def solve_group_sizes(
-    tables: Mapping[int, LossTable], layers: list[MoELayer], budget: int, widths: tuple[int, ...]
-) -> tuple[int, Solution]:
-    """Choose the group size of a whole plan together with its widths.
+def allocate(
+    tables: Mapping[int, LossTable],
+    layers: list[MoELayer],
+    widths: tuple[int, ...],
+    budget: int,
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> tuple[int, dict[str, LayerBits], Solution]:
+    """Choose the group size of a whole plan and the widths of least total loss in a budget.
 
     Small groups lose less, but their scales take bytes that widths could have.
 
     Args:
-        tables: Losses by group size. Group sizes that do not divide the rows of the model, or
-            whose smallest plan is above the budget, are left out.
+        tables: Losses of every projection at every width, by group size; one whose smallest plan
+            is above the budget is left out.
         layers: MoE layers of the model.
-        budget: Bytes of packed experts, for every group size the same.
         widths: Widths to choose from.
+        budget: Bytes of packed experts, for every group size the same.
+        constraints: What else must hold.
 
     Returns:
-        The group size of the least loss (of equal ones the largest) and its solution.
+        The group size of the least loss (of equal ones the largest), its widths and its solution.
 
     Raises:
-        MoeqError: No group size fits the model or the budget.
+        MoeqError: The budget is too small, or nothing fulfils the constraints; says what would.
     """
-    fitting = [group for group in tables if all(_divides(group, layer) for layer in layers)]
-    if not fitting:
-        layer = layers[0]
-        raise MoeqError(
-            f"no group size of {', '.join(map(str, sorted(tables)))} divides the rows of all "
-            f"layers; {layer.container} has hidden_size {layer.hidden_size} and intermediate_size "
-            f"{layer.intermediate_size}"
-        )
     solutions: dict[int, Solution] = {}
-    for group in sorted(fitting, reverse=True):
+    for group in sorted(tables, reverse=True):
         size = option_sizes(layers, group, widths)
         # The largest group takes least bytes: if not even it fits, its error says what would.
         if solutions and size.min(axis=1).sum() > budget:
             continue
-        solutions[group] = solve(loss_array(tables[group], layers, widths), size, budget)
+        loss = loss_array(tables[group], layers, widths)
+        solutions[group] = _solution(loss, size, layers, budget, constraints)
     best = min(solutions, key=lambda group: solutions[group].loss)
-    return best, solutions[best]
+    return best, layer_bits(solutions[best].choice, layers, widths), solutions[best]
 
 
-def _divides(group_size: int, layer: MoELayer) -> bool:
-    return layer.hidden_size % group_size == 0 and layer.intermediate_size % group_size == 0
+def check_possible(
+    group_size: int,
+    layers: list[MoELayer],
+    widths: tuple[int, ...],
+    budget: int,
+    constraints: Constraints,
+) -> None:
+    """Check that there is a plan, before losses are measured for hours.
+
+    Raises:
+        MoeqError: There is none; says why.
+    """
+    size = option_sizes(layers, group_size, widths)
+    _solution(np.zeros(size.shape), size, layers, budget, constraints)
+
+
+def _solution(
+    loss: Loss, size: Size, layers: list[MoELayer], budget: int, constraints: Constraints
+) -> Solution:
+    if constraints == NO_CONSTRAINTS:
+        return solve(loss, size, budget)
+    num_experts = tuple(layer.num_experts for layer in layers)
+    return solve_constrained(loss, size, budget, num_experts, constraints)
+
+
+def fulfils(plan: BitPlan, layers: list[MoELayer], constraints: Constraints) -> bool:
+    """Tell whether a plan that was made without constraints fulfils them."""
+    bits = [plan.expert_bits[layer.container] for layer in layers]
+    if constraints.same_width and any(layer.w13 != layer.w2 for layer in bits):
+        return False
+    size = option_sizes(layers, plan.group_size, WIDTHS)
+    num_experts = tuple(layer.num_experts for layer in layers)
+    items = [
+        plan.expert_bits[name].width(projection, expert)
+        for name, expert, projection in _items(layers)
+    ]
+    each_item = replace(constraints, same_width=False)
+    total = int(size.max(axis=1).sum())
+    instance = Instance.of(np.zeros(size.shape), size, total, num_experts, each_item)
+    return instance.fulfilled_by(np.array([WIDTHS.index(width) for width in items]))
 
 
 def _items(layers: list[MoELayer]) -> Iterator[tuple[str, int, Projection]]:

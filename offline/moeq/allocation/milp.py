@@ -64,24 +64,13 @@ def solve_constrained(
         )
     constraints.check(len(num_experts))
     check_instance(loss, size, budget)
-    copies = projections if constraints.same_width else 1
-    shape = (-1, copies, loss.shape[1])
-    together = loss.reshape(shape).sum(axis=1)
-    if np.isinf(together).all(axis=1).any():
-        expert = int(np.isinf(together).all(axis=1).argmax())
+    instance = Instance.of(loss, size, budget, num_experts, constraints)
+    impossible = np.isinf(instance.loss).all(axis=1)
+    if impossible.any():
+        expert = int(impossible.argmax())
         raise MoeqError(f"there is no width that both projections of expert {expert} may have")
-    layer = np.repeat(np.arange(len(num_experts)), num_experts)
-    rank = np.concatenate([constraints.expert_ranks(experts) for experts in num_experts])
-    instance = Instance(
-        together,
-        size.reshape(shape).sum(axis=1),
-        budget,
-        np.repeat(layer, projections // copies),
-        np.repeat(rank, projections // copies),
-        constraints,
-    )
     choice, bound = _search(instance, time_limit, gap)
-    return Solution.of(loss, size, np.repeat(choice, copies), bound)
+    return Solution.of(loss, size, np.repeat(choice, len(loss) // len(choice)), bound)
 
 
 def _search(instance: Instance, time_limit: float, gap: float) -> tuple[Choice, float]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from moeq.allocation.constraints import Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.order import (
     DEFAULT_ZETA,
@@ -26,9 +27,12 @@ STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random
 
 DEFAULT_GROUP_SIZE = 128
 
+_RANK_TOLERANCE = 0.01
+"""Expert-parallel ranks of equal bytes may differ from their mean by this share of it."""
+_SIDE = {"same_width", "widths_per_layer", "layer_tolerance", "ranks"}
 _USED_OPTIONS = {
-    "auto": {"levels", "base_router", "zeta", "maxvar", "reorder"},
-    "sensitivity": {"levels"},
+    "auto": {"levels", "base_router", "zeta", "maxvar", "reorder", *_SIDE},
+    "sensitivity": {"levels", *_SIDE},
     "combined": {"levels", "base_router", "zeta", "maxvar", "reorder"},
     "router-norm": {"levels", "base_router"},
     "maxvar": {"levels", "maxvar"},
@@ -47,20 +51,42 @@ class PlanOptions:
         levels: Widths to use, highest first; None takes the widths next to ``bits``.
         strategy: One of :data:`STRATEGIES`.
         group_size: Weights of a row that share a scale.
+        group_sizes: Several that the plan may choose from, with as many bytes as ``group_size``,
+            the largest of them, would take; None if there is no choice.
         base_router: Where the router from before training is, or None.
         zeta: Factor of the MaxVar re-order.
         maxvar: Definition of MaxVar.
         reorder: How often the re-order runs.
+        same_width: See :class:`moeq.allocation.Constraints`, here and below.
+        widths_per_layer: Most different widths in a layer.
+        layer_tolerance: Share of the mean by which the bytes of layers may differ.
+        ranks: Expert-parallel ranks that are to hold equal bytes.
     """
 
     bits: float
     levels: tuple[int, ...] | None = None
     strategy: str = "combined"
     group_size: int = DEFAULT_GROUP_SIZE
+    group_sizes: tuple[int, ...] | None = None
     base_router: str | None = None
     zeta: float = DEFAULT_ZETA
     maxvar: str = "max-row"
     reorder: str = "stable"
+    same_width: bool = False
+    widths_per_layer: int | None = None
+    layer_tolerance: float | None = None
+    ranks: int = 1
+
+    @property
+    def constraints(self) -> Constraints:
+        """What a plan must fulfil beside its size."""
+        return Constraints(
+            layer_tolerance=self.layer_tolerance,
+            widths_per_layer=self.widths_per_layer,
+            ranks=self.ranks,
+            rank_tolerance=_RANK_TOLERANCE if self.ranks > 1 else 0.0,
+            same_width=self.same_width,
+        )
 
     def check(self) -> None:
         """Refuse options that the strategy would ignore.
@@ -71,8 +97,13 @@ class PlanOptions:
         used = _USED_OPTIONS.get(self.strategy.partition(":")[0])
         if used is None or (":" in self.strategy) != self.strategy.startswith("random"):
             raise MoeqError(f"--strategy {self.strategy} is not one of {', '.join(STRATEGIES)}")
+        if self.group_sizes and self.strategy not in MEASURED:
+            raise MoeqError(
+                f"--group-size {','.join(map(str, self.group_sizes))} is a choice that --strategy "
+                f"{self.strategy} cannot make; give one of them, or --strategy sensitivity"
+            )
         for field in fields(self):
-            optional = field.name not in ("bits", "strategy", "group_size")
+            optional = field.name not in ("bits", "strategy", "group_size", "group_sizes")
             if optional and field.name not in used and getattr(self, field.name) != field.default:
                 option = field.name.replace("_", "-")
                 raise MoeqError(f"--{option} has no effect with --strategy {self.strategy}")

@@ -10,6 +10,7 @@ import torch
 
 from moeq.allocation import (
     PlanOptions,
+    allocate,
     make_plan,
     ordered_bits,
     plan_sizes,
@@ -21,7 +22,7 @@ from moeq.evaluate import Evaluation
 from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
-from moeq.planning import allocate, check_temporary_space, judge, measuring_bytes
+from moeq.planning import check_temporary_space, judge, measuring_bytes
 from moeq.signals import load_base_routers
 from moeq.signals.table import SIGNALS, Evidence
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
@@ -114,7 +115,7 @@ class Study:
         check_group_size(self.group_size, self.layers)
         widths = self._widths()
         check_temporary_space(
-            measuring_bytes(self.layers, widths, self.group_size, self.tokens.numel())
+            measuring_bytes(self.layers, widths, (self.group_size,), self.tokens.numel())
         )
         model = LayerwiseModel(self.reader, self.layers, self.device)
         base = None
@@ -166,7 +167,7 @@ class Study:
         budget = plan_sizes(combined, self.reader, self.layers).expert_bytes
         for name, attribute in ALLOCATED.items():
             losses = bank.losses(attribute)
-            widths, _ = allocate(losses, self.layers, self._widths(), self.group_size, budget)
+            _, widths, _ = allocate({self.group_size: losses}, self.layers, self._widths(), budget)
             yield self._plan(GLOBAL + name, bits, widths)
         if len(levels) == 1:  # every plan by layers is the uniform one
             uniform = PlanOptions(bits, None, "uniform", self.group_size)

@@ -1,15 +1,20 @@
 """From a table of losses to arrays, to a choice, to the widths of a plan."""
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moeq.allocation import solve
+from moeq.allocation import Constraints, solve
 from moeq.allocation.budget import bits_budget, option_sizes
-from moeq.allocation.losses import LossTable, layer_bits, loss_array, solve_group_sizes
+from moeq.allocation.losses import (
+    LossTable,
+    allocate,
+    check_possible,
+    fulfils,
+    layer_bits,
+    loss_array,
+)
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits
@@ -87,24 +92,49 @@ def test_the_group_size_of_the_least_loss_is_taken(layers: list[MoELayer]) -> No
             )
             for group in factors
         }
-        group, solution = solve_group_sizes(tables, layers, budget, WIDTHS)
+        group, bits, solution = allocate(tables, layers, WIDTHS, budget)
         assert solution.loss == min(other.loss for other in alone.values())
         assert solution.choice.tolist() == alone[group].choice.tolist()
+        assert bits == layer_bits(solution.choice, layers, WIDTHS)
 
 
-def test_group_sizes_that_do_not_fit_are_left_out(layers: list[MoELayer]) -> None:
-    # 128 does not divide the hidden size 64; scales of groups of 32 are too large for the budget.
-    tables = {128: _table(0.0), 64: _table(), 32: _table(0.0)}
+def test_group_sizes_above_the_budget_are_left_out(layers: list[MoELayer]) -> None:
+    tables = {64: _table(), 32: _table(0.0)}
     least = int(option_sizes(layers, 64, (1,)).sum())
-    group, solution = solve_group_sizes(tables, layers, least, WIDTHS)
+    group, _, solution = allocate(tables, layers, WIDTHS, least)
     assert (group, solution.size) == (64, least)
     with pytest.raises(MoeqError, match=f"at least {least:,} bytes"):
-        solve_group_sizes(tables, layers, least - 1, WIDTHS)
+        allocate(tables, layers, WIDTHS, least - 1)
 
 
-def test_no_fitting_group_size_is_an_error(layers: list[MoELayer], tmp_path: Path) -> None:
-    with pytest.raises(MoeqError, match=rf"128 .*{CONTAINERS[0]}"):
-        solve_group_sizes({128: _table()}, layers, 10**6, WIDTHS)
-    odd = [replace(layer, hidden_size=48) for layer in layers]
-    with pytest.raises(MoeqError, match="32, 64 .*hidden_size 48"):
-        solve_group_sizes({32: _table(), 64: _table()}, odd, 10**6, WIDTHS)
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        Constraints(ranks=2, rank_tolerance=0.01),
+        Constraints(layer_tolerance=0.01),
+        Constraints(widths_per_layer=2),
+        Constraints(same_width=True),
+    ],
+)
+def test_plans_that_fulfil_constraints_are_told_from_others(
+    constraints: Constraints, layers: list[MoELayer]
+) -> None:
+    source = np.random.default_rng(0)
+    tables = {64: {key: source.lognormal(0, 2) / key[3] ** 3 for key in _table()}}
+    budget = bits_budget(2.25, layers, 64)
+    free, kept = (
+        BitPlan(64, allocate(tables, layers, WIDTHS, budget, demanded)[1])
+        for demanded in (Constraints(), constraints)
+    )
+    assert fulfils(kept, layers, constraints)
+    assert not fulfils(free, layers, constraints)
+    assert fulfils(free, layers, Constraints())
+
+
+def test_what_no_plan_can_fulfil_is_told_before_losses_are_known(layers: list[MoELayer]) -> None:
+    budget = bits_budget(2.25, layers, 64)
+    possible = Constraints(same_width=True, ranks=2)
+    check_possible(64, layers, WIDTHS, budget, possible)
+    impossible = Constraints(ranks=3)  # of 4 experts: one rank has two of them
+    with pytest.raises(MoeqError, match="3 ranks of equal bytes"):
+        check_possible(64, layers, (4,), bits_budget(4, layers, 64), impossible)
