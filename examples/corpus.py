@@ -35,6 +35,12 @@ def documents() -> list[str]:
     return list(dict.fromkeys(texts))
 
 
+def source_code() -> str:
+    """Return the modules at the top of Python's library, in a fixed order."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
 def split() -> tuple[list[str], list[str]]:
     """Return (training documents, held-out documents)."""
     texts = documents()
