@@ -18,6 +18,7 @@ from moeq.allocation import (
     fulfils,
     make_plan,
     option_sizes,
+    ordered_bits,
     plan_sizes,
     with_sizes,
 )
@@ -39,6 +40,7 @@ from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
+from moeq.signals.table import PMQ, Evidence
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, Provenance
 
@@ -150,7 +152,7 @@ class Planner:
         # All that can fail in a moment comes before what takes hours.
         for group_size in self.group_sizes:
             check_group_size(group_size, self.layers)
-        others = list(self._unmeasured()) if held_back else []
+        others = list(filter(self._is_wanted, self._unmeasured())) if held_back else []
         budget = self._budget
         for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
             budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
@@ -172,7 +174,8 @@ class Planner:
             measured = self._measured(banks, budget)
             if not held_back:
                 return self._noted(measured, measured.provenance.strategy), []
-            plans = [measured, *others]
+            by_traffic = self._by_traffic(banks[self.options.group_size])
+            plans = [measured, *others, *filter(self._is_wanted, by_traffic)]
             judged = {"held back": self.tokens[:held_back]}
             found = judge(
                 model,
@@ -245,12 +248,7 @@ class Planner:
         return with_sizes(BitPlan(group_size, bits, provenance), self.reader, self.layers)
 
     def _unmeasured(self) -> Iterator[BitPlan]:
-        """Yield plans of the same bytes that need no measurement and fulfil the constraints."""
-        for plan in self._by_rule():
-            if fulfils(plan, self.layers, self.options.constraints):
-                yield plan
-
-    def _by_rule(self) -> Iterator[BitPlan]:
+        """Yield plans of the same bytes that need no measurement."""
         asked = self.options
         plain = PlanOptions(asked.bits, asked.levels, group_size=asked.group_size)
         routers = {
@@ -263,6 +261,29 @@ class Planner:
         yield self._made(replace(plain, strategy="maxvar", maxvar=asked.maxvar))
         for seed in range(self.seed, self.seed + RANDOM_PLANS):
             yield self._made(replace(plain, strategy=f"random:{seed}"))
+
+    def _by_traffic(self, bank: Bank) -> Iterator[BitPlan]:
+        """Yield the plan of PMQ, which needs frequencies, router weights and weight errors."""
+        levels = self.options.resolved_levels()
+        if len(levels) == 1:
+            return  # the uniform plan
+        values = PMQ.compute(Evidence(self.reader, None, bank, min(levels)), self.layers)
+        bits = {
+            container: ordered_bits(PMQ.order(found), self.options.bits, levels)
+            for container, found in values.items()
+        }
+        provenance = Provenance(
+            strategy=PMQ.name,
+            requested_bits=self.options.bits,
+            source=self.source,
+            moeq_version=__version__,
+            details={"levels": list(levels)},
+        )
+        plan = BitPlan(self.options.group_size, bits, provenance)
+        yield with_sizes(plan, self.reader, self.layers)
+
+    def _is_wanted(self, plan: BitPlan) -> bool:
+        return fulfils(plan, self.layers, self.options.constraints)
 
     def _made(self, options: PlanOptions) -> BitPlan:
         return make_plan(self.reader, self.layers, options, self.source)

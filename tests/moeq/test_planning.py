@@ -70,7 +70,7 @@ def test_auto_takes_the_best_of_what_it_tried(
         if "  +" in line or "  -" in line
     ]
     names = {row[0].strip() for row in table}
-    fixed = {"uniform"} if bits == 3 else {"maxvar", "random:0", "random:1", "random:2"}
+    fixed = {"uniform"} if bits == 3 else {"maxvar", "pmq", "random:0", "random:1", "random:2"}
     assert names == {"sensitivity", "combined", *fixed}
     divergences = [float(row[2]) for row in table]
     assert divergences == sorted(divergences)

@@ -132,14 +132,11 @@ class Study:
                     model, self.tokens, widths, self.group_size, method, felt, folder,
                     progress,
                 )  # fmt: skip
-                evidence = Evidence(self.reader, base, bank)
+                evidence = Evidence(self.reader, base, bank, self._floor())
                 for signal in SIGNALS:
                     # The weights stay: what needs no calibration is computed once.
                     if signal.needs == "calibration" or signal.name not in signals:
-                        signals[signal.name] = {
-                            layer.container: signal.values(evidence, layer).tolist()
-                            for layer in self.layers
-                        }
+                        signals[signal.name] = signal.compute(evidence, self.layers)
                 plans = [plan for bits in self.bits for plan in self._plans(bits, bank, signals)]
                 sources = [bank.source(plan, self.device) for plan in plans]
                 for plan, found in zip(
@@ -154,9 +151,13 @@ class Study:
         low, high = min(self.bits), max(self.bits)
         if not WIDTHS[0] <= low <= high <= WIDTHS[-1]:
             raise MoeqError(f"--bits must be between {WIDTHS[0]} and {WIDTHS[-1]}")
-        first = max(i for i, width in enumerate(WIDTHS) if width <= low)
+        first = WIDTHS.index(self._floor())
         last = min(i for i, width in enumerate(WIDTHS) if width >= high)
         return WIDTHS[max(0, first - 1) : last + 2]
+
+    def _floor(self) -> int:
+        """Return the width next below the least average, at which damage is compared."""
+        return max(width for width in WIDTHS if width <= min(self.bits))
 
     def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""

@@ -26,11 +26,13 @@ class Evidence:
         reader: The checkpoint.
         base: Routers from before training, or None.
         bank: What calibration measured, or None.
+        bits: Width at which damage is compared; None takes the bank's lowest.
     """
 
     reader: CheckpointReader
     base: Mapping[str, torch.Tensor] | None = None
     bank: Bank | None = None
+    bits: int | None = None
 
     def measured(self) -> Bank:
         """Return the bank.
@@ -63,6 +65,10 @@ class Signal:
     source: str
     values: Callable[[Evidence, MoELayer], torch.Tensor]
 
+    def compute(self, evidence: Evidence, layers: Sequence[MoELayer]) -> dict[str, list[float]]:
+        """Return the values of every layer, by container."""
+        return {layer.container: self.values(evidence, layer).tolist() for layer in layers}
+
     def order(self, values: Sequence[float]) -> list[int]:
         """Return the experts of a layer, first those that get most bits; ties by number."""
         sign = -1 if self.most_bits_to == "large" else 1
@@ -70,11 +76,11 @@ class Signal:
 
 
 def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
-    """Return the damage at the lowest width of the bank, of both projections together."""
+    """Return the damage at one width, of both projections together."""
 
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
         damage = evidence.measured().damage
-        bits = min(choice.bits for choice in damage)
+        bits = evidence.bits or min(choice.bits for choice in damage)
         return torch.tensor(
             [
                 sum(
@@ -132,3 +138,4 @@ SIGNALS: tuple[Signal, ...] = (
     Signal("sensitivity", "calibration", _TEXT, "large", "moeq.fisher", _damage("loss")),
 )  # fmt: skip
 """All signals."""
+PMQ = next(signal for signal in SIGNALS if signal.name == "pmq")
