@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from moeq.text import calibration_sequences
 from support.cli import run_moeq, start_moeq
+from support.reference import dequantize_checkpoint
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 CALIBRATION = ("--nsamples", 16, "--seqlen", 48)
@@ -80,6 +84,37 @@ def test_auto_takes_the_best_of_what_it_tried(
     strategy = config["quantization_config"]["provenance"]["strategy"]
     assert strategy == f"auto: {table[0][0].strip()}"
     assert run_moeq("verify", out).returncode == 0
+
+
+def test_plans_are_judged_by_the_divergence_on_text_held_back(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """The one in the table, against transformers in float64 with the weights of that plan."""
+    source = tiny_model("mixtral")
+    options = ("--bits", 3, "--group-size", 32, "--method", "rtn")
+    planned = run_moeq("plan", source, *options, "--calib", text, *CALIBRATION)
+    assert planned.returncode == 0, planned.stderr
+    row = next(line for line in planned.stderr.splitlines() if line.startswith("uniform"))
+    stated = [float(cell) for cell in row.split()[-2:]]
+
+    packed = tmp_path / "packed"
+    done = run_moeq("quantize", source, "-o", packed, *options, "--strategy", "uniform")
+    assert done.returncode == 0, done.stderr
+    dequantize_checkpoint(packed, tmp_path / "float")
+    count, length = CALIBRATION[1::2]
+    held_back = calibration_sequences(source, str(text), count, length, 0)[: count // 4]
+    log_probabilities = []
+    for folder in (source, tmp_path / "float"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, experts_implementation="eager"
+        )
+        with torch.inference_mode():
+            log_probabilities.append(model(held_back).logits[:, :-1].log_softmax(-1))
+    original, found = log_probabilities
+    following = held_back[:, 1:, None]
+    divergence = (original.exp() * (original - found)).sum(-1).mean()
+    increase = (original - found).gather(2, following).mean()
+    assert stated == pytest.approx([divergence.item(), increase.item()], rel=0.01, abs=1e-5)
 
 
 def test_auto_keeps_to_the_options_of_the_plan(
