@@ -48,7 +48,7 @@ def requested_plan(
         options: Of the command line.
         reader: The checkpoint.
         layers: Its MoE layers.
-        kept: Where an interrupted command has kept a measured plan, to be taken if it is there.
+        kept: Folder for what is finished of a measured plan, so that the command can be resumed.
     """
     from moeq.allocation import MEASURED, PlanOptions, make_plan, plan_sizes
 
@@ -84,7 +84,7 @@ def _measured_plan(
 
     from moeq.allocation import PlanOptions, make_plan
     from moeq.planning import Planner
-    from moeq.report import describe_candidates, describe_measurement, load_plan
+    from moeq.report import describe_candidates, describe_measurement
 
     wanted.check()
     wanted.constraints.check(len(layers))
@@ -98,15 +98,7 @@ def _measured_plan(
         print(describe_measurement(planner))
         shown = PlanOptions(wanted.bits, group_size=wanted.group_size)
         return make_plan(reader, layers, shown, options.model)
-    if kept is not None and kept.exists():
-        plan = load_plan(kept)
-        if plan.provenance.details.get("measured_for") != planner.fingerprint:
-            raise MoeqError(
-                "cannot resume: the unfinished run was asked for another plan; use the same "
-                "options, or leave out --resume to start again"
-            )
-        return plan
-    plan, tried = planner.run()
+    plan, tried = planner.run() if kept is None else planner.run_in(kept, options.resume)
     print(describe_candidates(tried), end="", file=sys.stderr)
     return plan
 

@@ -1,5 +1,6 @@
 """Every expert at every width, rounded once: plans are put together from it without rounding."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from moeq.evaluate.reference import ExpertSource, dequantized, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import DATA_FREE, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
+from moeq.workplace import replace_file
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection
 
 _MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
@@ -113,6 +115,8 @@ def build(
 ) -> Bank:
     """Round every expert at every width, by what it gets in the ORIGINAL model.
 
+    Layers that an earlier call with the same arguments has finished in the folder are kept.
+
     Args:
         model: Runs the checkpoint.
         tokens: int64 [n, L]: calibration text.
@@ -132,27 +136,54 @@ def build(
     damage: dict[Choice, Damage] = {}
     traffic: dict[str, list[Traffic]] = {}
     layers = [model.moe_layers[index] for index in sorted(model.moe_layers)]
-    experts = sum(layer.num_experts for layer in layers)
-    with tqdm(total=experts, desc=f"bank ({method})", unit="expert", disable=not progress) as bar:
+    total = sum(layer.num_experts for layer in layers)
+    with tqdm(total=total, desc=f"bank ({method})", unit="expert", disable=not progress) as bar:
         for index in range(layers[-1].index + 1):
             routed = run_layer(model, index, hidden, x, [ExpertSource.original(model)])
             if routed is None:
                 continue
             layer = model.moe_layers[index]
-            stored: dict[str, torch.Tensor] = {}
-            gradient = gradients[index].view(-1, model.hidden_size)
-            traffic[layer.container] = []
-            for expert in range(layer.num_experts):
-                visit = _Visit.of(model, layer, expert, routed, gradient)
-                traffic[layer.container].append(visit.traffic(tokens.numel()))
-                for bits, (weights, errors) in visit.rounded(widths, group_size, method):
-                    stored |= {f"{bits}.{name}": tensor for name, tensor in weights.items()}
-                    for projection, error in errors.items():
-                        choice = Choice(layer.container, expert, projection, bits)
-                        damage[choice] = error
-                bar.update()
-            save_file(stored, _file(folder, layer))
+            measured = _file(folder, layer).with_suffix(".json")
+            if measured.exists():
+                bar.update(layer.num_experts)
+            else:
+                gradient = gradients[index].view(routed.x.shape)
+                experts = (
+                    _Visit.of(model, layer, expert, routed, gradient)
+                    for expert in range(layer.num_experts)
+                )
+                _measure(experts, widths, group_size, method, _file(folder, layer), bar)
+            found = json.loads(measured.read_text())
+            damage |= {Choice(*choice): Damage(*values) for choice, values in found["damage"]}
+            traffic[layer.container] = [Traffic(*values) for values in found["traffic"]]
     return Bank(folder, layers, group_size, damage, traffic)
+
+
+def _measure(
+    experts: Iterable["_Visit"],
+    widths: list[int],
+    group_size: int,
+    method: str,
+    file: Path,
+    bar: Any,
+) -> None:
+    """Round the experts of a layer into a file; write what that does into a JSON file beside it."""
+    stored: dict[str, torch.Tensor] = {}
+    damage: list[tuple[Choice, Damage]] = []
+    traffic: list[Traffic] = []
+    for visit in experts:
+        traffic.append(visit.traffic())
+        for bits, (weights, errors) in visit.rounded(widths, group_size, method):
+            stored |= {f"{bits}.{name}": tensor for name, tensor in weights.items()}
+            damage += [
+                (Choice(visit.layer.container, visit.expert, projection, bits), error)
+                for projection, error in errors.items()
+            ]
+        bar.update()
+    replace_file(file, lambda target: save_file(stored, target))
+    measured = json.dumps({"damage": damage, "traffic": traffic})
+    # Comes last: where it is, the layer is complete.
+    replace_file(file.with_suffix(".json"), lambda target: target.write_text(measured))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +226,10 @@ class _Visit:
         matrices = model.matrices(layer, expert)
         return cls(model, layer, expert, matrices, x, weights, local, len(routed.x))
 
-    def traffic(self, tokens: int) -> Traffic:
+    def traffic(self) -> Traffic:
         """Return what the router gives to it."""
         mean = float(self.weights.mean()) if len(self.weights) else 0.0
-        return Traffic(len(self.weights) / tokens, mean)
+        return Traffic(len(self.weights) / self.tokens, mean)
 
     def rounded(
         self, widths: list[int], group_size: int, method: str

@@ -7,6 +7,7 @@ errors in options should not.
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -35,18 +36,17 @@ if TYPE_CHECKING:
 
 def quantize(options: argparse.Namespace) -> int:
     """Write a packed checkpoint."""
-    from moeq.allocation import MEASURED
     from moeq.convert import Conversion, check_output_is_free
     from moeq.report import (
         describe_conversion,
         describe_plan,
         describe_result,
         load_plan,
-        write_plan,
     )
 
     output = options.output.absolute()
     check_output_is_free(output)
+    measured = output.with_name(f".{output.name}.moeq-plan")
     shard_bytes = _size(options.max_shard_size)
     reader, layers = read_model(options.model)
     if options.plan is not None:
@@ -56,12 +56,7 @@ def quantize(options: argparse.Namespace) -> int:
         refuse(options, "has no effect with --plan", "bits_per_weight", "target_size")
         plan = load_plan(options.plan)
     else:
-        kept = output.with_name(f".{output.name}.moeq-plan.json")
-        if not options.resume and not options.dry_run:
-            kept.unlink(missing_ok=True)
-        plan = requested_plan(options, reader, layers, kept)
-        if options.strategy in MEASURED and not options.dry_run and not kept.exists():
-            write_plan(plan, kept)
+        plan = requested_plan(options, reader, layers, measured)
     conversion = Conversion.prepare(reader, layers, plan, shard_bytes)
     rounding, note = _rounding(options, conversion)
     conversion = conversion.noting("rounding", note)
@@ -69,8 +64,7 @@ def quantize(options: argparse.Namespace) -> int:
     print(describe_conversion(conversion, rounding), flush=True)
     if not options.dry_run:
         conversion.run(output, options.model, rounding, options.resume)
-        if options.plan is None:
-            kept.unlink(missing_ok=True)
+        shutil.rmtree(measured, ignore_errors=True)
         print(describe_result(rounding), end="")
         print(f"wrote {options.output}")
         print(f"serve it with: vllm serve {options.output} --quantization moeq")

@@ -1,6 +1,5 @@
 """Writes the packed checkpoint, tensor by tensor, and makes it appear all at once."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from moeq.errors import MoeqError
 from moeq.families import MoELayer, check_plan_fits, expert_widths
 from moeq.model_card import write_model_card
 from moeq.rounding import Rounding, quantize_rtn
+from moeq.workplace import clear, locked, used_bytes
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
@@ -177,7 +177,7 @@ class Conversion:
         if isinstance(rounding, Calibration):
             needed += rounding.disk_bytes
         # What an unfinished run left is either gone on with or removed.
-        needed -= sum(512 * path.stat().st_blocks for path in calibrated.glob("*"))
+        needed -= used_bytes(calibrated)
         parent = output.parent
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -253,38 +253,14 @@ def check_output_is_free(output: Path) -> None:
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Give a hidden, empty folder beside ``output`` that no other run uses; remove it at the end.
-
-    The lock on the folder itself is freed by the system when the process dies, so a later run can
-    tell the remains of a killed run from the work of a living one.
-    """
-    busy = MoeqError(f"another `moeq quantize` is writing {output}")
+    """Give a hidden, empty folder beside ``output`` for this run alone; remove it at the end."""
     work = output.parent / f".{output.name}.moeq-partial"
-    work.mkdir(exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
+    with locked(work, f"another `moeq quantize` is writing {output}"):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        # The other run may have ended, and renamed this very folder, before we got the lock.
-        if not work.exists() or not os.path.samestat(os.fstat(descriptor), work.stat()):
-            raise busy
-        try:
-            _clear(work)
+            clear(work)
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _write_json(path: Path, data: object) -> None:

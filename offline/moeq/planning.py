@@ -1,11 +1,12 @@
 """Plans that are right on the user's own model: measured, and judged on text held back."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -41,6 +42,7 @@ from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
 from moeq.signals.table import PMQ, Evidence
+from moeq.workplace import clear, locked, replace_file, used_bytes
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, Provenance
 
@@ -48,6 +50,7 @@ RANDOM_PLANS = 3
 """Random plans that ``auto`` tries."""
 _PLANS_AT_ONCE = 12
 """That are judged together: activations of all of them are in memory."""
+_FINGERPRINT = "fingerprint"
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
 
@@ -140,6 +143,56 @@ class Planner:
         """Return the plan, and what ``auto`` tried, the best first.
 
         Raises:
+            MoeqError: As :meth:`_run`.
+        """
+        with TemporaryDirectory(prefix="moeq-") as name:
+            return self._run(Path(name), progress)
+
+    def run_in(
+        self, folder: Path, resume: bool, progress: bool = True
+    ) -> tuple[BitPlan, list[Candidate]]:
+        """Do the same in a folder that outlives a kill.
+
+        Args:
+            folder: Gets what is finished, and at last only the plan; remove it when that is used.
+            resume: Go on with what is there; otherwise it is removed.
+            progress: Show progress bars.
+
+        Returns:
+            As :meth:`run`; a plan that was there already comes without what was tried.
+
+        Raises:
+            MoeqError: As :meth:`_run`; or the folder is in use, or of another plan.
+        """
+        with locked(folder, f"another `moeq quantize` measures in {folder}"):
+            if not resume:
+                clear(folder)
+            asked = folder / _FINGERPRINT
+            if asked.exists() and asked.read_text() != self.fingerprint:
+                raise MoeqError(
+                    "cannot resume: the unfinished run was asked for another plan; use the same "
+                    "options, or leave out --resume to start again"
+                )
+            replace_file(asked, lambda target: target.write_text(self.fingerprint))
+            kept, measurement = folder / "plan.json", folder / "measurement"
+            if kept.exists():
+                return BitPlan.from_dict(json.loads(kept.read_text())), []
+            measurement.mkdir(exist_ok=True)
+            try:
+                plan, tried = self._run(measurement, progress)
+            except MoeqError:
+                if not any(measurement.glob("*/*.json")):  # nothing to go on with
+                    shutil.rmtree(folder)
+                raise
+            text = json.dumps(plan.to_dict())
+            replace_file(kept, lambda target: target.write_text(text))
+            shutil.rmtree(measurement)
+            return plan, tried
+
+    def _run(self, folder: Path, progress: bool) -> tuple[BitPlan, list[Candidate]]:
+        """Measure, choose and judge.
+
+        Raises:
             MoeqError: Options that do not fit the model, too little text, or weights or
                 activations that are not finite.
         """
@@ -156,46 +209,34 @@ class Planner:
         budget = self._budget
         for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
             budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
+        check_space(self.disk_bytes, folder)
         check_possible(
             self.options.group_size, self.layers, self.widths, budget, self.options.constraints
         )
-        check_temporary_space(self.disk_bytes)
         model = LayerwiseModel(self.reader, self.layers, self.device)
-        with TemporaryDirectory(prefix="moeq-") as name:
-            folder = Path(name)
-            tokens = self.tokens[held_back:]
-            felt = gradients(model, tokens, folder, self.seed, progress)
-            banks = {}
-            for group_size in self.group_sizes:
-                (part := folder / str(group_size)).mkdir()
-                banks[group_size] = build(
-                    model, tokens, self.widths, group_size, self.method, felt, part, progress
-                )
-            measured = self._measured(banks, budget)
-            if not held_back:
-                return self._noted(measured, measured.provenance.strategy), []
-            by_traffic = self._by_traffic(banks[self.options.group_size])
-            plans = [measured, *others, *filter(self._is_wanted, by_traffic)]
-            judged = {"held back": self.tokens[:held_back]}
-            found = judge(
-                model,
-                [banks[plan.group_size].source(plan, self.device) for plan in plans],
-                judged,
-                progress,
+        tokens = self.tokens[held_back:]
+        felt = gradients(model, tokens, folder, self.seed, progress)
+        banks = {}
+        for group_size in self.group_sizes:
+            (part := folder / str(group_size)).mkdir(exist_ok=True)
+            banks[group_size] = build(
+                model, tokens, self.widths, group_size, self.method, felt, part, progress
             )
+        measured = self._measured(banks, budget)
+        if not held_back:
+            return measured, []
+        by_traffic = self._by_traffic(banks[self.options.group_size])
+        plans = [measured, *others, *filter(self._is_wanted, by_traffic)]
+        judged = {"held back": self.tokens[:held_back]}
+        sources = [banks[plan.group_size].source(plan, self.device) for plan in plans]
+        found = judge(model, sources, judged, progress)
         tried = [
             Candidate(plan, evaluation.total) for plan, evaluation in zip(plans, found, strict=True)
         ]
         tried.sort(key=lambda candidate: candidate.scores.divergence)
         best = tried[0].plan
-        return self._noted(best, f"auto: {best.provenance.strategy}"), tried
-
-    def _noted(self, plan: BitPlan, strategy: str) -> BitPlan:
-        """Return a plan that says what it was measured for."""
-        details = {**plan.provenance.details, "measured_for": self.fingerprint}
-        return replace(
-            plan, provenance=replace(plan.provenance, strategy=strategy, details=details)
-        )
+        provenance = replace(best.provenance, strategy=f"auto: {best.provenance.strategy}")
+        return replace(best, provenance=provenance), tried
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -298,17 +339,19 @@ def measuring_bytes(
     return experts + activations
 
 
-def check_temporary_space(needed: int) -> None:
-    """Check that temporary files have space.
+def check_space(needed: int, folder: Path) -> None:
+    """Check that a measurement has space in its folder; what is there already counts as free.
 
     Raises:
-        MoeqError: They do not; says how much they take.
+        MoeqError: It has not; says how much it takes.
     """
-    free = shutil.disk_usage(gettempdir()).free
+    needed -= used_bytes(folder)
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise MoeqError(
-            f"measuring takes {needed:,} bytes of temporary files, {gettempdir()} has {free:,} "
-            "bytes free; set TMPDIR to another folder, or give fewer --nsamples"
+            f"measuring takes {needed:,} bytes of temporary files, {folder.parent} has {free:,} "
+            "bytes free; make room, or give fewer --nsamples; `moeq plan` and `moeq compare` take "
+            "the folder that TMPDIR names"
         )
 
 

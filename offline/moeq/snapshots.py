@@ -1,7 +1,6 @@
 """What a calibration has finished, on disk: a run that was killed goes on from there."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moeq.errors import MoeqError
 from moeq.rounding import QuantizedWeight
+from moeq.workplace import replace_file
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
@@ -52,11 +52,11 @@ class Snapshots:
                     f"cannot resume: the unfinished run had another {', another '.join(changed)}; "
                     "use the same options, or leave out --resume to start again"
                 )
-        _replace(path, lambda target: target.write_text(json.dumps(fingerprint)))
+        replace_file(path, lambda target: target.write_text(json.dumps(fingerprint)))
 
     def save_layer(self, index: int, tensors: Tensors) -> None:
         """Keep the packed experts of a layer."""
-        _replace(self._layer(index), lambda target: save_file(tensors, target))
+        replace_file(self._layer(index), lambda target: save_file(tensors, target))
 
     def save(self, done: int, activations: Tensors, facts: object) -> None:
         """Note that the layers before ``done`` are finished; a kill at any time loses only one.
@@ -67,9 +67,9 @@ class Snapshots:
             facts: To be given back, as JSON.
         """
         snapshot = self._activations(done)
-        _replace(snapshot, lambda target: save_file(activations, target))
+        replace_file(snapshot, lambda target: save_file(activations, target))
         state = json.dumps({"done": done, "facts": facts})
-        _replace(self.folder / _STATE, lambda target: target.write_text(state))
+        replace_file(self.folder / _STATE, lambda target: target.write_text(state))
         for old in self.folder.glob("activations-*.safetensors"):
             if old != snapshot:
                 old.unlink()
@@ -100,12 +100,3 @@ class Snapshots:
 
     def _activations(self, done: int) -> Path:
         return self.folder / f"activations-{done:05}.safetensors"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is either complete or not there."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)

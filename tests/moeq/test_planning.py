@@ -220,7 +220,7 @@ def test_a_measured_plan_outlives_a_kill(
     shutil.rmtree(tmp_path / "out")
 
     process = start_moeq(*command)
-    kept = tmp_path / ".out.moeq-plan.json"
+    kept = tmp_path / ".out.moeq-plan" / "plan.json"
     while process.poll() is None and not kept.exists():
         time.sleep(0.002)
     process.kill()
@@ -236,6 +236,49 @@ def test_a_measured_plan_outlives_a_kill(
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert found == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+
+
+def test_a_killed_measurement_goes_on_where_it_ended(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
+        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
+    )  # fmt: skip
+    assert run_moeq(*command).returncode == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+    measured = tmp_path / ".out.moeq-plan" / "measurement" / "32" / "layer-00000.json"
+
+    def killed(*more: str) -> None:
+        process = start_moeq(*command, *more)
+        while process.poll() is None and not measured.exists():
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert measured.exists() and not (tmp_path / "out").exists()
+
+    killed()
+    done = run_moeq(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+    shutil.rmtree(tmp_path / "out")
+
+    # What is on disk is used: with another damage there, the plan is another.
+    killed()
+    found = json.loads(measured.read_text())
+    found["damage"] = [
+        [choice, [value * (1e6 if choice[1] == 5 else 1) for value in damage]]
+        for choice, damage in found["damage"]
+    ]
+    measured.write_text(json.dumps(found))
+    done = run_moeq(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    bits = config["quantization_config"]["expert_bits"][LAYER]
+    assert bits["w13"][5] == max(bits["w13"]) > min(bits["w13"])
+    assert bits["w2"][5] == max(bits["w2"])
 
 
 @pytest.mark.parametrize("strategy", ["combined", "random:3"])

@@ -22,7 +22,7 @@ from moeq.evaluate import Evaluation
 from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
-from moeq.planning import check_temporary_space, judge, measuring_bytes
+from moeq.planning import check_space, judge, measuring_bytes
 from moeq.signals import load_base_routers
 from moeq.signals.table import SIGNALS, Evidence
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
@@ -114,9 +114,7 @@ class Study:
         """
         check_group_size(self.group_size, self.layers)
         widths = self._widths()
-        check_temporary_space(
-            measuring_bytes(self.layers, widths, (self.group_size,), self.tokens.numel())
-        )
+        needed = measuring_bytes(self.layers, widths, (self.group_size,), self.tokens.numel())
         model = LayerwiseModel(self.reader, self.layers, self.device)
         base = None
         if self.base_router is not None:
@@ -124,6 +122,7 @@ class Study:
         points: list[Point] = []
         signals: Signals = {}
         with TemporaryDirectory(prefix="moeq-") as name:
+            check_space(needed, Path(name))
             felt = gradients(model, self.tokens, Path(name), self.seed, progress)
             for method in self.methods:
                 folder = Path(name) / method
