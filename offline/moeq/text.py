@@ -1,6 +1,7 @@
 """Text for calibration and evaluation, cut into sequences of tokens."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def evaluation_sequences(
 ) -> dict[str, torch.Tensor]:
     """Return for each text int64 [n, length]: sequences without overlap, n <= count.
 
-    Texts that are too short for one are left out. Arguments as those of
+    Texts that are too short for one are left out, with a warning. Arguments as those of
     :func:`calibration_sequences`.
 
     Raises:
@@ -85,6 +86,12 @@ def evaluation_sequences(
     drawn = {name: _drawn(found, count, seed) for name, found in windows.items() if len(found)}
     if not drawn:
         raise _too_short(source, length)
+    if short := windows.keys() - drawn.keys():
+        warnings.warn(
+            f"{source}: left out, for they have less than the {length} tokens of one sequence: "
+            f"{', '.join(sorted(short))}",
+            stacklevel=2,
+        )
     return drawn
 
 
