@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeq.text import evaluation_sequences
 from support.cli import run_moeq
 from support.reference import dequantize_checkpoint
 
@@ -40,6 +41,12 @@ def _evaluate(*arguments: object) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def test_texts_that_are_left_out_are_named(tiny_model: Callable[[str], Path], text: Path) -> None:
+    with pytest.warns(UserWarning, match="less than the 40 tokens of one sequence: short$"):
+        found = evaluation_sequences(tiny_model("mixtral"), str(text), COUNT, LENGTH, 0)
+    assert set(found) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
