@@ -1,9 +1,11 @@
 """English text that every Python has: the reference manual of ``pydoc`` and stdlib docstrings.
 
-python examples/corpus.py > heldout.txt     # the part that training never sees
+python examples/corpus.py > heldout.txt            # the part that training never sees
+python examples/corpus.py --training > text.txt    # the rest
 """
 
 import ast
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -41,6 +43,12 @@ def source_code() -> str:
     return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
+def c_headers() -> str:
+    """Return the headers of Python's C interface, in a fixed order; empty if there are none."""
+    paths = sorted(Path(sysconfig.get_path("include")).rglob("*.h"))
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
 def split() -> tuple[list[str], list[str]]:
     """Return (training documents, held-out documents)."""
     texts = documents()
@@ -50,4 +58,4 @@ def split() -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(split()[1]))
+    print("\n\n".join(split()[0 if "--training" in sys.argv else 1]))

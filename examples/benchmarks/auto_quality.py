@@ -25,7 +25,7 @@ from moeq.families import expert_widths
 from moeq.planning import RANDOM_PLANS, Planner
 from moeq.rounding import QuantizedWeight
 from moeq.text import calibration_sequences
-from vllm_moeq.format import BitPlan
+from vllm_moeq.format import WIDTHS, BitPlan
 
 AUTO, RANDOM, GOAL = "auto", "random", 0.4
 """At most this share of the increase of the mean random plan, at widths that mix."""
@@ -66,7 +66,7 @@ def measure(
         draw: dict[str, list[Judgement]] = defaultdict(list)
         for candidate in tried:
             name = candidate.plan.provenance.strategy
-            if name == "combined" and bits % 1 == 0:
+            if name == "combined" and bits in WIDTHS:
                 continue  # all experts alike: the uniform plan
             judgement = rounded(model, candidate.plan, tokens, held_out)
             draw[RANDOM if name.startswith(RANDOM) else name].append(judgement)

@@ -5,7 +5,8 @@
 Fine-tunes a small model on a frequent text with a little of a rare one mixed in and records its
 routers on the way; makes plans from their change since the pretrained checkpoint, and from
 everything that `moeq compare` knows; and judges every plan on both texts. The default texts suit
-the model of the quickstart: source code of Python's library, and its manual.
+the model of the quickstart: source code of Python's library (of which it knows only docstrings),
+and the headers of Python's C interface.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from moeq.compare import Findings, Point, Study
 from moeq.text import read_texts, tokenized
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from corpus import source_code
+from corpus import c_headers, source_code
 
 SEQUENCE, BATCH = 128, 16
 LEARNING_RATE, WARM_UP = 1e-3, 50
@@ -149,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or hub id of a small pretrained model")
     parser.add_argument("--frequent", help="text, as --calib of moeq quantize takes it")
-    parser.add_argument("--rare", default="default", help="text (default: the manual of Python)")
+    parser.add_argument("--rare", help="text, in the same forms")
     parser.add_argument("--share", type=float, default=0.05, help="of the rare text (default 0.05)")
     parser.add_argument("--steps", type=int, default=800, help="default 800")
     parser.add_argument("--title", help="default: name of the model")
@@ -157,15 +158,18 @@ def main() -> None:
     parser.add_argument("--eval-nsamples", type=int, default=64, help="of each text (default 64)")
     parser.add_argument("--random", type=int, default=5, help="random plans (default 5)")
     parser.add_argument("--group-size", type=int, default=128, help="default 128")
-    parser.add_argument("--work", type=Path, help="folder for the fine-tuned model")
+    parser.add_argument("--work", type=Path, help="where a temporary folder for the model is to be")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
     source = resolve_model(options.model)
     texts = {
         FREQUENT: source_code() if options.frequent is None else _text(options.frequent),
-        RARE: _text(options.rare),
+        RARE: c_headers() if options.rare is None else _text(options.rare),
     }
     parts = {name: windows(source, text) for name, text in texts.items()}
+    for name, part in parts.items():
+        if not len(part[1]):
+            parser.error(f"the {name} text is too short; give another one with --{name}")
     learned = {name: part[0] for name, part in parts.items()}
     generator = torch.Generator().manual_seed(1)
     heldout = {

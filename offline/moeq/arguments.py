@@ -51,10 +51,15 @@ def requested_plan(
         kept: Folder for what is finished of a measured plan, so that the command can be resumed.
     """
     from moeq.allocation import MEASURED, PlanOptions, make_plan, plan_sizes
+    from vllm_moeq.format import GROUP_SIZES
 
     if options.strategy is None and options.calib is not None:
         options.strategy = "auto"
     if options.group_size is not None:
+        for group_size in options.group_size:
+            if group_size not in GROUP_SIZES:
+                sizes = ", ".join(map(str, GROUP_SIZES))
+                raise MoeqError(f"--group-size {group_size} is not one of {sizes}")
         options.group_sizes = options.group_size if len(options.group_size) > 1 else None
         options.group_size = max(options.group_size)
     budget = _budget(options, reader, layers)
@@ -87,7 +92,6 @@ def _measured_plan(
     from moeq.report import describe_candidates, describe_measurement
 
     wanted.check()
-    wanted.constraints.check(len(layers))
     device = torch.device(checked_device(options.device or "cpu"))
     tokens = calibration_tokens(options, reader)
     planner = Planner(
@@ -95,10 +99,13 @@ def _measured_plan(
         options.seed or 0, budget,
     )  # fmt: skip
     if getattr(options, "dry_run", False):
+        planner.check()
         print(describe_measurement(planner))
         shown = PlanOptions(wanted.bits, group_size=wanted.group_size)
         return make_plan(reader, layers, shown, options.model)
-    plan, tried = planner.run() if kept is None else planner.run_in(kept, options.resume)
+    plan, tried = planner.run() if kept is None else planner.run_in(kept)
+    if not tried and options.strategy == "auto":
+        print("going on with the plan that was measured before", file=sys.stderr)
     print(describe_candidates(tried), end="", file=sys.stderr)
     return plan
 

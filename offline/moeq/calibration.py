@@ -164,7 +164,7 @@ class Calibration:
 
         Args:
             folder: Gets the finished layers; see :meth:`stored`.
-            resume: Go on with what is there; otherwise it is overwritten.
+            resume: Go on with what is there; otherwise it is removed.
             progress: Show a progress bar.
 
         Raises:
@@ -337,12 +337,10 @@ class Calibration:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return what the result depends on."""
-        files = {info.file for info in self.reader.tensors.values()}
-        stats = {name: (self.reader.folder / name).stat() for name in sorted(files)}
         return {
             "moeq version": __version__,
             "way of rounding": _WAY,
-            "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "source": self.reader.file_stats(),
             "config.json": self.reader.config,
             "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
             "group size": self.plan.group_size,

@@ -118,6 +118,12 @@ class CheckpointReader:
             raise MoeqError(f"{self.folder}: tensor {name} is missing from the checkpoint")
         return self.tensors[name]
 
+    def file_stats(self) -> dict[str, list[int]]:
+        """Return size and time of change of every file with tensors, to tell other ones apart."""
+        names = sorted({info.file for info in self.tensors.values()})
+        stats = {name: (self.folder / name).stat() for name in names}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers, in order.
 

@@ -7,10 +7,9 @@ errors in options should not.
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,17 +35,50 @@ if TYPE_CHECKING:
 
 def quantize(options: argparse.Namespace) -> int:
     """Write a packed checkpoint."""
-    from moeq.convert import Conversion, check_output_is_free
-    from moeq.report import (
-        describe_conversion,
-        describe_plan,
-        describe_result,
-        load_plan,
-    )
+    from moeq.convert import check_output_is_free
 
     output = options.output.absolute()
     check_output_is_free(output)
-    measured = output.with_name(f".{output.name}.moeq-plan")
+    _check_rounding(options)
+    if options.dry_run:
+        _prepared(options, None)
+        return 0
+    from moeq.report import describe_result
+    from moeq.workplace import clear
+
+    with _unfinished(output, options.resume) as measured:
+        conversion, rounding = _prepared(options, measured)
+        conversion.run(output, options.model, rounding, options.resume)
+        clear(measured)
+    print(describe_result(rounding), end="")
+    print(f"wrote {options.output}")
+    print(f"serve it with: vllm serve {options.output} --quantization moeq")
+    return 0
+
+
+@contextmanager
+def _unfinished(output: Path, resume: bool) -> Iterator[Path]:
+    """Keep other runs away from an output; give a folder for what a killed run leaves of a plan."""
+    from moeq.workplace import clear, locked
+
+    folder = output.with_name(f".{output.name}.moeq-plan")
+    with locked(folder, f"another `moeq quantize` is writing {output}"):
+        if not resume:
+            clear(folder)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):  # it is not empty: there is something to go on with
+                folder.rmdir()
+
+
+def _prepared(
+    options: argparse.Namespace, measured: Path | None
+) -> tuple["Conversion", "Rounding | Calibration"]:
+    """Decide what to do, and say it."""
+    from moeq.convert import Conversion
+    from moeq.report import describe_conversion, describe_plan, load_plan
+
     shard_bytes = _size(options.max_shard_size)
     reader, layers = read_model(options.model)
     if options.plan is not None:
@@ -62,34 +94,46 @@ def quantize(options: argparse.Namespace) -> int:
     conversion = conversion.noting("rounding", note)
     print(describe_plan(conversion.plan))
     print(describe_conversion(conversion, rounding), flush=True)
-    if not options.dry_run:
-        conversion.run(output, options.model, rounding, options.resume)
-        shutil.rmtree(measured, ignore_errors=True)
-        print(describe_result(rounding), end="")
-        print(f"wrote {options.output}")
-        print(f"serve it with: vllm serve {options.output} --quantization moeq")
-    return 0
+    return conversion, rounding
+
+
+def _method(options: argparse.Namespace) -> str:
+    return options.method or ("rtn" if options.calib is None else "gptq")
+
+
+def _check_rounding(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    from moeq.allocation import MEASURED
+    from moeq.rounding import DATA_FREE
+
+    method = _method(options)
+    if method not in DATA_FREE:
+        if options.calib is None:
+            raise MoeqError(
+                "--method gptq needs calibration text: --calib FILE, or --calib default"
+            )
+        return
+    # With calibration text and nothing else said, the plan is measured.
+    is_measured = options.calib is not None and options.strategy in (None, *MEASURED)
+    is_measured &= options.plan is None
+    useless = ["route_all_experts"]
+    if not is_measured:
+        useless += ["calib", *CALIBRATION]
+    refuse(options, f"has no effect with --method {method}", *useless)
+    if options.resume and not is_measured:
+        raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
 
 
 def _rounding(
     options: argparse.Namespace, conversion: "Conversion"
 ) -> tuple["Rounding | Calibration", str]:
     """Return how to round, and that in words."""
-    from moeq.allocation import MEASURED
     from moeq.calibration import Calibration
     from moeq.rounding import DATA_FREE
 
-    method = options.method or ("rtn" if options.calib is None else "gptq")
+    method = _method(options)
     if method in DATA_FREE:
-        useless = ["route_all_experts"]
-        if options.strategy not in MEASURED:
-            useless += ["calib", *CALIBRATION]
-        refuse(options, f"has no effect with --method {method}", *useless)
-        if options.resume and options.strategy not in MEASURED:
-            raise MoeqError(f"--resume has no effect with --method {method}, which starts anew")
         return DATA_FREE[method], method
-    if options.calib is None:
-        raise MoeqError("--method gptq needs calibration text: --calib FILE, or --calib default")
     device = checked_device(options.device or "cpu")
     tokens = calibration_tokens(options, conversion.reader)
     count, length = tokens.shape

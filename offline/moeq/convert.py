@@ -155,14 +155,13 @@ class Conversion:
         self._check_disk(output, rounding, calibrated)
         try:
             with _work_folder(output) as work:
-                if not resume:
-                    shutil.rmtree(calibrated, ignore_errors=True)
                 if isinstance(rounding, Calibration):
                     rounding.run(calibrated, resume, progress)
                     read = rounding.stored(calibrated)
                     _write_json(work / CALIBRATION_NAME, rounding.summary())
                     self._write(work, source, lambda name, _: read(name), progress)
                 else:
+                    shutil.rmtree(calibrated, ignore_errors=True)
                     self._write(work, source, partial(self._round, rounding), progress)
                 _sync(work)
                 check_output_is_free(output)

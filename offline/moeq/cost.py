@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moeq.allocation import option_sizes
 from moeq.families import MoELayer
 from moeq.rounding import REFINEMENT
 
@@ -52,3 +53,12 @@ def hessian_operations(layer: MoELayer) -> int:
 def forward_operations(layer: MoELayer) -> int:
     """Return the floating-point operations of an expert for a token."""
     return 2 * expert_weights(layer)
+
+
+def measuring_bytes(
+    layers: list[MoELayer], widths: tuple[int, ...], group_sizes: tuple[int, ...], tokens: int
+) -> int:
+    """Return the bytes of experts at every width, and of the activations of every layer."""
+    activations = 4 * tokens * layers[0].hidden_size * (max(layer.index for layer in layers) + 2)
+    experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
+    return experts + activations

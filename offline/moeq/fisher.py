@@ -40,8 +40,8 @@ def gradients(
     with tqdm(total=2 * len(model), desc="fisher", disable=not progress) as bar:
         with torch.no_grad():
             model.embed(tokens, hidden)
-            for index, state in enumerate(states):
-                state.copy_(hidden)
+            for index in range(len(model)):
+                states[index].copy_(hidden)
                 run_layer(model, index, hidden, x, sources)
                 check_finite(model, index, hidden)
                 bar.update()

@@ -4,23 +4,24 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from moeq.allocation import (
     PlanOptions,
     allocate,
     average_bits,
     bits_budget,
-    check_possible,
     fulfils,
     make_plan,
-    option_sizes,
     ordered_bits,
     plan_sizes,
+    possible_group_sizes,
     with_sizes,
 )
 from moeq.bank import Bank, build
@@ -31,6 +32,7 @@ from moeq.cost import (
     forward_operations,
     gptq_operations,
     hessian_operations,
+    measuring_bytes,
     working_bytes,
 )
 from moeq.errors import MoeqError
@@ -42,7 +44,7 @@ from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
 from moeq.signals.table import PMQ, Evidence
-from moeq.workplace import clear, locked, replace_file, used_bytes
+from moeq.workplace import begin, check_space, clear, replace_file
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, Provenance
 
@@ -50,7 +52,8 @@ RANDOM_PLANS = 3
 """Random plans that ``auto`` tries."""
 _PLANS_AT_ONCE = 12
 """That are judged together: activations of all of them are in memory."""
-_FINGERPRINT = "fingerprint"
+_WAY = 1
+"""To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
 
@@ -94,14 +97,20 @@ class Planner:
     seed: int = 0
     size: int | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells whether two planners were asked for the same."""
-        files = sorted({info.file for info in self.reader.tensors.values()})
-        stats = [(self.reader.folder / file).stat() for file in files]
-        model = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        asked = repr((self.options, self.size, self.method, self.seed, __version__, model)).encode()
-        return hashlib.sha256(asked + self.tokens.numpy().tobytes()).hexdigest()
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return what the plan depends on."""
+        return {
+            "moeq version": __version__,
+            "way of measuring": _WAY,
+            "source": self.reader.file_stats(),
+            "config.json": self.reader.config,
+            "choice of options for the plan": asdict(self.options),
+            "size": self.size,
+            "method": self.method,
+            "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
+            "seed": self.seed,
+            "device": str(self.device),
+        }
 
     @property
     def disk_bytes(self) -> int:
@@ -126,108 +135,123 @@ class Planner:
         held_back = self._held_back * self.tokens.shape[1]
         # Forward for the gradients, and back; in the bank, whole and at each width of a projection.
         groups = len(self.group_sizes)
-        passes = (1 + 3 + groups * (2 + 2 * widths)) * (self.tokens.numel() - held_back)
+        measuring = self.tokens.numel() - held_back
+        passes = (1 + 3 + groups * (2 + 2 * widths)) * measuring
         passes += (1 + _PLANS_AT_ONCE) * held_back
         total = passes * routed * forward_operations(layer)
         if self.method in DATA_FREE:
             return total
-        hessians = self.tokens.numel() * routed * hessian_operations(layer)
-        return total + hessians + gptq_operations(self.layers, widths * groups)
+        hessians = measuring * routed * hessian_operations(layer)
+        return total + groups * (hessians + gptq_operations(self.layers, widths))
 
     @property
     def _held_back(self) -> int:
         """Number of sequences that judge plans."""
         return int(len(self.tokens) * _HELD_BACK) if self.options.strategy == "auto" else 0
 
+    def check(self) -> tuple[list[BitPlan], int, list[int]]:
+        """Find out in a moment what could fail after hours.
+
+        Returns:
+            Plans to try that need no measurement, the bytes that all plans may take, and the group
+            sizes with which there is a plan.
+
+        Raises:
+            MoeqError: Options that do not fit the model, or too little text.
+        """
+        if self.options.strategy == "auto" and not self._held_back:
+            raise MoeqError(
+                f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
+                f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
+            )
+        for group_size in self.group_sizes:
+            check_group_size(group_size, self.layers)
+        self.options.constraints.check(len(self.layers))
+        others: list[BitPlan] = []
+        if self._held_back:
+            others = list(filter(self._is_wanted, self._unmeasured()))
+        budget = self._budget
+        for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
+            budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
+        possible = possible_group_sizes(
+            self.group_sizes, self.layers, self.widths, budget, self.options.constraints
+        )
+        return others, budget, possible
+
     def run(self, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
         """Return the plan, and what ``auto`` tried, the best first.
 
         Raises:
-            MoeqError: As :meth:`_run`.
+            MoeqError: As :meth:`check`; weights or activations that are not finite; or a full disk.
         """
         with TemporaryDirectory(prefix="moeq-") as name:
             return self._run(Path(name), progress)
 
-    def run_in(
-        self, folder: Path, resume: bool, progress: bool = True
-    ) -> tuple[BitPlan, list[Candidate]]:
-        """Do the same in a folder that outlives a kill.
+    def run_in(self, folder: Path, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
+        """Do the same in a folder that outlives a kill, and go on with what is there.
 
         Args:
-            folder: Gets what is finished, and at last only the plan; remove it when that is used.
-            resume: Go on with what is there; otherwise it is removed.
+            folder: Gets what is finished, and at last only the plan.
             progress: Show progress bars.
 
         Returns:
             As :meth:`run`; a plan that was there already comes without what was tried.
 
         Raises:
-            MoeqError: As :meth:`_run`; or the folder is in use, or of another plan.
+            MoeqError: As :meth:`run`; or what is there is of another plan.
         """
-        with locked(folder, f"another `moeq quantize` measures in {folder}"):
-            if not resume:
-                clear(folder)
-            asked = folder / _FINGERPRINT
-            if asked.exists() and asked.read_text() != self.fingerprint:
-                raise MoeqError(
-                    "cannot resume: the unfinished run was asked for another plan; use the same "
-                    "options, or leave out --resume to start again"
-                )
-            replace_file(asked, lambda target: target.write_text(self.fingerprint))
-            kept, measurement = folder / "plan.json", folder / "measurement"
-            if kept.exists():
-                return BitPlan.from_dict(json.loads(kept.read_text())), []
+        kept, measurement = folder / "plan.json", folder / "measurement"
+        begin(folder / "fingerprint.json", self._fingerprint())
+        tried: list[Candidate] = []
+        if kept.exists():
+            plan = BitPlan.from_dict(json.loads(kept.read_text()))
+        else:
             measurement.mkdir(exist_ok=True)
             try:
                 plan, tried = self._run(measurement, progress)
             except MoeqError:
                 if not any(measurement.glob("*/*.json")):  # nothing to go on with
-                    shutil.rmtree(folder)
+                    clear(folder)
                 raise
             text = json.dumps(plan.to_dict())
             replace_file(kept, lambda target: target.write_text(text))
-            shutil.rmtree(measurement)
-            return plan, tried
+        shutil.rmtree(measurement, ignore_errors=True)
+        return plan, tried
 
     def _run(self, folder: Path, progress: bool) -> tuple[BitPlan, list[Candidate]]:
-        """Measure, choose and judge.
-
-        Raises:
-            MoeqError: Options that do not fit the model, too little text, or weights or
-                activations that are not finite.
-        """
-        held_back = self._held_back
-        if self.options.strategy == "auto" and not held_back:
-            raise MoeqError(
-                f"--strategy auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
-                f"there are {len(self.tokens)}: give more text or a smaller --seqlen"
-            )
-        # All that can fail in a moment comes before what takes hours.
-        for group_size in self.group_sizes:
-            check_group_size(group_size, self.layers)
-        others = list(filter(self._is_wanted, self._unmeasured())) if held_back else []
-        budget = self._budget
-        for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
-            budget = plan_sizes(plan, self.reader, self.layers).expert_bytes
+        """Measure, choose and judge."""
+        others, budget, group_sizes = self.check()
+        for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
+            path.unlink()
         check_space(self.disk_bytes, folder)
-        check_possible(
-            self.options.group_size, self.layers, self.widths, budget, self.options.constraints
-        )
+        try:
+            return self._measured_and_judged(folder, others, budget, group_sizes, progress)
+        except (OSError, SafetensorError) as error:
+            raise MoeqError(f"cannot measure in {folder}: {error}") from error
+
+    def _measured_and_judged(
+        self,
+        folder: Path,
+        others: list[BitPlan],
+        budget: int,
+        group_sizes: list[int],
+        progress: bool,
+    ) -> tuple[BitPlan, list[Candidate]]:
         model = LayerwiseModel(self.reader, self.layers, self.device)
-        tokens = self.tokens[held_back:]
+        tokens = self.tokens[self._held_back :]
         felt = gradients(model, tokens, folder, self.seed, progress)
         banks = {}
-        for group_size in self.group_sizes:
+        for group_size in group_sizes:
             (part := folder / str(group_size)).mkdir(exist_ok=True)
             banks[group_size] = build(
                 model, tokens, self.widths, group_size, self.method, felt, part, progress
             )
         measured = self._measured(banks, budget)
-        if not held_back:
+        if not self._held_back:
             return measured, []
-        by_traffic = self._by_traffic(banks[self.options.group_size])
+        by_traffic = self._by_traffic(banks[max(banks)])
         plans = [measured, *others, *filter(self._is_wanted, by_traffic)]
-        judged = {"held back": self.tokens[:held_back]}
+        judged = {"held back": self.tokens[: self._held_back]}
         sources = [banks[plan.group_size].source(plan, self.device) for plan in plans]
         found = judge(model, sources, judged, progress)
         tried = [
@@ -328,31 +352,6 @@ class Planner:
 
     def _made(self, options: PlanOptions) -> BitPlan:
         return make_plan(self.reader, self.layers, options, self.source)
-
-
-def measuring_bytes(
-    layers: list[MoELayer], widths: tuple[int, ...], group_sizes: tuple[int, ...], tokens: int
-) -> int:
-    """Return the bytes of experts at every width, and of the activations of every layer."""
-    activations = 4 * tokens * layers[0].hidden_size * (max(layer.index for layer in layers) + 2)
-    experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
-    return experts + activations
-
-
-def check_space(needed: int, folder: Path) -> None:
-    """Check that a measurement has space in its folder; what is there already counts as free.
-
-    Raises:
-        MoeqError: It has not; says how much it takes.
-    """
-    needed -= used_bytes(folder)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MoeqError(
-            f"measuring takes {needed:,} bytes of temporary files, {folder.parent} has {free:,} "
-            "bytes free; make room, or give fewer --nsamples; `moeq plan` and `moeq compare` take "
-            "the folder that TMPDIR names"
-        )
 
 
 def judge(

@@ -136,7 +136,7 @@ def describe_result(rounding: Rounding | Calibration) -> str:
 def describe_measurement(planner: Planner) -> str:
     """Return what ``--dry-run`` says about a measurement that it leaves out."""
     rows = [
-        ("rounding", f"every expert at {len(planner.widths)} widths"),
+        ("rounding", _repeats(planner)),
         ("disk", f"{_bytes(planner.disk_bytes)} of temporary files"),
         ("time", f"{planner.operations / 1e12:.3g} TFLOP: {_time_class(planner.operations)}"),
         ("peak memory", f"about {_bytes(planner.peak_memory_bytes)} beyond Python and torch"),
@@ -148,6 +148,12 @@ def describe_measurement(planner: Planner) -> str:
             "What follows is for a plan of the same size.",
         ]
     )
+
+
+def _repeats(planner: Planner) -> str:
+    text = f"every expert at {len(planner.widths)} widths"
+    groups = len(planner.group_sizes)
+    return text if groups == 1 else f"{text}, for each of {groups} group sizes"
 
 
 def describe_candidates(tried: list[Candidate]) -> str:

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moeq.errors import MoeqError
 from moeq.rounding import QuantizedWeight
-from moeq.workplace import replace_file
+from moeq.workplace import begin, clear, replace_file
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
@@ -36,23 +35,15 @@ class Snapshots:
 
         Args:
             fingerprint: Everything that the result depends on, by a name for users, as JSON.
-            resume: Whether to go on with what is there; otherwise it is overwritten.
+            resume: Whether to go on with what is there; otherwise it is removed.
 
         Raises:
             MoeqError: What is there was made from something else; names it.
         """
         self.folder.mkdir(exist_ok=True)
-        fingerprint = json.loads(json.dumps(fingerprint))
-        path = self.folder / _FINGERPRINT
-        if resume and path.exists():
-            old = json.loads(path.read_text())
-            changed = [name for name in fingerprint if fingerprint[name] != old.get(name)]
-            if changed:
-                raise MoeqError(
-                    f"cannot resume: the unfinished run had another {', another '.join(changed)}; "
-                    "use the same options, or leave out --resume to start again"
-                )
-        replace_file(path, lambda target: target.write_text(json.dumps(fingerprint)))
+        if not resume:
+            clear(self.folder)
+        begin(self.folder / _FINGERPRINT, fingerprint)
 
     def save_layer(self, index: int, tensors: Tensors) -> None:
         """Keep the packed experts of a layer."""

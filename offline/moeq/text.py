@@ -1,7 +1,7 @@
 """Text for calibration and evaluation, cut into sequences of tokens."""
 
 import json
-import warnings
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +53,8 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Return int64 [n, length]: sequences drawn from a text without overlap, n <= count.
 
+    Texts that are too short for one are left out, and named on stderr.
+
     Args:
         folder: A checkpoint, for its tokenizer.
         source: As :func:`read_texts` takes it.
@@ -61,13 +63,10 @@ def calibration_sequences(
         seed: Of the draw.
 
     Raises:
-        MoeqError: The text is shorter than one sequence, or the checkpoint has no tokenizer.
+        MoeqError: All texts are too short, or the checkpoint has no tokenizer.
     """
-    texts = tokenized(folder, read_texts(source))
-    windows = torch.cat([_windows(tokens, length) for tokens in texts.values()])
-    if not len(windows):
-        raise _too_short(source, length)
-    return _drawn(windows, count, seed)
+    windows = _windows_of_texts(folder, source, length)
+    return _drawn(torch.cat(list(windows.values())), count, seed)
 
 
 def evaluation_sequences(
@@ -75,36 +74,15 @@ def evaluation_sequences(
 ) -> dict[str, torch.Tensor]:
     """Return for each text int64 [n, length]: sequences without overlap, n <= count.
 
-    Texts that are too short for one are left out, with a warning. Arguments as those of
-    :func:`calibration_sequences`.
-
-    Raises:
-        MoeqError: All are too short, or the checkpoint has no tokenizer.
+    Arguments and errors as those of :func:`calibration_sequences`.
     """
-    texts = tokenized(folder, read_texts(source))
-    windows = {name: _windows(tokens, length) for name, tokens in texts.items()}
-    drawn = {name: _drawn(found, count, seed) for name, found in windows.items() if len(found)}
-    if not drawn:
-        raise _too_short(source, length)
-    if short := windows.keys() - drawn.keys():
-        warnings.warn(
-            f"{source}: left out, for they have less than the {length} tokens of one sequence: "
-            f"{', '.join(sorted(short))}",
-            stacklevel=2,
-        )
-    return drawn
+    windows = _windows_of_texts(folder, source, length)
+    return {name: _drawn(found, count, seed) for name, found in windows.items()}
 
 
 def _drawn(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(len(windows), generator=generator)[:count]]
-
-
-def _too_short(source: str, length: int) -> MoeqError:
-    return MoeqError(
-        f"{source}: no text in it has the {length} tokens of one sequence; give more text or a "
-        "smaller --seqlen"
-    )
 
 
 def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -129,8 +107,26 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     }
 
 
-def _windows(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    return tokens[: len(tokens) // length * length].view(-1, length)
+def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch.Tensor]:
+    """Cut every text into sequences int64 [n, length]; leave out those that have none."""
+    windows = {
+        name: tokens[: len(tokens) // length * length].view(-1, length)
+        for name, tokens in tokenized(folder, read_texts(source)).items()
+    }
+    short = [name for name, found in windows.items() if not len(found)]
+    if len(short) == len(windows):
+        raise MoeqError(
+            f"{source}: no text in it has the {length} tokens of one sequence; give more text or a "
+            "smaller --seqlen"
+        )
+    if short:
+        names = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
+        print(
+            f"{source}: {len(short)} of {len(windows)} texts left out, for they have less than the "
+            f"{length} tokens of one sequence: {names}",
+            file=sys.stderr,
+        )
+    return {name: found for name, found in windows.items() if len(found)}
 
 
 def _read(path: Path) -> str:

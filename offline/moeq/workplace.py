@@ -1,11 +1,13 @@
 """Folders and files that survive a kill and are never half-written or shared by two runs."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moeq.errors import MoeqError
 
@@ -44,6 +46,28 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def begin(path: Path, fingerprint: dict[str, Any]) -> None:
+    """Note what work a folder is for, or check that it was begun for the same.
+
+    Args:
+        path: File of the note.
+        fingerprint: Everything that the result depends on, by a name for users, as JSON.
+
+    Raises:
+        MoeqError: It was begun for something else; names what differs.
+    """
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = [name for name in fingerprint if fingerprint[name] != old.get(name)]
+        if changed:
+            raise MoeqError(
+                f"cannot resume: the unfinished run had another {', another '.join(changed)}; "
+                "use the same options, or leave out --resume to start again"
+            )
+    replace_file(path, lambda target: target.write_text(json.dumps(fingerprint)))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is either complete or not there.
 
@@ -61,3 +85,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def used_bytes(folder: Path) -> int:
     """Return the bytes that a folder takes on disk; 0 if it is not there."""
     return sum(512 * path.stat().st_blocks for path in folder.rglob("*"))
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Check that a measurement has space in its folder; what is there already counts as free.
+
+    Raises:
+        MoeqError: It has not; says how much it takes.
+    """
+    needed -= used_bytes(folder)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MoeqError(
+            f"measuring takes {needed:,} bytes of temporary files, {folder.parent} has {free:,} "
+            "bytes free; make room, or give fewer --nsamples; `moeq plan` and `moeq compare` take "
+            "the folder that TMPDIR names"
+        )

@@ -76,7 +76,8 @@ def test_inspect_reads_a_plan_file(plan_file: Path, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         ([], "--bits is needed"),
-        (["--bits", "2.5", "--group-size", "48"], "group_size 48"),
+        (["--bits", "2.5", "--group-size", "48"], "--group-size 48 is not one of 32, 64, 128"),
+        (["--bits", "2.5", "--group-size", "0"], "--group-size 0 is not one of 32, 64, 128"),
         (["--bits", "2.5", "--levels", "7,2"], "--levels: 7"),
         (["--bits", "7", "--strategy", "uniform"], "--strategy uniform"),
         (["--bits", "2.5", "--strategy", "best"], "--strategy best"),

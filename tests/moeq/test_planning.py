@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,46 @@ def test_dry_run_measures_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
 
 
+def test_dry_run_refuses_what_the_run_would(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size",
+        32, "--calib", text, *CALIBRATION,
+    )  # fmt: skip
+    for options, message in {
+        ("--ranks", 16, "--dry-run"): "16 ranks of equal bytes",
+        # Not only after the measurement:
+        ("--method", "rtn", "--route-all-experts"): "--route-all-experts has no effect",
+    }.items():
+        done = run_moeq(*command, *options)
+        assert done.returncode == 1
+        assert message in done.stderr and "fisher" not in done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+
+
+def test_two_runs_do_not_measure_into_one_output(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
+        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
+    )  # fmt: skip
+    first = start_moeq(*command)
+    kept = tmp_path / ".out.moeq-plan" / "plan.json"
+    while first.poll() is None and not kept.exists():
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # with its plan, before it is rounded
+    second = run_moeq(*command)
+    assert second.returncode == 1
+    assert f"another `moeq quantize` is writing {tmp_path / 'out'}" in second.stderr
+    assert kept.exists()
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+
+
 def test_a_measured_plan_outlives_a_kill(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +270,7 @@ def test_a_measured_plan_outlives_a_kill(
 
     other = run_moeq(*command, "--seed", 1, "--resume")
     assert other.returncode == 1
-    assert "the unfinished run was asked for another plan" in other.stderr
+    assert "the unfinished run had another calibration text, another seed" in other.stderr
     done = run_moeq(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert "fisher" not in done.stderr  # nothing is measured again
@@ -327,6 +368,9 @@ def test_budgets_are_kept(
             ("--bits", 2.5, "--calib", "TEXT", "--strategy", "sensitivity", "--zeta", 2),
             "--zeta has no effect with --strategy sensitivity",
         ),
+        (("--bits", 2.5, "--calib", "TEXT", "--ranks", 0), "--ranks 0 must be at least 1"),
+        (("--bits", 2.5, "--calib", "TEXT", "--ranks", 16), "16 ranks of equal bytes"),
+        (("--bits", 2.5, "--ranks", 2), "--ranks has no effect with --strategy combined"),
     ],
 )
 def test_bad_options_are_named(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeq.allocation import PlanOptions, make_plan
 from moeq.calibration import Calibration
@@ -52,13 +52,24 @@ class _Seen:
         self.output = output.flatten(0, 1)
 
 
-# Router weights that add up to one, that do not, and a shared expert beside the others.
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
+def _with_two_moe_layers(source: Path, folder: Path) -> Path:
+    """Write a model like another one, whose first layer has no experts, with a layer more."""
+    config = AutoConfig.from_pretrained(source)
+    config.num_hidden_layers, config.routed_scaling_factor = 3, 2.5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+# Router weights that add up to one, that do not, and that are scaled; shared experts beside them.
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("route_all", [False, True])
 def test_down_projections_solve_the_least_squares_of_the_stream(
     family: str, route_all: bool, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_model(family)
+    if family.startswith("deepseek"):
+        source = _with_two_moe_layers(source, tmp_path / "model")
     reader = CheckpointReader(source)
     layers = reader.moe_layers()
     tokens = torch.randint(3, 259, (40, 32), generator=torch.Generator().manual_seed(0))

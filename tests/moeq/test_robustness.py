@@ -279,27 +279,33 @@ def test_too_small_a_disk_is_refused_before_work_starts(
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "sensitivity"])
 def test_the_disk_that_dry_run_states_is_enough_also_to_resume(
-    tiny_model: Callable[[str], Path], small_disk: Callable[[int], Path], tmp_path: Path
+    strategy: str,
+    tiny_model: Callable[[str], Path],
+    small_disk: Callable[[int], Path],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "text.txt").write_text("Bytes are tokens. " * 400)
 
     def command(output: Path, *more: str) -> tuple[object, ...]:
         return (
             "quantize", tiny_model("mixtral"), "-o", output, "--calib", tmp_path / "text.txt",
-            "--bits=2", "--group-size=32", "--strategy=uniform", "--nsamples=32", "--seqlen=64",
-            *more,
+            "--bits=2", "--group-size=32", "--strategy", strategy, "--nsamples=32", "--seqlen=64",
+            "--levels=3,2,1" if strategy == "sensitivity" else "--max-shard-size=2GB", *more,
         )  # fmt: skip
 
     stated = run_moeq(*command(tmp_path / "out", "--dry-run")).stdout
-    sizes = [
-        re.search(rf"^{row} .*?([\d,]+) bytes", stated, re.MULTILINE)
-        for row in ("result", "disk on the way")
-    ]
-    needed = sum(int(size[1].replace(",", "")) for size in sizes)
+    result, on_the_way, *measuring = (
+        int(size.replace(",", ""))
+        for row in ("result", "disk on the way", "  disk")
+        for size in re.findall(rf"^{row} .*?([\d,]+) bytes", stated, re.MULTILINE)
+    )
+    needed = max(result + on_the_way, *measuring, 0)
     disk = small_disk(needed + 4096 * 20)  # room for the small files
     process = start_moeq(*command(disk / "out"))
-    while process.poll() is None and not list(disk.glob(".out.*/activations-00001.safetensors")):
+    finished = "measurement/32/layer-00000.json" if measuring else "activations-00001.safetensors"
+    while process.poll() is None and not list(disk.glob(f".out.*/{finished}")):
         time.sleep(0.002)
     process.kill()
     process.wait()

@@ -11,7 +11,7 @@ from moeq.allocation.budget import (
 from moeq.allocation.constraints import Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.knapsack import Solution, solve
-from moeq.allocation.losses import LossTable, allocate, check_possible, fulfils
+from moeq.allocation.losses import LossTable, allocate, fulfils, possible_group_sizes
 from moeq.allocation.milp import solve_constrained
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
@@ -40,7 +40,6 @@ __all__ = [
     "average_bits",
     "bits_budget",
     "bits_per_weight_budget",
-    "check_possible",
     "combined_order",
     "expert_counts",
     "fulfils",
@@ -50,6 +49,7 @@ __all__ = [
     "ordered_bits",
     "parse_size",
     "plan_sizes",
+    "possible_group_sizes",
     "router_norm_order",
     "solve",
     "solve_constrained",

@@ -1,13 +1,13 @@
 """From tables of losses over the arrays of a knapsack to the widths of a plan."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from moeq.allocation.budget import option_sizes
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints, Instance
-from moeq.allocation.knapsack import Choice, Loss, Size, Solution, solve
+from moeq.allocation.knapsack import Choice, Loss, Solution, solve
 from moeq.allocation.milp import solve_constrained
 from moeq.errors import MoeqError
 from moeq.families import MoELayer
@@ -69,8 +69,8 @@ def allocate(
     Small groups lose less, but their scales take bytes that widths could have.
 
     Args:
-        tables: Losses of every projection at every width, by group size; one whose smallest plan
-            is above the budget is left out.
+        tables: Losses of every projection at every width, by group size; one with which there
+            is no plan is left out.
         layers: MoE layers of the model.
         widths: Widths to choose from.
         budget: Bytes of packed experts, for every group size the same.
@@ -82,41 +82,53 @@ def allocate(
     Raises:
         MoeqError: The budget is too small, or nothing fulfils the constraints; says what would.
     """
-    solutions: dict[int, Solution] = {}
-    for group in sorted(tables, reverse=True):
-        size = option_sizes(layers, group, widths)
-        # The largest group takes least bytes: if not even it fits, its error says what would.
-        if solutions and size.min(axis=1).sum() > budget:
-            continue
-        loss = loss_array(tables[group], layers, widths)
-        solutions[group] = _solution(loss, size, layers, budget, constraints)
+    arrays = {group: loss_array(table, layers, widths) for group, table in tables.items()}
+    solutions = _solutions(arrays, layers, widths, budget, constraints)
     best = min(solutions, key=lambda group: solutions[group].loss)
     return best, layer_bits(solutions[best].choice, layers, widths), solutions[best]
 
 
-def check_possible(
-    group_size: int,
+def possible_group_sizes(
+    group_sizes: Iterable[int],
     layers: list[MoELayer],
     widths: tuple[int, ...],
     budget: int,
     constraints: Constraints,
-) -> None:
-    """Check that there is a plan, before losses are measured for hours.
+) -> list[int]:
+    """Return the group sizes with which there is a plan, before losses are measured for hours.
 
     Raises:
         MoeqError: There is none; says why.
     """
-    size = option_sizes(layers, group_size, widths)
-    _solution(np.zeros(size.shape), size, layers, budget, constraints)
+    arrays = {group: np.zeros(option_sizes(layers, group, widths).shape) for group in group_sizes}
+    return list(_solutions(arrays, layers, widths, budget, constraints))
 
 
-def _solution(
-    loss: Loss, size: Size, layers: list[MoELayer], budget: int, constraints: Constraints
-) -> Solution:
-    if constraints == NO_CONSTRAINTS:
-        return solve(loss, size, budget)
+def _solutions(
+    arrays: Mapping[int, Loss],
+    layers: list[MoELayer],
+    widths: tuple[int, ...],
+    budget: int,
+    constraints: Constraints,
+) -> dict[int, Solution]:
+    """Return the solution of each group size that has one, the largest first."""
     num_experts = tuple(layer.num_experts for layer in layers)
-    return solve_constrained(loss, size, budget, num_experts, constraints)
+    found: dict[int, Solution] = {}
+    errors: list[MoeqError] = []
+    for group in sorted(arrays, reverse=True):
+        size = option_sizes(layers, group, widths)
+        try:
+            if constraints == NO_CONSTRAINTS:
+                found[group] = solve(arrays[group], size, budget)
+            else:
+                found[group] = solve_constrained(
+                    arrays[group], size, budget, num_experts, constraints
+                )
+        except MoeqError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]  # of the largest group, which takes least bytes
+    return found
 
 
 def fulfils(plan: BitPlan, layers: list[MoELayer], constraints: Constraints) -> bool:

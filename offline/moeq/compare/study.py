@@ -17,14 +17,16 @@ from moeq.allocation import (
 )
 from moeq.bank import Bank, build
 from moeq.checkpoint import CheckpointReader
+from moeq.cost import measuring_bytes
 from moeq.errors import MoeqError
 from moeq.evaluate import Evaluation
 from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
-from moeq.planning import check_space, judge, measuring_bytes
+from moeq.planning import judge
 from moeq.signals import load_base_routers
 from moeq.signals.table import SIGNALS, Evidence
+from moeq.workplace import check_space
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
 
 ALLOCATED = {"sensitivity": "loss", "output-error": "output", "weight-error": "weight"}

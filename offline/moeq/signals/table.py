@@ -26,13 +26,13 @@ class Evidence:
         reader: The checkpoint.
         base: Routers from before training, or None.
         bank: What calibration measured, or None.
-        bits: Width at which damage is compared; None takes the bank's lowest.
+        bits: Width at which damage is compared, one of the bank's.
     """
 
     reader: CheckpointReader
     base: Mapping[str, torch.Tensor] | None = None
     bank: Bank | None = None
-    bits: int | None = None
+    bits: int = 0
 
     def measured(self) -> Bank:
         """Return the bank.
@@ -79,8 +79,7 @@ def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
     """Return the damage at one width, of both projections together."""
 
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-        damage = evidence.measured().damage
-        bits = evidence.bits or min(choice.bits for choice in damage)
+        damage, bits = evidence.measured().damage, evidence.bits
         return torch.tensor(
             [
                 sum(

@@ -10,10 +10,10 @@ from moeq.allocation.budget import bits_budget, option_sizes
 from moeq.allocation.losses import (
     LossTable,
     allocate,
-    check_possible,
     fulfils,
     layer_bits,
     loss_array,
+    possible_group_sizes,
 )
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
@@ -131,10 +131,23 @@ def test_plans_that_fulfil_constraints_are_told_from_others(
     assert fulfils(free, layers, Constraints())
 
 
-def test_what_no_plan_can_fulfil_is_told_before_losses_are_known(layers: list[MoELayer]) -> None:
-    budget = bits_budget(2.25, layers, 64)
-    possible = Constraints(same_width=True, ranks=2)
-    check_possible(64, layers, WIDTHS, budget, possible)
+def test_group_sizes_without_a_plan_are_told_before_losses_are_known(
+    layers: list[MoELayer],
+) -> None:
+    budget = int(option_sizes(layers, 32, (1,)).sum())  # too little for 2 bits of either
+    possible = Constraints(ranks=2, rank_tolerance=0.01)
+    assert possible_group_sizes((32, 64), layers, WIDTHS, budget, possible) == [64, 32]
+    assert possible_group_sizes((32, 64), layers, WIDTHS, budget - 1, possible) == [64]
     impossible = Constraints(ranks=3)  # of 4 experts: one rank has two of them
     with pytest.raises(MoeqError, match="3 ranks of equal bytes"):
-        check_possible(64, layers, (4,), bits_budget(4, layers, 64), impossible)
+        possible_group_sizes((32, 64), layers, (4,), bits_budget(4, layers, 32), impossible)
+
+
+def test_a_group_size_without_a_plan_does_not_spoil_the_others(layers: list[MoELayer]) -> None:
+    # Scales of groups of 32 leave no room to make ranks equal, though they fit the budget.
+    tables = {64: _table(), 32: _table(0.0)}
+    budget = int(option_sizes(layers, 32, (1,)).sum())
+    forbidden = {key: math.inf if key[3] == 1 and key[1] == 0 else 0.0 for key in _table()}
+    group, _, solution = allocate({64: _table(), 32: forbidden}, layers, WIDTHS, budget)
+    assert group == 64 and solution.size <= budget
+    assert allocate(tables, layers, WIDTHS, budget)[0] == 32

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeq.text import evaluation_sequences
+from moeq.text import calibration_sequences, evaluation_sequences
 from support.cli import run_moeq
 from support.reference import dequantize_checkpoint
 
@@ -43,10 +43,16 @@ def _evaluate(*arguments: object) -> dict[str, Any]:
     return result
 
 
-def test_texts_that_are_left_out_are_named(tiny_model: Callable[[str], Path], text: Path) -> None:
-    with pytest.warns(UserWarning, match="less than the 40 tokens of one sequence: short$"):
-        found = evaluation_sequences(tiny_model("mixtral"), str(text), COUNT, LENGTH, 0)
+def test_texts_that_are_left_out_are_named(
+    tiny_model: Callable[[str], Path], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_model("mixtral")
+    found = evaluation_sequences(source, str(text), COUNT, LENGTH, 0)
     assert set(found) == {"a", "b"}
+    told = "1 of 3 texts left out, for they have less than the 40 tokens of one sequence: short\n"
+    assert told in capsys.readouterr().err
+    calibration_sequences(source, str(text), COUNT, LENGTH, 0)
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
