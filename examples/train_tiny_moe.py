@@ -73,6 +73,18 @@ def learning_rate(progress: float) -> float:
     return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def take_step(
+    model: MixtralForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor
+) -> float:
+    """Learn from a batch of tokens [n, L]; return its loss."""
+    loss = model(input_ids=batch, labels=batch).loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.item())
+
+
 def train(model: MixtralForCausalLM, tokens: torch.Tensor, routers: Path, seconds: float) -> None:
     """Train for a time on random windows of ``tokens`` [N]; record the routers."""
     tracker = RouterNormTracker(routers, model, every=20)
@@ -83,16 +95,12 @@ def train(model: MixtralForCausalLM, tokens: torch.Tensor, routers: Path, second
             group["lr"] = learning_rate(progress)
         starts = torch.randint(len(tokens) - SEQUENCE, (BATCH,))
         batch = torch.stack([tokens[start : start + SEQUENCE] for start in starts])
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = take_step(model, optimizer, batch)
         tracker.step()
         step += 1
         progress = (time.monotonic() - started) / seconds
         if step % 50 == 0:
-            print(f"step {step:5}  {100 * progress:5.1f} % of the time  loss {loss.item():.3f}")
+            print(f"step {step:5}  {100 * progress:5.1f} % of the time  loss {loss:.3f}")
     tracker.save()
     print(f"trained {step} steps, {step * BATCH * SEQUENCE / 1e6:.1f} M tokens")
 

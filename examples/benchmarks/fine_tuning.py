@@ -27,6 +27,7 @@ from moeq.text import read_texts, tokenized
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from corpus import c_headers, source_code
+from train_tiny_moe import take_step
 
 SEQUENCE, BATCH = 128, 16
 LEARNING_RATE, WARM_UP = 1e-3, 50
@@ -72,14 +73,10 @@ def fine_tune(
         rare = int((torch.rand(BATCH, generator=generator) < share).sum())
         parts = ((FREQUENT, BATCH - rare), (RARE, rare))
         batch = torch.cat([drawn(learned[name], count, generator) for name, count in parts])
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        found = take_step(model, optimizer, batch)
         tracker.step()
         if step % 50 == 0:
-            print(f"step {step:5} of {steps}  loss {loss.item():.3f}", flush=True)
+            print(f"step {step:5} of {steps}  loss {found:.3f}", flush=True)
     tracker.save()
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(output / "model")

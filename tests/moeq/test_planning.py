@@ -37,6 +37,18 @@ def _plan(model: Path, *options: object) -> dict[str, Any]:
     return plan
 
 
+def _command(model: Path, text: Path, output: Path) -> tuple[object, ...]:
+    """Return the command that quantizes with a measured plan."""
+    return (
+        "quantize", model, "-o", output, "--bits", 2.5, "--group-size", 32, "--strategy",
+        "sensitivity", "--calib", text, *CALIBRATION,
+    )  # fmt: skip
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_what_matters_most_gets_most_bits(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
@@ -229,10 +241,7 @@ def test_dry_run_refuses_what_the_run_would(
 def test_two_runs_do_not_measure_into_one_output(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    command = (
-        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
-        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
-    )  # fmt: skip
+    command = _command(tiny_model("mixtral"), text, tmp_path / "out")
     first = start_moeq(*command)
     kept = tmp_path / ".out.moeq-plan" / "plan.json"
     while first.poll() is None and not kept.exists():
@@ -251,13 +260,10 @@ def test_two_runs_do_not_measure_into_one_output(
 def test_a_measured_plan_outlives_a_kill(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    command = (
-        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
-        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
-    )  # fmt: skip
+    command = _command(tiny_model("mixtral"), text, tmp_path / "out")
     done = run_moeq(*command)
     assert done.returncode == 0, done.stderr
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    expected = _read(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
 
     process = start_moeq(*command)
@@ -274,20 +280,16 @@ def test_a_measured_plan_outlives_a_kill(
     done = run_moeq(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert "fisher" not in done.stderr  # nothing is measured again
-    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert found == expected
+    assert _read(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
 
 def test_a_killed_measurement_goes_on_where_it_ended(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    command = (
-        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5,
-        "--group-size", 32, "--strategy", "sensitivity", "--calib", text, *CALIBRATION,
-    )  # fmt: skip
+    command = _command(tiny_model("mixtral"), text, tmp_path / "out")
     assert run_moeq(*command).returncode == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    expected = _read(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     measured = tmp_path / ".out.moeq-plan" / "measurement" / "32" / "layer-00000.json"
 
@@ -302,7 +304,7 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     killed()
     done = run_moeq(*command, "--resume")
     assert done.returncode == 0, done.stderr
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert _read(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
     shutil.rmtree(tmp_path / "out")
 
