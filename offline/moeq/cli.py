@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
     quantize.add_argument("--plan", type=Path, help="use this plan.json instead of making a plan")
     quantize.add_argument(
-        "--resume", action="store_true", help="go on with a calibration that was interrupted"
+        "--resume", action="store_true", help="go on with what an interrupted run has finished"
     )
     quantize.add_argument(
         "--dry-run", action="store_true", help="print plan, sizes and memory; write nothing"
