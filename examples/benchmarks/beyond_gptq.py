@@ -360,6 +360,9 @@ def main() -> None:
     model.check(texts[0])
     held_out = HeldOut(model, texts)
     found = measure(model, held_out, options)
+    several = ""
+    if options.seeds > 1:
+        several = f", those with ± mean and standard deviation over {options.seeds} draws"
     write_section(
         options.results,
         f"beyond GPTQ: {options.title or model.reader.folder.name}",
@@ -367,10 +370,10 @@ def main() -> None:
             verdict(found, options.ideas),
             f"Increase of the held-out loss (nats per token over 16 bits, {held_out.loss:.4f}) and "
             f"divergence of the next-token distribution from the original's, {held_out.tokens:,} "
-            f"tokens, group size {options.group_size}; 2.5 bits: `random:0` of 3 and 2. Figures "
-            f"with ± are mean and standard deviation over {options.seeds} draws of "
-            f"{options.nsamples} × {options.seqlen} calibration tokens, the others are of ONE "
-            "draw. Shares are of GPTQ on the same draws. Seconds are CPU time of one thread. "
+            f"tokens, group size {options.group_size}; 2.5 bits: `random:0` of 3 and 2; "
+            f"{options.nsamples} × {options.seqlen} calibration tokens. Figures are of ONE draw of "
+            f"them{several}. Shares are of GPTQ on the same draws. Seconds are CPU time of one "
+            "thread. "
             f"Learned rounding: {options.learning_steps} steps a layer; distillation: "
             f"{options.distillation_steps} steps; both learn on the same calibration tokens.",
             table(

@@ -153,17 +153,23 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
 
 
 def calibration_tokens(options: argparse.Namespace, reader: "CheckpointReader") -> "torch.Tensor":
-    """Return the calibration sequences that were asked for, int64 [n, L]."""
+    """Return the calibration sequences that were asked for, int64 [n, L].
+
+    They are kept with the options: a measured plan and the rounding after it need the same.
+    """
     from moeq.text import calibration_sequences
 
-    check_positive(options, "nsamples", "seqlen")
-    return calibration_sequences(
-        reader.folder,
-        options.calib,
-        options.nsamples or 128,
-        options.seqlen or 512,
-        options.seed or 0,
-    )
+    if getattr(options, "tokens", None) is None:
+        check_positive(options, "nsamples", "seqlen")
+        options.tokens = calibration_sequences(
+            reader.folder,
+            options.calib,
+            options.nsamples or 128,
+            options.seqlen or 512,
+            options.seed or 0,
+        )
+    tokens: torch.Tensor = options.tokens
+    return tokens
 
 
 def refuse(options: argparse.Namespace, why: str, *names: str) -> None:

@@ -1,6 +1,5 @@
 """Rounds experts with what they get: layer by layer, quantized layers feeding the next."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from moeq.rounding import (
     quantize_hqq,
 )
 from moeq.snapshots import Snapshots, Tensors
-from vllm_moeq._version import __version__
+from moeq.workplace import work_on
 from vllm_moeq.format import BitPlan, Projection
 
 FEWEST_TOKENS = 32
@@ -337,15 +336,10 @@ class Calibration:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return what the result depends on."""
-        return {
-            "moeq version": __version__,
+        return work_on(self.reader, self.tokens, self.device) | {
             "way of rounding": _WAY,
-            "source": self.reader.file_stats(),
-            "config.json": self.reader.config,
             "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
             "group size": self.plan.group_size,
-            "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
-            "device": self.device,
             "choice of --route-all-experts": self.route_all,
             "fewest tokens": self.fewest_tokens,
         }

@@ -1,9 +1,9 @@
 """Plans that are right on the user's own model: measured, and judged on text held back."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +44,7 @@ from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
 from moeq.signals.table import PMQ, Evidence
-from moeq.workplace import begin, check_space, clear, replace_file
+from moeq.workplace import begin, check_space, clear, replace_file, work_on
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, Provenance
 
@@ -99,17 +99,12 @@ class Planner:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return what the plan depends on."""
-        return {
-            "moeq version": __version__,
+        return work_on(self.reader, self.tokens, str(self.device)) | {
             "way of measuring": _WAY,
-            "source": self.reader.file_stats(),
-            "config.json": self.reader.config,
             "choice of options for the plan": asdict(self.options),
             "size": self.size,
             "method": self.method,
-            "calibration text": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
             "seed": self.seed,
-            "device": str(self.device),
         }
 
     @property
@@ -184,7 +179,7 @@ class Planner:
         Raises:
             MoeqError: As :meth:`check`; weights or activations that are not finite; or a full disk.
         """
-        with TemporaryDirectory(prefix="moeq-") as name:
+        with TemporaryDirectory(prefix="moeq-") as name, _disk_errors(Path(name)):
             return self._run(Path(name), progress)
 
     def run_in(self, folder: Path, progress: bool = True) -> tuple[BitPlan, list[Candidate]]:
@@ -201,20 +196,21 @@ class Planner:
             MoeqError: As :meth:`run`; or what is there is of another plan.
         """
         kept, measurement = folder / "plan.json", folder / "measurement"
-        begin(folder / "fingerprint.json", self._fingerprint())
         tried: list[Candidate] = []
-        if kept.exists():
-            plan = BitPlan.from_dict(json.loads(kept.read_text()))
-        else:
-            measurement.mkdir(exist_ok=True)
-            try:
-                plan, tried = self._run(measurement, progress)
-            except MoeqError:
-                if not any(measurement.glob("*/*.json")):  # nothing to go on with
-                    clear(folder)
-                raise
-            text = json.dumps(plan.to_dict())
-            replace_file(kept, lambda target: target.write_text(text))
+        with _disk_errors(folder):
+            begin(folder / "fingerprint.json", self._fingerprint())
+            if kept.exists():
+                plan = BitPlan.from_dict(json.loads(kept.read_text()))
+            else:
+                measurement.mkdir(exist_ok=True)
+                try:
+                    plan, tried = self._run(measurement, progress)
+                except BaseException:  # Ctrl-C, too
+                    if not any(measurement.glob("*/*.json")):  # nothing to go on with
+                        clear(folder)
+                    raise
+                text = json.dumps(plan.to_dict())
+                replace_file(kept, lambda target: target.write_text(text))
         shutil.rmtree(measurement, ignore_errors=True)
         return plan, tried
 
@@ -224,19 +220,6 @@ class Planner:
         for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
             path.unlink()
         check_space(self.disk_bytes, folder)
-        try:
-            return self._measured_and_judged(folder, others, budget, group_sizes, progress)
-        except (OSError, SafetensorError) as error:
-            raise MoeqError(f"cannot measure in {folder}: {error}") from error
-
-    def _measured_and_judged(
-        self,
-        folder: Path,
-        others: list[BitPlan],
-        budget: int,
-        group_sizes: list[int],
-        progress: bool,
-    ) -> tuple[BitPlan, list[Candidate]]:
         model = LayerwiseModel(self.reader, self.layers, self.device)
         tokens = self.tokens[self._held_back :]
         felt = gradients(model, tokens, folder, self.seed, progress)
@@ -352,6 +335,15 @@ class Planner:
 
     def _made(self, options: PlanOptions) -> BitPlan:
         return make_plan(self.reader, self.layers, options, self.source)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Name the folder when its disk is full or fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MoeqError(f"cannot measure in {folder}: {error}") from error
 
 
 def judge(

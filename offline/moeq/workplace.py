@@ -1,6 +1,7 @@
 """Folders and files that survive a kill and are never half-written or shared by two runs."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
+from vllm_moeq._version import __version__
 
 
 @contextmanager
@@ -20,10 +25,13 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     tell the remains of a killed run from the work of a living one.
 
     Raises:
-        MoeqError: Another run has it; the message is ``busy``.
+        MoeqError: Another run has it; the message is ``busy``. Or it cannot be created.
     """
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise MoeqError(f"cannot write {folder}: {error}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,6 +74,17 @@ def begin(path: Path, fingerprint: dict[str, Any]) -> None:
                 "use the same options, or leave out --resume to start again"
             )
     replace_file(path, lambda target: target.write_text(json.dumps(fingerprint)))
+
+
+def work_on(reader: CheckpointReader, tokens: torch.Tensor, device: str) -> dict[str, Any]:
+    """Return what a fingerprint says about a model, a calibration text and a place."""
+    return {
+        "moeq version": __version__,
+        "source": reader.file_stats(),
+        "config.json": reader.config,
+        "calibration text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "device": device,
+    }
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -257,6 +257,30 @@ def test_two_runs_do_not_measure_into_one_output(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
 
+def test_ctrl_c_before_anything_is_measured_leaves_nothing(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    process = start_moeq(*_command(tiny_model("mixtral"), text, tmp_path / "out"))
+    begun = tmp_path / ".out.moeq-plan" / "measurement" / "input-0.bin"
+    while process.poll() is None and not begun.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "moeq quantize: interrupted" in errors and "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+
+
+def test_a_file_in_the_way_is_named(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".out.moeq-plan").write_text("a file")
+    done = run_moeq(*_command(tiny_model("mixtral"), text, tmp_path / "out"))
+    assert done.returncode == 1
+    assert f"cannot write {tmp_path / '.out.moeq-plan'}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_measured_plan_outlives_a_kill(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from moeq.bank import Bank, Choice
 from moeq.checkpoint import CheckpointReader
-from moeq.errors import MoeqError
 from moeq.families import MoELayer
 from moeq.signals.maxvar import max_var
 from moeq.signals.router_norm import router_norms
@@ -25,24 +24,14 @@ class Evidence:
     Attributes:
         reader: The checkpoint.
         base: Routers from before training, or None.
-        bank: What calibration measured, or None.
+        bank: What calibration measured.
         bits: Width at which damage is compared, one of the bank's.
     """
 
     reader: CheckpointReader
-    base: Mapping[str, torch.Tensor] | None = None
-    bank: Bank | None = None
-    bits: int = 0
-
-    def measured(self) -> Bank:
-        """Return the bank.
-
-        Raises:
-            MoeqError: There was no calibration.
-        """
-        if self.bank is None:
-            raise MoeqError("this signal needs calibration text: --calib FILE")
-        return self.bank
+    base: Mapping[str, torch.Tensor] | None
+    bank: Bank
+    bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,7 @@ def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
     """Return the damage at one width, of both projections together."""
 
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-        damage, bits = evidence.measured().damage, evidence.bits
+        damage, bits = evidence.bank.damage, evidence.bits
         return torch.tensor(
             [
                 sum(
@@ -95,7 +84,7 @@ def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
 
 def _traffic(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-        traffic = evidence.measured().traffic[layer.container]
+        traffic = evidence.bank.traffic[layer.container]
         return torch.tensor([float(getattr(found, attribute)) for found in traffic])
 
     return values
