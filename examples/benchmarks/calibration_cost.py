@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moeq.bench import GB
+from moeq.calibration import STREAMS
 
 BOUND = 3
 """Peak memory must stay below so many times a layer's bfloat16 weights, plus activations."""
@@ -127,7 +128,7 @@ def main() -> None:
     stated = re.search(r"peak memory +about .*\(([\d,]+) bytes\)", output)
     if stated is None:
         sys.exit("moeq quantize did not state its peak memory")
-    activations = 2 * 4 * options.nsamples * options.seqlen * options.hidden_size
+    activations = STREAMS * 4 * options.nsamples * options.seqlen * options.hidden_size
     limit = BOUND * experts_bytes + activations
     rows = {
         "layers × experts": f"{options.layers} × {options.experts}",
@@ -141,6 +142,7 @@ def main() -> None:
             f"{int(stated[1].replace(',', '')) / GB:.2f}"
         ),
         "seconds": f"{seconds:.0f}",
+        "seconds for each expert": f"{seconds / (options.layers * options.experts):.0f}",
     }
     write_section(
         options.results,

@@ -37,7 +37,7 @@ from vllm_moeq.format import BitPlan, Projection
 FEWEST_TOKENS = 32
 """An expert that gets fewer calibration tokens is rounded without them: so few say more about
 themselves than about the expert."""
-_STREAMS, _SAVED = 4, 2
+STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
 _WAY = 2
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
@@ -97,7 +97,7 @@ class Calibration:
     def disk_bytes(self) -> int:
         """Bytes of files that go at the end: finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.reader, self.layers).expert_bytes
-        return packed + (_STREAMS + 2 * _SAVED) * self.activation_bytes
+        return packed + (STREAMS + 2 * _SAVED) * self.activation_bytes
 
     @property
     def operations(self) -> float:
@@ -143,7 +143,7 @@ class Calibration:
         )
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        streams = _STREAMS * self.activation_bytes
+        streams = STREAMS * self.activation_bytes
         return streams + inputs + one + size * working_bytes(largest)
 
     def _input_bytes(self, layer: MoELayer) -> int:
