@@ -43,6 +43,7 @@ from moeq.families import MoELayer, check_group_size
 from moeq.fisher import gradients
 from moeq.layerwise import LayerwiseModel
 from moeq.rounding import DATA_FREE
+from moeq.signals import load_base_routers, router_norms
 from moeq.signals.table import PMQ, Evidence
 from moeq.workplace import begin, check_space, clear, replace_file, work_on
 from vllm_moeq._version import __version__
@@ -102,9 +103,20 @@ class Planner:
         return work_on(self.reader, self.tokens, str(self.device)) | {
             "way of measuring": _WAY,
             "choice of options for the plan": asdict(self.options),
+            "initial router": self._router_changes(),
             "size": self.size,
             "method": self.method,
             "seed": self.seed,
+        }
+
+    def _router_changes(self) -> dict[str, list[float]]:
+        """Return the change of each expert's router norm, by container, if it is to be used."""
+        if self.options.base_router is None:
+            return {}
+        base = load_base_routers(self.options.base_router, self.layers)
+        return {
+            layer.container: router_norms(self.reader, layer, base).values.tolist()
+            for layer in self.layers
         }
 
     @property

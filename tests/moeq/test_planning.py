@@ -348,6 +348,33 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     assert bits["w2"][5] == max(bits["w2"])
 
 
+def test_a_measurement_is_not_resumed_with_another_initial_router(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model, router = tiny_model("mixtral"), tmp_path / "router.safetensors"
+    routers = {
+        name: tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if name.endswith(".gate.weight")
+    }
+    save_file(routers, router)
+    command = (
+        "quantize", model, "-o", tmp_path / "out", "--bits", 2.5, "--group-size", 32, "--calib",
+        text, *CALIBRATION, "--base-router", router,
+    )  # fmt: skip
+    process = start_moeq(*command)
+    measured = tmp_path / ".out.moeq-plan" / "measurement" / "32" / "layer-00000.json"
+    while process.poll() is None and not measured.exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert measured.exists()
+    save_file({name: 2 * tensor for name, tensor in routers.items()}, router)
+    other = run_moeq(*command, "--resume")
+    assert other.returncode == 1
+    assert "the unfinished run had another initial router" in other.stderr
+
+
 @pytest.mark.parametrize("strategy", ["combined", "random:3"])
 @pytest.mark.parametrize(
     ("option", "value"), [("--target-size", "900kB"), ("--bits-per-weight", 3.3)]

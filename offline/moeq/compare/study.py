@@ -66,7 +66,8 @@ class Findings:
 
     Attributes:
         points: All plans.
-        signals: Those that need calibration are of the last method.
+        signals: Those that need calibration are of the last method, damage is at the width next
+            below the least average.
         correlations: Of each signal with the measured sensitivity: Spearman's, the mean over
             layers; positive where experts that it gives more bits are more sensitive.
     """
@@ -133,12 +134,15 @@ class Study:
                     model, self.tokens, widths, self.group_size, method, felt, folder,
                     progress,
                 )  # fmt: skip
-                evidence = Evidence(self.reader, base, bank, self._floor())
-                for signal in SIGNALS:
-                    # The weights stay: what needs no calibration is computed once.
-                    if signal.needs == "calibration" or signal.name not in signals:
-                        signals[signal.name] = signal.compute(evidence, self.layers)
-                plans = [plan for bits in self.bits for plan in self._plans(bits, bank, signals)]
+                at_width: dict[int, Signals] = {}
+                for width in sorted({_floor(bits) for bits in self.bits}, reverse=True):
+                    evidence = Evidence(self.reader, base, bank, width)
+                    signals = at_width[width] = self._signals(evidence, signals)
+                plans = [
+                    plan
+                    for bits in self.bits
+                    for plan in self._plans(bits, bank, at_width[_floor(bits)])
+                ]
                 sources = [bank.source(plan, self.device) for plan in plans]
                 for plan, found in zip(
                     plans, judge(model, sources, self.heldout, progress), strict=True
@@ -152,13 +156,18 @@ class Study:
         low, high = min(self.bits), max(self.bits)
         if not WIDTHS[0] <= low <= high <= WIDTHS[-1]:
             raise MoeqError(f"--bits must be between {WIDTHS[0]} and {WIDTHS[-1]}")
-        first = WIDTHS.index(self._floor())
+        first = WIDTHS.index(_floor(low))
         last = min(i for i, width in enumerate(WIDTHS) if width >= high)
         return WIDTHS[max(0, first - 1) : last + 2]
 
-    def _floor(self) -> int:
-        """Return the width next below the least average, at which damage is compared."""
-        return max(width for width in WIDTHS if width <= min(self.bits))
+    def _signals(self, evidence: Evidence, known: Signals) -> Signals:
+        """Compute all signals; those that need no calibration are taken from what is known."""
+        return {
+            signal.name: known[signal.name]
+            if signal.needs != "calibration" and signal.name in known
+            else signal.compute(evidence, self.layers)
+            for signal in SIGNALS
+        }
 
     def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""
@@ -208,6 +217,11 @@ class Study:
             total_bytes=plan_sizes(plan, self.reader, self.layers).total_bytes,
             evaluation=evaluation,
         )
+
+
+def _floor(bits: float) -> int:
+    """Return the width next below an average, at which damage is compared."""
+    return max(width for width in WIDTHS if width <= bits)
 
 
 def correlations(signals: Signals) -> dict[str, float]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from moeq.compare.study import correlations
 from moeq.signals.table import SIGNALS
 from support.cli import run_moeq
+from support.reference import dequantize_checkpoint
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 LENGTH = 48
@@ -90,6 +92,45 @@ def test_page_shows_everything_and_needs_nothing_else(comparison: Comparison) ->
     assert "global sensitivity" in markdown and "global sensitivity" in comparison.printed
     for signal in SIGNALS:
         assert f"| {signal.name} | {signal.needs} |" in markdown
+
+
+def test_damage_is_compared_at_the_width_below_each_average(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, text, heldout = tiny_model("mixtral"), tmp_path / "text.txt", tmp_path / "heldout.txt"
+    text.write_text(TEXT)
+    heldout.write_text(TEXT[::-1])
+    done = run_moeq(
+        "compare", model, "-o", tmp_path / "out", "--bits", "1,3.5", "--methods", "rtn", "--calib",
+        text, "--text", heldout, "--group-size", 32, "--random", 2, "--nsamples", 12, "--seqlen",
+        LENGTH, "--eval-nsamples", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (found,) = (
+        plan["plan"]
+        for plan in json.loads((tmp_path / "out" / "compare.json").read_text())["plans"]
+        if (plan["strategy"], plan["bits"]) == ("weight-error", 3.5)
+    )
+    done = run_moeq(
+        "quantize", model, "-o", tmp_path / "packed", "--bits", 3, "--strategy", "uniform",
+        "--method", "rtn", "--group-size", 32,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dequantize_checkpoint(tmp_path / "packed", tmp_path / "rounded")
+    rounded, original = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "rounded", model)
+    )
+    for container, bits in found["expert_bits"].items():
+        errors = [
+            sum(
+                float((rounded[name].double() - original[name].double()).square().sum())
+                for name in original
+                if name.startswith(f"{container}.{expert}.")
+            )
+            for expert in range(8)
+        ]
+        worst = sorted(range(8), key=lambda expert: -errors[expert])[:4]
+        assert {expert for expert in range(8) if bits["w13"][expert] == 4} == set(worst)
 
 
 def test_random_plans_are_one_row_with_a_spread(comparison: Comparison) -> None:
