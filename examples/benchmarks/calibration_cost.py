@@ -146,7 +146,8 @@ def main() -> None:
     }
     write_section(
         options.results,
-        "cost of calibration",
+        f"cost of calibration: {options.layers} layers of {options.experts} experts, "
+        f"{options.hidden_size} / {options.intermediate_size}",
         [
             f"Peak memory is {peak / GB:.2f} GB, which {'meets' if peak < limit else 'MISSES'} the "
             f"limit of {limit / GB:.2f} GB: {BOUND} times the bfloat16 weights of a layer's "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from moeq.errors import MoeqError
 from moeq.evaluate.reference import ExpertSource, dequantized, run_layer
 from moeq.families import Matrix, MoELayer
 from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
+from moeq.mapped import MappedFiles
 from moeq.rounding import DATA_FREE, Curvature, QuantizedWeight, quantize_gptq, quantize_hqq
 from moeq.workplace import replace_file
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection
@@ -83,10 +83,7 @@ class Bank:
 
     def source(self, plan: BitPlan, device: torch.device) -> ExpertSource:
         """Return the experts of a plan with the bank's group size and widths."""
-        files: dict[str, Any] = {
-            layer.container: safe_open(_file(self.folder, layer), framework="pt")
-            for layer in self.layers
-        }
+        files = MappedFiles()
 
         def widths(layer: MoELayer, expert: int) -> tuple[int, int]:
             bits = plan.expert_bits[layer.container]
@@ -94,8 +91,7 @@ class Bank:
 
         def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
             def read(name: str, width: int) -> torch.Tensor:
-                tensor: torch.Tensor = files[layer.container].get_tensor(f"{width}.{name}")
-                return tensor
+                return files.tensor(_file(self.folder, layer), f"{width}.{name}")
 
             return dequantized(layer, expert, widths(layer, expert), read, device)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moeq.errors import MoeqError
 from moeq.families import Family, MoELayer, family_of
+from moeq.mapped import MappedFiles
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -88,9 +88,10 @@ class CheckpointReader:
                 f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; moeq reads safetensors "
                 "checkpoints only"
             )
-        self._handles = {file: _open(folder / file) for file in files}
+        self._files = MappedFiles()
         self.tensors: dict[str, TensorInfo] = {}
-        for file, handle in self._handles.items():
+        for file in files:
+            handle = self._files.open(folder / file)
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 view = handle.get_slice(name)
                 shape = tuple(view.get_shape())
@@ -105,8 +106,7 @@ class CheckpointReader:
         Raises:
             MoeqError: There is no such tensor.
         """
-        loaded: torch.Tensor = self._handles[self.info(name).file].get_tensor(name)
-        return loaded
+        return self._files.tensor(self.folder / self.info(name).file, name)
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says about one tensor.
@@ -231,12 +231,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise MoeqError(f"{path} must hold a JSON object")
     return data
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise MoeqError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise MoeqError(f"{path} is truncated or damaged ({error}); get it again") from error

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moeq.mapped import MappedFiles
 from moeq.rounding import QuantizedWeight
 from moeq.workplace import begin, clear, replace_file
 
@@ -77,12 +77,13 @@ class Snapshots:
 
     def stored(self, indices: Iterable[int]) -> Callable[[str], Tensors]:
         """Return what reads the packed tensors of a weight of these layers by its name."""
-        files: list[Any] = [safe_open(self._layer(index), framework="pt") for index in indices]
-        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        files = MappedFiles()
+        paths = [self._layer(index) for index in indices]
+        path_of = {name: path for path in paths for name in files.open(path).keys()}  # noqa: SIM118
 
         def read(weight: str) -> Tensors:
             names = QuantizedWeight.names(weight)
-            return {name: file_of[name].get_tensor(name) for name in names}
+            return {name: files.tensor(path_of[name], name) for name in names}
 
         return read
 

@@ -1,11 +1,13 @@
 """Reading checkpoints: what is found, and that each kind of damage is named."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moeq.checkpoint import CheckpointReader, read_json, resolve_model
 from moeq.errors import MoeqError
@@ -33,6 +35,29 @@ def test_every_tensor_is_read_back(tmp_path: Path, shards: int) -> None:
         assert torch.equal(reader.tensor(name), tensor)
         assert reader.info(name).shape == tuple(tensor.shape)
         assert reader.info(name).num_bytes == tensor.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_what_was_read_leaves_memory(tmp_path: Path) -> None:
+    expected = {f"{i}": torch.full((2 << 20,), float(i)) for i in range(40)}  # of 8 MiB each
+    save_file(expected, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def mapped() -> int:
+        """Return the bytes of files that count as this process's memory."""
+        status = Path("/proc/self/status").read_text()
+        found = re.search(r"RssFile:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) << 10
+
+    reader = CheckpointReader(tmp_path)
+    before, most = mapped(), 0
+    first = reader.tensor("0")
+    for name, tensor in expected.items():
+        assert torch.equal(reader.tensor(name), tensor)
+        most = max(most, mapped() - before)
+    assert most < 160 << 20  # of 320 MiB
+    assert torch.equal(first, expected["0"])  # a tensor in use stays
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -1,0 +1,54 @@
+"""Reads safetensors files of any size without keeping what has been read in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moeq.errors import MoeqError
+
+_MOST_MAPPED = 1 << 26
+"""Bytes read from files before they are closed. A tensor's pages count as the process's memory
+until then, even after the tensor is gone."""
+
+
+class MappedFiles:
+    """Opens files when their tensors are read, and closes them now and then.
+
+    Tensors that are in use keep their file open; all others leave memory.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._read = 0
+
+    def open(self, path: Path) -> Any:
+        """Return the safetensors handle of a file; not to be kept.
+
+        Raises:
+            MoeqError: It is missing or damaged; names it.
+        """
+        if self._read > _MOST_MAPPED:
+            self._handles.clear()
+            self._read = 0
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise MoeqError(f"{path} is missing") from None
+            except (SafetensorError, OSError) as error:
+                raise MoeqError(
+                    f"{path} is truncated or damaged ({error}); get it again"
+                ) from error
+        return self._handles[path]
+
+    def tensor(self, path: Path, name: str) -> torch.Tensor:
+        """Return one tensor of a file that has it.
+
+        Raises:
+            MoeqError: As :meth:`open`.
+        """
+        tensor: torch.Tensor = self.open(path).get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
