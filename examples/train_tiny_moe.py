@@ -117,6 +117,8 @@ def main() -> None:
         "--intermediate-size", type=int, default=256, help="of each expert (default 256)"
     )
     options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"{options.output} exists already; give the name of a new folder")
 
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
