@@ -1,6 +1,7 @@
 """Reads safetensors files of any size without keeping what has been read in memory."""
 
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ until then, even after the tensor is gone."""
 class MappedFiles:
     """Opens files when their tensors are read, and closes them now and then.
 
-    Tensors that are in use keep their file open; all others leave memory.
+    Tensors that are in use keep their file open; all others leave memory. Threads may share it.
     """
 
     def __init__(self) -> None:
         self._handles: dict[Path, Any] = {}
         self._read = 0
+        self._lock = RLock()
 
     def open(self, path: Path) -> Any:
         """Return the safetensors handle of a file; not to be kept.
@@ -29,19 +31,13 @@ class MappedFiles:
         Raises:
             MoeqError: It is missing or damaged; names it.
         """
-        if self._read > _MOST_MAPPED:
-            self._handles.clear()
-            self._read = 0
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise MoeqError(f"{path} is missing") from None
-            except (SafetensorError, OSError) as error:
-                raise MoeqError(
-                    f"{path} is truncated or damaged ({error}); get it again"
-                ) from error
-        return self._handles[path]
+        with self._lock:
+            if self._read > _MOST_MAPPED:
+                self._handles.clear()
+                self._read = 0
+            if path not in self._handles:
+                self._handles[path] = _opened(path)
+            return self._handles[path]
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
         """Return one tensor of a file that has it.
@@ -49,6 +45,16 @@ class MappedFiles:
         Raises:
             MoeqError: As :meth:`open`.
         """
-        tensor: torch.Tensor = self.open(path).get_tensor(name)
-        self._read += tensor.nbytes
+        with self._lock:
+            tensor: torch.Tensor = self.open(path).get_tensor(name)
+            self._read += tensor.nbytes
         return tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise MoeqError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise MoeqError(f"{path} is truncated or damaged ({error}); get it again") from error
