@@ -7,6 +7,7 @@ Mixtral models small enough to hold in float32.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 from collections import defaultdict
@@ -100,8 +101,8 @@ def rows(found: Found) -> Iterator[list[str]]:
         yield cells
 
 
-def verdict(bits: float, found: Found, taken: list[str]) -> str:
-    """Say what auto took, and how that compares with the rest."""
+def verdict(bits: float, found: Found, taken: list[str], tokens: int) -> str:
+    """Say what auto took, and how that compares with the rest, judged on so many tokens."""
     auto = mean([mean(draw) for draw in found[AUTO]])
     others = {
         name: mean([mean(draw) for draw in draws])
@@ -116,11 +117,19 @@ def verdict(bits: float, found: Found, taken: list[str]) -> str:
     )
     if RANDOM not in others:
         return text + "."
+    usual = others[RANDOM]
     increases = [judgement.increase for draw in found[RANDOM] for judgement in draw]
-    noise = statistics.stdev(increases) / len(increases) ** 0.5
-    if statistics.mean(increases) < 2 * noise:
-        return f"{text}. Random plans do not raise the loss beyond noise: there is no share of it."
-    share = auto.increase / others[RANDOM].increase
+    # Which plans, and which tokens are judged: the logarithm of the ratio of two near
+    # probabilities varies by about twice the divergence.
+    noise = math.sqrt(
+        statistics.variance(increases) / len(increases) + 2 * usual.divergence / tokens
+    )
+    if usual.increase < 2 * noise:
+        return (
+            f"{text}. Random plans raise the loss by {usual.increase:.4f} ± {noise:.4f} (standard "
+            "error, over plans and tokens), not beyond noise: there is no share of it."
+        )
+    share = auto.increase / usual.increase
     word = "meets" if share <= GOAL else "MISSES"
     return (
         f"{text}, and its increase of the loss is {share:.0%} of that of the mean random plan, "
@@ -152,7 +161,7 @@ def main() -> None:
     for bits in options.bits:
         found, taken = measure(model, held_out, bits, options)
         header = ["strategy", "loss", "KL"] + ["KL, of random"] * (RANDOM in found)
-        parts += [verdict(bits, found, taken), table(header, rows(found))]
+        parts += [verdict(bits, found, taken, held_out.tokens), table(header, rows(found))]
     write_section(
         options.results,
         f"auto: {options.title or model.reader.folder.name}",

@@ -146,7 +146,7 @@ def main() -> None:
     }
     write_section(
         options.results,
-        f"cost of calibration: {options.layers} layers of {options.experts} experts, "
+        f"cost of calibration: {options.layers} × {options.experts} experts of "
         f"{options.hidden_size} / {options.intermediate_size}",
         [
             f"Peak memory is {peak / GB:.2f} GB, which {'meets' if peak < limit else 'MISSES'} the "

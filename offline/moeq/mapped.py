@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from moeq.errors import MoeqError
 
-_MOST_MAPPED = 1 << 26
+_MOST_MAPPED = 1 << 24
 """Bytes read from files before they are closed. A tensor's pages count as the process's memory
 until then, even after the tensor is gone."""
 

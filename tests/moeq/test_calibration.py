@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from support.cli import run_moeq, start_moeq
+from support.models import save_tokenizer
 from support.reference import dequantize_checkpoint
 
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
@@ -271,3 +272,28 @@ def test_sources_of_text(kind: str, tiny_model: Callable[[str], Path], tmp_path:
     assert "rounding         gptq, 24 x 48 tokens of" in done.stdout
     assert "peak memory" in done.stdout and "TFLOP" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"folder", "text.jsonl"}
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(text: Path, tmp_path: Path) -> None:
+    def peak(layers: int) -> int:
+        """Return the most memory that `moeq quantize` takes, in bytes."""
+        model = tmp_path / f"{layers}-layers"
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=259, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, num_local_experts=8,
+        )  # fmt: skip
+        MixtralForCausalLM(config).bfloat16().save_pretrained(model)
+        save_tokenizer(model)
+        process = start_moeq(
+            "quantize", model, "-o", tmp_path / f"{layers}-packed", "--bits", 2, "--strategy",
+            "uniform", "--calib", text, "--nsamples", 4, "--seqlen", 64,
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return usage.ru_maxrss << 10
+
+    # The weights of five layers more are 126 MB.
+    assert peak(6) - peak(1) < 30e6
