@@ -104,7 +104,7 @@ class CheckpointReader:
         """Return one tensor.
 
         Raises:
-            MoeqError: There is no such tensor.
+            MoeqError: There is no such tensor, or its file has gone; names it.
         """
         return self._files.tensor(self.folder / self.info(name).file, name)
 
