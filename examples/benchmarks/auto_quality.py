@@ -101,6 +101,14 @@ def rows(found: Found) -> Iterator[list[str]]:
         yield cells
 
 
+def token_noise(judgement: Judgement, tokens: int) -> float:
+    """Return about the standard error of a loss that comes from which tokens are judged.
+
+    The logarithm of the ratio of two near probabilities varies by about twice the divergence.
+    """
+    return math.sqrt(2 * judgement.divergence / tokens)
+
+
 def verdict(bits: float, found: Found, taken: list[str], tokens: int) -> str:
     """Say what auto took, and how that compares with the rest, judged on so many tokens."""
     auto = mean([mean(draw) for draw in found[AUTO]])
@@ -119,15 +127,13 @@ def verdict(bits: float, found: Found, taken: list[str], tokens: int) -> str:
         return text + "."
     usual = others[RANDOM]
     increases = [judgement.increase for draw in found[RANDOM] for judgement in draw]
-    # Which plans, and which tokens are judged: the logarithm of the ratio of two near
-    # probabilities varies by about twice the divergence.
-    noise = math.sqrt(
-        statistics.variance(increases) / len(increases) + 2 * usual.divergence / tokens
-    )
+    spread = statistics.stdev(increases) / math.sqrt(len(increases))
+    noise = math.hypot(spread, token_noise(usual, tokens))
     if usual.increase < 2 * noise:
         return (
             f"{text}. Random plans raise the loss by {usual.increase:.4f} ± {noise:.4f} (standard "
-            "error, over plans and tokens), not beyond noise: there is no share of it."
+            f"error, over plans and tokens), not beyond noise, and auto by {auto.increase:.4f}: "
+            f"that cannot tell whether auto meets the goal of {GOAL:.0%}."
         )
     share = auto.increase / usual.increase
     word = "meets" if share <= GOAL else "MISSES"
@@ -160,8 +166,19 @@ def main() -> None:
     parts = []
     for bits in options.bits:
         found, taken = measure(model, held_out, bits, options)
+        noises = [
+            token_noise(judgement, held_out.tokens)
+            for draws in found.values()
+            for draw in draws
+            for judgement in draw
+        ]
         header = ["strategy", "loss", "KL"] + ["KL, of random"] * (RANDOM in found)
         parts += [verdict(bits, found, taken, held_out.tokens), table(header, rows(found))]
+        parts.append(
+            "To the ± of a loss comes a standard error from which tokens are judged: about "
+            f"{min(noises):.4f} for the plan nearest to the original, {max(noises):.4f} for the "
+            "farthest."
+        )
     write_section(
         options.results,
         f"auto: {options.title or model.reader.folder.name}",

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from moeq.errors import MoeqError
 from moeq.families import Family, MoELayer, family_of
@@ -91,7 +93,8 @@ class CheckpointReader:
         self._files = MappedFiles()
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            handle = self._files.open(folder / file)
+            with _named_errors(folder / file):
+                handle = self._files.open(folder / file)
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 view = handle.get_slice(name)
                 shape = tuple(view.get_shape())
@@ -106,7 +109,9 @@ class CheckpointReader:
         Raises:
             MoeqError: There is no such tensor, or its file has gone; names it.
         """
-        return self._files.tensor(self.folder / self.info(name).file, name)
+        path = self.folder / self.info(name).file
+        with _named_errors(path):
+            return self._files.tensor(path, name)
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says about one tensor.
@@ -231,3 +236,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise MoeqError(f"{path} must hold a JSON object")
     return data
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MoeqError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise MoeqError(f"{path} is truncated or damaged ({error}); get it again") from error

@@ -213,6 +213,11 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", default="gptq", help="of rounding, as in gptq,rtn,hqq (default gptq)"
     )
+    parser.add_argument(
+        "--strategies",
+        metavar="LIST",
+        help="as in 'pmq,global sensitivity' (default all); uniform and random plans are always in",
+    )
     parser.add_argument("--calib", required=True, help="calibration text, as in moeq quantize")
     parser.add_argument("--text", required=True, help="held-out text, in the same forms")
     parser.add_argument("--base-router", metavar="SOURCE", help="as in moeq quantize")

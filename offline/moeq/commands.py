@@ -240,7 +240,19 @@ def compare(options: argparse.Namespace) -> int:
     if options.calib == options.text:
         raise MoeqError("--text must be another text than --calib, or every plan looks too good")
     methods = tuple(options.methods.split(","))
-    for option, values in (("--methods", methods), ("--bits", options.bits)):
+    strategies = compare.STRATEGIES
+    if options.strategies is not None:
+        strategies = tuple(options.strategies.split(","))
+    for strategy in strategies:
+        if strategy not in compare.STRATEGIES:
+            raise MoeqError(
+                f"--strategies: {strategy!r} is not one of {', '.join(compare.STRATEGIES)}"
+            )
+    for option, values in (
+        ("--methods", methods),
+        ("--bits", options.bits),
+        ("--strategies", strategies),
+    ):
         if len(set(values)) < len(values):
             raise MoeqError(f"{option} names the same value twice")
     for method in methods:
@@ -267,6 +279,7 @@ def compare(options: argparse.Namespace) -> int:
         heldout,
         device,
         options.seed or 0,
+        strategies,
     )
     findings = study.run()
     judged = sum(part.numel() for part in heldout.values())

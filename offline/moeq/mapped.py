@@ -5,9 +5,7 @@ from threading import RLock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-
-from moeq.errors import MoeqError
+from safetensors import safe_open
 
 _MOST_MAPPED = 1 << 24
 """Bytes read from files before they are closed. A tensor's pages count as the process's memory
@@ -29,32 +27,23 @@ class MappedFiles:
         """Return the safetensors handle of a file; not to be kept.
 
         Raises:
-            MoeqError: It is missing or damaged; names it.
+            OSError, SafetensorError: It is missing or damaged.
         """
         with self._lock:
             if self._read > _MOST_MAPPED:
                 self._handles.clear()
                 self._read = 0
             if path not in self._handles:
-                self._handles[path] = _opened(path)
+                self._handles[path] = safe_open(path, framework="pt")
             return self._handles[path]
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
         """Return one tensor of a file that has it.
 
         Raises:
-            MoeqError: As :meth:`open`.
+            OSError, SafetensorError: As :meth:`open`.
         """
         with self._lock:
             tensor: torch.Tensor = self.open(path).get_tensor(name)
             self._read += tensor.nbytes
         return tensor
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise MoeqError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise MoeqError(f"{path} is truncated or damaged ({error}); get it again") from error

@@ -1,5 +1,6 @@
 """The experiment on what auto takes: a real run, whose table follows from what it printed."""
 
+import math
 import re
 import statistics
 import subprocess
@@ -49,3 +50,28 @@ def test_the_table_holds_the_means_of_what_was_judged(
         assert float(table[name][1]) == pytest.approx(divergence, abs=1e-5)
         assert float(table[name][0]) == pytest.approx(increase, abs=1e-4)
         assert table[name][2] == f"{divergence / usual:.0%}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "auto", "verdict"),
+    [
+        (1_000_000, 0.003, "is 30% of that of the mean random plan, which meets the goal of 40%."),
+        (1_000_000, 0.005, "is 50% of that of the mean random plan, which MISSES the goal of 40%."),
+        # The standard error of the tokens alone: sqrt(2 * 0.02 / 1000) = 0.0063.
+        (1_000, 0.003, "Random plans raise the loss by 0.0100 ± 0.0065 (standard error, over plans "
+         "and tokens), not beyond noise, and auto by 0.0030: that cannot tell whether auto meets "
+         "the goal of 40%."),
+    ],
+)  # fmt: skip
+def test_verdict(tokens: int, auto: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    from auto_quality import verdict as judged
+    from held_out import Judgement
+
+    # Over plans: 0.002 / sqrt(2) = 0.0014.
+    away = 0.002 / math.sqrt(2)
+    found = {
+        "auto": [[Judgement(auto, 0.01)]],
+        "random": [[Judgement(0.01 - away, 0.02), Judgement(0.01 + away, 0.02)]],
+    }
+    assert judged(2.5, found, ["sensitivity"], tokens).endswith(verdict)

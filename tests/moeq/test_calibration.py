@@ -289,9 +289,11 @@ def test_memory_does_not_grow_with_the_number_of_layers(text: Path, tmp_path: Pa
             "quantize", model, "-o", tmp_path / f"{layers}-packed", "--bits", 2, "--strategy",
             "uniform", "--calib", text, "--nsamples", 4, "--seqlen", 64,
         )  # fmt: skip
+        assert process.stderr is not None
+        errors = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        _, errors = process.communicate()
+        process.communicate()
         assert process.returncode == 0, errors
         return usage.ru_maxrss << 10
 

@@ -1,7 +1,17 @@
 """``moeq compare``: which strategy wins on the user's own model, at equal bytes."""
 
 from moeq.compare.page import render
-from moeq.compare.study import Findings, Point, Study
+from moeq.compare.study import STRATEGIES, Findings, Point, Study
 from moeq.compare.summary import as_json, as_markdown, rows, verdicts
 
-__all__ = ["Findings", "Point", "Study", "as_json", "as_markdown", "render", "rows", "verdicts"]
+__all__ = [
+    "STRATEGIES",
+    "Findings",
+    "Point",
+    "Study",
+    "as_json",
+    "as_markdown",
+    "render",
+    "rows",
+    "verdicts",
+]

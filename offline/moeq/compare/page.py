@@ -171,7 +171,7 @@ def _signals(figure: Any, findings: Findings) -> None:
 
 
 def _table(table: list[Row]) -> str:
-    header = ["method", "bits", "strategy", "MB", "KL", "of random", "loss"]
+    header = ["method", "bits", "strategy", "MB", "KL", "of random", "loss", "perplexity"]
     lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in header) + "</tr>"]
     before = None
     for row in table:
@@ -179,7 +179,7 @@ def _table(table: list[Row]) -> str:
         cells = [
             row.method, f"{row.bits:g}", row.strategy, f"{row.total_bytes / 1e6:.2f}",
             f"{row.divergence:.5f}{spread}", "" if row.share is None else f"{row.share:.0%}",
-            f"{row.loss:+.5f}",
+            f"{row.loss:+.5f}", f"{row.perplexity:.3f}",
         ]  # fmt: skip
         best = ' class="best"' if (row.method, row.bits) != before else ""
         before = row.method, row.bits

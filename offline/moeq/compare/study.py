@@ -33,6 +33,14 @@ ALLOCATED = {"sensitivity": "loss", "output-error": "output", "weight-error": "w
 """Signals that are losses, too: widths that make their sum least, over all layers together."""
 GLOBAL = "global "
 """Stands before their names."""
+_REVERSED = " reversed"
+STRATEGIES = (
+    *(GLOBAL + name for name in ALLOCATED),
+    "combined",
+    *(signal.name for signal in SIGNALS),
+    "router-norm" + _REVERSED,
+)
+"""All that can be compared, beside uniform and random plans, which always are."""
 
 
 Signals = dict[str, dict[str, list[float]]]
@@ -94,6 +102,7 @@ class Study:
         heldout: Text to its tokens, int64 [n, L].
         device: Where layers run and experts are rounded.
         seed: Of the tokens drawn for the Fisher information.
+        strategies: Those of :data:`STRATEGIES` to compare.
     """
 
     reader: CheckpointReader
@@ -108,6 +117,7 @@ class Study:
     heldout: dict[str, torch.Tensor]
     device: torch.device
     seed: int = 0
+    strategies: tuple[str, ...] = STRATEGIES
 
     def run(self, progress: bool = True) -> Findings:
         """Round, plan and judge.
@@ -142,6 +152,7 @@ class Study:
                     plan
                     for bits in self.bits
                     for plan in self._plans(bits, bank, at_width[_floor(bits)])
+                    if self._is_wanted(plan)
                 ]
                 sources = [bank.source(plan, self.device) for plan in plans]
                 for plan, found in zip(
@@ -161,10 +172,10 @@ class Study:
         return WIDTHS[max(0, first - 1) : last + 2]
 
     def _signals(self, evidence: Evidence, known: Signals) -> Signals:
-        """Compute all signals; those that need no calibration are taken from what is known."""
+        """Compute all signals; those that do not change are taken from what is known."""
         return {
             signal.name: known[signal.name]
-            if signal.needs != "calibration" and signal.name in known
+            if signal.name in known and signal.needs != "calibration" and not signal.at_width
             else signal.compute(evidence, self.layers)
             for signal in SIGNALS
         }
@@ -192,10 +203,14 @@ class Study:
             yield self._ordered(signal.name, bits, levels, orders)
             if signal.name == "router-norm":
                 opposite = {key: order[::-1] for key, order in orders.items()}
-                yield self._ordered(f"{signal.name} reversed", bits, levels, opposite)
+                yield self._ordered(signal.name + _REVERSED, bits, levels, opposite)
         for seed in range(self.random_plans):
             random = PlanOptions(bits, None, f"random:{seed}", self.group_size)
             yield make_plan(self.reader, self.layers, random, self.source)
+
+    def _is_wanted(self, plan: BitPlan) -> bool:
+        name = plan.provenance.strategy
+        return name in self.strategies or name not in STRATEGIES
 
     def _ordered(
         self, strategy: str, bits: float, levels: tuple[int, ...], orders: dict[str, list[int]]

@@ -1,5 +1,6 @@
 """What a comparison found, as data and as Markdown."""
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ class Row:
         total_bytes: Of all tensors.
         divergence: From the original on held-out text, nats per token.
         loss: Increase of the loss, nats per token.
+        perplexity: Of the quantized model; of random plans that of their mean loss.
         spread: Standard deviation of the divergence over random plans; None for one plan.
         share: Divergence over the mean of the random plans of the same method and budget; None
             where there are none.
@@ -33,6 +35,7 @@ class Row:
     total_bytes: int
     divergence: float
     loss: float
+    perplexity: float
     spread: float | None
     share: float | None
 
@@ -64,6 +67,7 @@ def _row(name: str, points: list[Point], usual: float | None) -> Row:
         total_bytes=points[0].total_bytes,
         divergence=mean,
         loss=statistics.mean(total.loss - total.original_loss for total in totals),
+        perplexity=math.exp(statistics.mean(total.loss for total in totals)),
         spread=statistics.stdev(divergences) if len(points) > 1 else None,
         share=mean / usual if usual else None,
     )
@@ -117,14 +121,18 @@ def verdicts(findings: Findings) -> Iterator[str]:
 def as_markdown(findings: Findings) -> str:
     """Return verdicts and tables."""
     lines = [f"- {verdict}" for verdict in verdicts(findings)]
-    lines += ["", "| method | bits | strategy | all tensors, MB | KL | of random | loss |"]
-    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    lines += [
+        "",
+        "| method | bits | strategy | all tensors, MB | KL | of random | loss | perplexity |",
+    ]
+    lines.append("|---|---:|---|---:|---:|---:|---:|---:|")
     for row in rows(findings.points):
         spread = "" if row.spread is None else f" ± {row.spread:.5f}"
         share = "" if row.share is None else f"{row.share:.0%}"
         lines.append(
             f"| {row.method} | {row.bits:g} | {row.strategy} | {row.total_bytes / 1e6:.2f} | "
-            f"{row.divergence:.5f}{spread} | {share} | {row.loss:+.5f} |"
+            f"{row.divergence:.5f}{spread} | {share} | {row.loss:+.5f} | "
+            f"{row.perplexity:.3f} |"
         )
     lines += [
         "",

@@ -10,6 +10,7 @@ from moeq.bank import Bank, Choice
 from moeq.checkpoint import CheckpointReader
 from moeq.families import MoELayer
 from moeq.signals.maxvar import max_var
+from moeq.signals.random_inputs import data_free_error
 from moeq.signals.router_norm import router_norms
 from moeq.signals.shape import hill_alpha, kurtosis
 from vllm_moeq.format import PROJECTIONS
@@ -45,6 +46,7 @@ class Signal:
         most_bits_to: Whether small or large values get the higher widths.
         source: Where it comes from.
         values: Takes the evidence and a layer; returns float32 [num_experts].
+        at_width: Whether it depends on the width in the evidence, though not on calibration.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Signal:
     most_bits_to: Literal["small", "large"]
     source: str
     values: Callable[[Evidence, MoELayer], torch.Tensor]
+    at_width: bool = False
 
     def compute(self, evidence: Evidence, layers: Sequence[MoELayer]) -> dict[str, list[float]]:
         """Return the values of every layer, by container."""
@@ -117,6 +120,13 @@ SIGNALS: tuple[Signal, ...] = (
         "hill-alpha", "nothing", "singular values of all experts", "small",
         "Martin and Mahoney, 2021",
         lambda evidence, layer: hill_alpha(evidence.reader, layer),
+    ),
+    Signal(
+        "data-free-error", "nothing", "rounds all experts", "large", "of rounding, random inputs",
+        lambda evidence, layer: data_free_error(
+            evidence.reader, layer, evidence.bits, evidence.bank.group_size
+        ),
+        at_width=True,
     ),
     Signal("frequency", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("frequency")),
     Signal("router-weight", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("weight")),

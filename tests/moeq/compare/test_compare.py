@@ -1,6 +1,7 @@
 """``moeq compare`` through the real command; its figures against packed checkpoints."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,42 @@ def test_damage_is_compared_at_the_width_below_each_average(
         ]
         worst = sorted(range(8), key=lambda expert: -errors[expert])[:4]
         assert {expert for expert in range(8) if bits["w13"][expert] == 4} == set(worst)
+
+
+def test_strategies_can_be_chosen(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "heldout.txt").write_text(TEXT[::-1])
+    command = (
+        "compare", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", "2,2.5", "--methods",
+        "rtn", "--calib", tmp_path / "text.txt", "--text", tmp_path / "heldout.txt", "--random", 2,
+        "--group-size", 32, "--nsamples", 12, "--seqlen", LENGTH, "--eval-nsamples", 3,
+    )  # fmt: skip
+    done = run_moeq(*command, "--strategies", "pmq,global sensitivity,the best")
+    assert done.returncode == 1
+    assert "--strategies: 'the best' is not one of" in done.stderr and "maxvar" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run_moeq(*command, "--strategies", "pmq,global sensitivity")
+    assert done.returncode == 0, done.stderr
+    plans = json.loads((tmp_path / "out" / "compare.json").read_text())["plans"]
+    assert [(plan["bits"], plan["strategy"]) for plan in plans] == [
+        (2, "global sensitivity"), (2, "uniform"), (2.5, "global sensitivity"), (2.5, "pmq"),
+        (2.5, "random:0"), (2.5, "random:1"),
+    ]  # fmt: skip
+
+
+def test_perplexity_is_that_of_the_loss(comparison: Comparison) -> None:
+    for plan in comparison.data["plans"]:
+        if plan["strategy"].startswith("random:"):
+            continue
+        perplexity = f"{math.exp(plan['total']['loss']):.3f}"
+        (row,) = (
+            line
+            for line in comparison.printed.splitlines()
+            if line.startswith(f"| rtn | {plan['bits']:g} | {plan['strategy']} |")
+        )
+        assert row.split("|")[-2].strip() == perplexity
+        page = (comparison.out / "compare.html").read_text()
+        assert f"<td>{perplexity}</td>" in page
 
 
 def test_random_plans_are_one_row_with_a_spread(comparison: Comparison) -> None:
