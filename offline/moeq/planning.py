@@ -244,7 +244,7 @@ class Planner:
         measured = self._measured(banks, budget)
         if not self._held_back:
             return measured, []
-        by_traffic = self._by_traffic(banks[max(banks)])
+        by_traffic = self._by_traffic(model, banks[max(banks)])
         plans = [measured, *others, *filter(self._is_wanted, by_traffic)]
         judged = {"held back": self.tokens[: self._held_back]}
         sources = [banks[plan.group_size].source(plan, self.device) for plan in plans]
@@ -322,12 +322,12 @@ class Planner:
         for seed in range(self.seed, self.seed + RANDOM_PLANS):
             yield self._made(replace(plain, strategy=f"random:{seed}"))
 
-    def _by_traffic(self, bank: Bank) -> Iterator[BitPlan]:
+    def _by_traffic(self, model: LayerwiseModel, bank: Bank) -> Iterator[BitPlan]:
         """Yield the plan of PMQ, which needs frequencies, router weights and weight errors."""
         levels = self.options.resolved_levels()
         if len(levels) == 1:
             return  # the uniform plan
-        values = PMQ.compute(Evidence(self.reader, None, bank, min(levels)), self.layers)
+        values = PMQ.compute(Evidence(model, None, bank, min(levels)), self.layers)
         bits = {
             container: ordered_bits(PMQ.order(found), self.options.bits, levels)
             for container, found in values.items()

@@ -134,6 +134,7 @@ class Study:
             base = load_base_routers(self.base_router, self.layers)
         points: list[Point] = []
         signals: Signals = {}
+        at_width: dict[int, Signals] = {}
         with TemporaryDirectory(prefix="moeq-") as name:
             check_space(needed, Path(name))
             felt = gradients(model, self.tokens, Path(name), self.seed, progress)
@@ -144,10 +145,10 @@ class Study:
                     model, self.tokens, widths, self.group_size, method, felt, folder,
                     progress,
                 )  # fmt: skip
-                at_width: dict[int, Signals] = {}
                 for width in sorted({_floor(bits) for bits in self.bits}, reverse=True):
-                    evidence = Evidence(self.reader, base, bank, width)
-                    signals = at_width[width] = self._signals(evidence, signals)
+                    evidence = Evidence(model, base, bank, width)
+                    signals = self._signals(evidence, signals, at_width.get(width, {}))
+                    at_width[width] = signals
                 plans = [
                     plan
                     for bits in self.bits
@@ -171,14 +172,16 @@ class Study:
         last = min(i for i, width in enumerate(WIDTHS) if width >= high)
         return WIDTHS[max(0, first - 1) : last + 2]
 
-    def _signals(self, evidence: Evidence, known: Signals) -> Signals:
+    def _signals(self, evidence: Evidence, known: Signals, same_width: Signals) -> Signals:
         """Compute all signals; those that do not change are taken from what is known."""
-        return {
-            signal.name: known[signal.name]
-            if signal.name in known and signal.needs != "calibration" and not signal.at_width
-            else signal.compute(evidence, self.layers)
-            for signal in SIGNALS
-        }
+        found: Signals = {}
+        for signal in SIGNALS:
+            earlier = same_width if signal.at_width else known
+            if signal.needs == "calibration" or signal.name not in earlier:
+                found[signal.name] = signal.compute(evidence, self.layers)
+            else:
+                found[signal.name] = earlier[signal.name]
+        return found
 
     def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""

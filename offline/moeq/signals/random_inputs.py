@@ -1,11 +1,9 @@
 """What rounding an expert does to its output when there is no text: on random inputs."""
 
 import torch
-import torch.nn.functional as F
 
-from moeq.checkpoint import CheckpointReader
-from moeq.errors import MoeqError
-from moeq.families import Matrix, MoELayer
+from moeq.families import MoELayer
+from moeq.layerwise import ExpertMatrices, LayerwiseModel
 from moeq.rounding import quantize_rtn
 
 TOKENS = 512
@@ -14,7 +12,7 @@ _NORM = "post_attention_layernorm.weight"
 
 
 def data_free_error(
-    reader: CheckpointReader, layer: MoELayer, bits: int, group_size: int
+    model: LayerwiseModel, layer: MoELayer, bits: int, group_size: int
 ) -> torch.Tensor:
     """Return the error of each expert's output on random inputs, float32 [num_experts].
 
@@ -23,7 +21,7 @@ def data_free_error(
     where the checkpoint has one.
 
     Args:
-        reader: The checkpoint.
+        model: Runs the checkpoint.
         layer: One of its MoE layers.
         bits: Width.
         group_size: Weights of a row that share a scale.
@@ -31,31 +29,19 @@ def data_free_error(
     Raises:
         MoeqError: Weights that are not finite; names the tensor.
     """
-    # Takes seconds to import, which other commands should not wait for.
-    from transformers.activations import ACT2FN
-
-    activation = ACT2FN[reader.config.get("hidden_act", "silu")]
     x = torch.randn(TOKENS, layer.hidden_size, generator=torch.Generator().manual_seed(0))
     norm = layer.container.removesuffix(layer.family.experts) + _NORM
-    if norm in reader.tensors:
-        x *= reader.tensor(norm).float()
-
-    def output(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        return F.linear(activation(F.linear(x, gate)) * F.linear(x, up), down)
+    if norm in model.reader.tensors:
+        x *= model.reader.tensor(norm).float()
+    x = x.to(model.device)
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
-        return quantize_rtn(weight, bits, group_size).dequantize(bits)
-
-    def finite(expert: int, matrix: Matrix) -> torch.Tensor:
-        name = layer.tensor_name(expert, matrix)
-        weight = reader.tensor(name).float()
-        if not torch.isfinite(weight).all():
-            raise MoeqError(f"{name} holds NaN or infinite weights")
-        return weight
+        return quantize_rtn(weight, bits, group_size).dequantize(bits).to(model.device)
 
     errors = []
     for expert in range(layer.num_experts):
-        gate, up, down = (finite(expert, matrix) for matrix in ("gate", "up", "down"))
-        change = output(*map(rounded, (gate, up, down))) - output(gate, up, down)
+        original = model.matrices(layer, expert)
+        changed = ExpertMatrices(*map(rounded, original))
+        change = model.expert_output(changed, x) - model.expert_output(original, x)
         errors.append(change.square().mean())
     return torch.stack(errors)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from moeq.bank import Bank, Choice
-from moeq.checkpoint import CheckpointReader
 from moeq.families import MoELayer
+from moeq.layerwise import LayerwiseModel
 from moeq.signals.maxvar import max_var
 from moeq.signals.random_inputs import data_free_error
 from moeq.signals.router_norm import router_norms
@@ -23,13 +23,13 @@ class Evidence:
     """What there is to compute signals from.
 
     Attributes:
-        reader: The checkpoint.
+        model: Runs the checkpoint.
         base: Routers from before training, or None.
         bank: What calibration measured.
         bits: Width at which damage is compared, one of the bank's.
     """
 
-    reader: CheckpointReader
+    model: LayerwiseModel
     base: Mapping[str, torch.Tensor] | None
     bank: Bank
     bits: int
@@ -102,29 +102,29 @@ _ROUTERS, _WEIGHTS, _TEXT = "reads routers", "reads all experts", "calibration"
 SIGNALS: tuple[Signal, ...] = (
     Signal(
         "router-norm", "initial router", _ROUTERS, "small", "Chowdhury et al., 2026",
-        lambda evidence, layer: router_norms(evidence.reader, layer, evidence.base).values,
+        lambda evidence, layer: router_norms(evidence.model.reader, layer, evidence.base).values,
     ),
     Signal(
         "final-router-norm", "nothing", _ROUTERS, "small", "Chowdhury et al., 2026: surrogate",
-        lambda evidence, layer: router_norms(evidence.reader, layer, None).values,
+        lambda evidence, layer: router_norms(evidence.model.reader, layer, None).values,
     ),
     Signal(
         "maxvar", "nothing", "reads first projections", "large", "Chowdhury et al., 2026",
-        lambda evidence, layer: max_var(evidence.reader, layer),
+        lambda evidence, layer: max_var(evidence.model.reader, layer),
     ),
     Signal(
         "kurtosis", "nothing", _WEIGHTS, "large", "outliers widen grids",
-        lambda evidence, layer: kurtosis(evidence.reader, layer),
+        lambda evidence, layer: kurtosis(evidence.model.reader, layer),
     ),
     Signal(
         "hill-alpha", "nothing", "singular values of all experts", "small",
         "Martin and Mahoney, 2021",
-        lambda evidence, layer: hill_alpha(evidence.reader, layer),
+        lambda evidence, layer: hill_alpha(evidence.model.reader, layer),
     ),
     Signal(
         "data-free-error", "nothing", "rounds all experts", "large", "of rounding, random inputs",
         lambda evidence, layer: data_free_error(
-            evidence.reader, layer, evidence.bits, evidence.bank.group_size
+            evidence.model, layer, evidence.bits, evidence.bank.group_size
         ),
         at_width=True,
     ),

@@ -7,6 +7,8 @@ import torch
 
 from moeq.checkpoint import CheckpointReader
 from moeq.errors import MoeqError
+from moeq.families import MoELayer
+from moeq.layerwise import LayerwiseModel
 from moeq.rounding import quantize_rtn
 from moeq.signals.random_inputs import TOKENS, data_free_error
 from support.checkpoints import (
@@ -20,6 +22,12 @@ from support.checkpoints import (
 
 BITS, GROUP_SIZE = 3, 32
 NORM = "model.layers.0.post_attention_layernorm.weight"
+
+
+def _first_layer(folder: Path) -> tuple[LayerwiseModel, MoELayer]:
+    reader = CheckpointReader(folder)
+    layers = reader.moe_layers()
+    return LayerwiseModel(reader, layers, torch.device("cpu")), layers[0]
 
 
 def _swiglu(matrices: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -53,8 +61,7 @@ def test_data_free_error(with_norm: bool, tmp_path: Path) -> None:
     for name in tensors:
         if f"{CONTAINERS[0]}.1." in name:
             tensors[name] = 2 * tensors[name]
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
-    found = data_free_error(reader, reader.moe_layers()[0], BITS, GROUP_SIZE)
+    found = data_free_error(*_first_layer(write_checkpoint(tmp_path, tensors)), BITS, GROUP_SIZE)
     assert found.shape == (NUM_EXPERTS,)
     assert found.tolist() == pytest.approx(_expected(tensors, scale), rel=1e-3)
     assert found.argmax() == 1
@@ -64,6 +71,6 @@ def test_weights_must_be_finite(tmp_path: Path) -> None:
     tensors = mixtral_tensors()
     name = f"{CONTAINERS[0]}.1.w3.weight"
     tensors[name][0, 0] = torch.inf
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
+    first = _first_layer(write_checkpoint(tmp_path, tensors))
     with pytest.raises(MoeqError, match=name):
-        data_free_error(reader, reader.moe_layers()[0], BITS, GROUP_SIZE)
+        data_free_error(*first, BITS, GROUP_SIZE)
