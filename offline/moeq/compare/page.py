@@ -26,6 +26,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "osD^vPX*"
 _SHOWN = ("uniform", "combined", "router-norm reversed", "maxvar", "pmq", f"{GLOBAL}output-error",
           f"{GLOBAL}sensitivity")  # fmt: skip
+"""Strategies that are drawn where they were tried; others only if colours are left."""
 
 
 def render(findings: Findings, title: str, notes: list[str]) -> str:
@@ -103,7 +104,7 @@ def _pareto(findings: Findings, table: list[Row], method: str, figure: Any) -> N
         [point.evaluation.total.divergence for point in random],
         s=18, color="#aaa", label=RANDOM, zorder=2,
     )  # fmt: skip
-    for number, strategy in enumerate(_SHOWN):
+    for number, strategy in enumerate(_shown(findings)):
         line = [row for row in table if (row.method, row.strategy) == (method, strategy)]
         line.sort(key=lambda row: row.total_bytes)
         axes.plot(
@@ -120,6 +121,14 @@ def _pareto(findings: Findings, table: list[Row], method: str, figure: Any) -> N
     axes.legend(fontsize=9)
 
 
+def _shown(findings: Findings) -> list[str]:
+    """Return the strategies to draw: of those that were tried as many as there are colours."""
+    tried = [point.strategy for point in findings.points]
+    first = [strategy for strategy in _SHOWN if strategy in tried]
+    others = [s for s in tried if s not in _SHOWN and not s.startswith("random:")]
+    return list(dict.fromkeys(first + others))[: len(_COLOURS)]
+
+
 def _points_to_show(findings: Findings) -> list[Point]:
     """Return some plans of the first method, at the average that has most strategies."""
     method = findings.points[0].method
@@ -128,7 +137,8 @@ def _points_to_show(findings: Findings) -> list[Point]:
     for point in here:
         counts[point.bits] += 1
     bits = max(counts, key=lambda value: counts[value])
-    return [point for point in here if point.bits == bits and point.strategy in _SHOWN]
+    shown = _shown(findings)
+    return [point for point in here if point.bits == bits and point.strategy in shown]
 
 
 def _plans(figure: Any, points: list[Point]) -> None:

@@ -155,6 +155,25 @@ def test_strategies_can_be_chosen(tiny_model: Callable[[str], Path], tmp_path: P
     ]  # fmt: skip
 
 
+def test_the_page_draws_the_strategies_that_were_chosen(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "heldout.txt").write_text(TEXT[::-1])
+    done = run_moeq(
+        "compare", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", "2.5", "--methods",
+        "rtn", "--calib", tmp_path / "text.txt", "--text", tmp_path / "heldout.txt", "--random", 2,
+        "--group-size", 32, "--nsamples", 12, "--seqlen", LENGTH, "--eval-nsamples", 3,
+        "--strategies", "data-free-error",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "compare.html").read_text()
+    pareto, plans, _ = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert ">data-free-error<" in pareto and ">data-free-error, 2.5 bits<" in plans
+    for strategy in ("uniform", "combined", "maxvar", "pmq"):
+        assert f">{strategy}<" not in pareto
+
+
 def test_perplexity_is_that_of_the_loss(comparison: Comparison) -> None:
     for plan in comparison.data["plans"]:
         if plan["strategy"].startswith("random:"):
