@@ -28,6 +28,7 @@ def main() -> None:
     llm = LLM(model=options.model, max_model_len=options.max_model_len)
     sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
     outputs = llm.generate(prompts, sampling)
+    llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
     with options.output.open("w", encoding="utf-8") as file:
         for prompt, output in zip(prompts, outputs, strict=True):
             entry = {"prompt": prompt, "completion": output.outputs[0].text}

@@ -66,6 +66,7 @@ def main() -> None:
         (before,) = llm.apply_model(partial(_corrupt, name=name, index=index, value=value))
         completions.append(_generate(llm))
         llm.apply_model(partial(_restore, name=name, index=index, before=before))
+    llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
     print()
     print(RESULT_MARK + json.dumps({"completions": completions, "buffers": buffers}), flush=True)
 

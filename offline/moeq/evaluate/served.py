@@ -32,10 +32,15 @@ def outputs(model: str, tokens: torch.Tensor, dtype: str) -> list[TopOutput]:
         model=model, dtype=dtype, max_model_len=tokens.shape[1] + 1, max_logprobs=TOP_TOKENS,
         enable_prefix_caching=False,
     )  # fmt: skip
-    answers = llm.generate(
-        [{"prompt_token_ids": sequence} for sequence in tokens.tolist()],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP_TOKENS),
-    )
+    try:
+        answers = llm.generate(
+            [{"prompt_token_ids": sequence} for sequence in tokens.tolist()],
+            SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP_TOKENS),
+        )
+    finally:
+        # Left to the end of the process, vLLM's monitor thread races with Python's own end, which
+        # at times aborts: exit status 134 after good figures.
+        llm.llm_engine.engine_core.shutdown()
     return [
         _read(sequence, answer.prompt_logprobs[1:])
         for sequence, answer in zip(tokens.tolist(), answers, strict=True)

@@ -39,6 +39,7 @@ def _packed(source: Path, target: Path) -> Path:
 def _evaluate(*arguments: object) -> dict[str, Any]:
     done = run_moeq("eval", *arguments, "--json", "--seqlen", LENGTH, "--nsamples", COUNT)
     assert done.returncode == 0, done.stderr
+    assert "exited unexpectedly" not in done.stderr  # so says vLLM of an engine nobody shut down
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
