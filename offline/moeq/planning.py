@@ -53,7 +53,7 @@ RANDOM_PLANS = 3
 """Random plans that ``auto`` tries."""
 _PLANS_AT_ONCE = 12
 """That are judged together: activations of all of them are in memory."""
-_WAY = 1
+_WAY = 2
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""

@@ -7,7 +7,7 @@ shrinkage of the errors and a closed-form zero point. The scale stays.
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, storable
+from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, round_groups, storable
 
 _POWER = 0.7
 _BETA, _BETA_GROWTH = 10.0, 1.01
@@ -25,27 +25,24 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     Raises:
         ValueError: The weights are not finite, or too large for float16 scales.
     """
-    rows, columns = weight.shape
-    groups = weight.float().reshape(-1, group_size)
-    grid = Grid.searched(groups, bits)
-    scale, zero = grid.scale, grid.zero
-    steps = groups / scale
-    beta, best = _BETA, _error(steps, zero, bits)
-    for _ in range(_ROUNDS):
-        codes = nearest_codes(steps, 1.0, zero, bits)
-        outliers = _shrink(steps - (codes - zero), beta)
-        wanted = (codes - (steps - outliers)).mean(-1, keepdim=True)
-        _, new_zero = storable(scale, -wanted * scale, bits)
-        error = _error(steps, new_zero, bits)
-        better = error < best
-        if not better.any():
-            break
-        zero, best = torch.where(better, new_zero, zero), torch.where(better, error, best)
-        beta *= _BETA_GROWTH
-    codes = nearest_codes(steps, 1.0, zero, bits)
-    return QuantizedWeight.of(
-        codes.view(rows, columns), scale.view(rows, -1), zero.view(rows, -1), bits
-    )
+
+    def choose(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grid = Grid.searched(groups, bits)
+        scale, zero = grid.scale, grid.zero
+        steps = groups / scale
+        beta, best = _BETA, _error(steps, zero, bits)
+        for _ in range(_ROUNDS):
+            codes = nearest_codes(steps, 1.0, zero, bits)
+            outliers = _shrink(steps - (codes - zero), beta)
+            wanted = (codes - (steps - outliers)).mean(-1, keepdim=True)
+            _, new_zero = storable(scale, -wanted * scale, bits)
+            error = _error(steps, new_zero, bits)
+            better = error < best
+            zero, best = torch.where(better, new_zero, zero), torch.where(better, error, best)
+            beta *= _BETA_GROWTH
+        return nearest_codes(steps, 1.0, zero, bits), scale, zero
+
+    return round_groups(weight, bits, group_size, choose)
 
 
 def _error(steps: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,11 +2,7 @@
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight
-
-_CHUNK = 1 << 18
-"""Weights searched at once: few enough for the temporaries to stay in a core's cache, many enough
-for the overhead of torch's calls not to matter."""
+from moeq.rounding.grid import Grid, QuantizedWeight, round_groups
 
 
 def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
@@ -25,17 +21,9 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     Raises:
         ValueError: The weights are not finite, or too large for float16 scales.
     """
-    rows, columns = weight.shape
-    groups = weight.reshape(-1, group_size)
-    codes = torch.empty(groups.shape, dtype=torch.uint8)
-    scale, zero = torch.empty(2, len(groups))
-    step = max(1, _CHUNK // group_size)
-    for start in range(0, len(groups), step):
-        part = slice(start, start + step)
-        values = groups[part].float()
-        grid = Grid.searched(values, bits)
-        codes[part] = grid.codes(values, bits).to(torch.uint8)
-        scale[part], zero[part] = grid.scale.flatten(), grid.zero.flatten()
-    return QuantizedWeight.of(
-        codes.view(rows, columns), scale.view(rows, -1), zero.view(rows, -1), bits
-    )
+
+    def choose(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grid = Grid.searched(groups, bits)
+        return grid.codes(groups, bits), grid.scale, grid.zero
+
+    return round_groups(weight, bits, group_size, choose)

@@ -41,6 +41,13 @@ def test_every_code_is_the_nearest_on_its_grid(bits: int) -> None:
     assert (chosen <= distances + 1e-4 * step).all()
 
 
+def test_rows_are_quantized_alike_whatever_their_neighbours() -> None:
+    # More weights than the code looks at in one piece.
+    weight = _heavy_tailed(1500)
+    whole, last = quantize_hqq(weight, 2, GROUP), quantize_hqq(weight[-3:], 2, GROUP)
+    assert all(torch.equal(a[-3:], b) for a, b in zip(whole, last, strict=True))
+
+
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="weights are NaN, infinite"):
         quantize_hqq(torch.full((2, GROUP), float("nan")), 2, GROUP)
