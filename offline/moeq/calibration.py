@@ -295,11 +295,10 @@ class Calibration:
                     tensors.update(weight.named(layer.tensor_name(expert, name)))
             return [found.dequantize(bits) for found in quantized]
 
-        gates_and_ups = rounded(x, "w13", "gate", "up")
-        inner = []
-        for matrix, tokens in zip(gates_and_ups, x, strict=True):
-            gate, up = matrix.chunk(2)
-            inner.append(model.expert_hidden(gate, up, tokens))
+        inner = [
+            model.expert_hidden(*matrix.chunk(2), tokens)
+            for matrix, tokens in zip(rounded(x, "w13", "gate", "up"), x, strict=True)
+        ]
         wanted = (
             model.expert_output(original, tokens) + lack
             for original, tokens, lack in zip(originals, x, lacks, strict=True)
@@ -328,10 +327,11 @@ class Calibration:
         weights = torch.stack(matrices)
         if wanted is not None:
             parts = zip(wanted, router_weights, weighted, matrices, strict=True)
-            missing = [
-                (output * weight - x @ matrix.T).T @ x for output, weight, x, matrix in parts
-            ]
-            weights = fitted(weights, curvature, torch.stack(missing))
+            missing = torch.stack(
+                [(output * weight - x @ matrix.T).T @ x for output, weight, x, matrix in parts]
+            )
+            weights = fitted(weights, curvature, missing)
+            del missing  # as large as the matrices
         return quantize_gptq(weights, curvature, bits, self.plan.group_size)
 
     def _fingerprint(self) -> dict[str, Any]:

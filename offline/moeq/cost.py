@@ -7,10 +7,8 @@ from moeq.allocation import option_sizes
 from moeq.families import MoELayer
 from moeq.rounding import REFINEMENT
 
-_HESSIAN_COPIES = 4
-"""Square matrices in memory while one is factored."""
-_WEIGHT_COPIES = 7
-"""float32 copies of an expert's weights while it is rounded."""
+_COPIES = 7.5
+"""float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
 
 
 def expert_weights(layer: MoELayer) -> int:
@@ -20,8 +18,14 @@ def expert_weights(layer: MoELayer) -> int:
 
 def working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes, without its inputs."""
-    columns = max(layer.hidden_size, layer.intermediate_size)
-    return 4 * (_HESSIAN_COPIES * columns**2 + _WEIGHT_COPIES * expert_weights(layer))
+    most = 0.0
+    for rows, columns in (
+        (2 * layer.intermediate_size, layer.hidden_size),
+        (layer.hidden_size, layer.intermediate_size),
+    ):
+        # A Hessian and the factor of its inverse, and a third such matrix while it is factored.
+        most = max(most, 3 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
+    return round(4 * (expert_weights(layer) + most))
 
 
 def experts_of_a_token(config: Mapping[str, Any], layer: MoELayer) -> int:

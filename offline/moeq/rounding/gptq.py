@@ -149,12 +149,13 @@ def _feed_back(
     columns, rows = weight.shape[1:]
     index = order[:, :, None].expand(-1, -1, rows)
     remaining = weight.gather(1, index)
-    group = index // (columns // scale.shape[1])
+    group = order // (columns // scale.shape[1])
     codes = torch.empty_like(weight)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         block, chosen = remaining[:, first:last], codes[:, first:last]
-        step, origin = (grid.gather(1, group[:, first:last]) for grid in (scale, zero))
+        place = group[:, first:last, None].expand(-1, -1, rows)
+        step, origin = (grid.gather(1, place) for grid in (scale, zero))
         errors = torch.empty_like(block)
         local = upper[:, first:last, first:last, None]
         for i in range(last - first):
