@@ -295,8 +295,9 @@ class Calibration:
                     tensors.update(weight.named(layer.tensor_name(expert, name)))
             return [found.dequantize(bits) for found in quantized]
 
+        size = layer.intermediate_size
         inner = [
-            model.expert_hidden(*matrix.chunk(2), tokens)
+            model.expert_hidden(matrix[:size], matrix[size:], tokens)
             for matrix, tokens in zip(rounded(x, "w13", "gate", "up"), x, strict=True)
         ]
         wanted = (
