@@ -16,7 +16,7 @@ _REFINEMENTS = 2
 _SMALLEST_SCALE = 2.0**-24
 _LARGEST_SCALE = 65504.0
 _LARGEST_ZERO_POINT = 255
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
 """Weights that are searched at once: on a CPU what stays in a core's cache, 8 times as fast as a
 large matrix at once; on a GPU enough to keep it busy."""
 
@@ -170,7 +170,8 @@ class Grid(NamedTuple):
 
 def chunks(groups: torch.Tensor) -> Iterator[slice]:
     """Yield rows of groups [n, G] that are best worked on at once."""
-    step = max(1, _CHUNK[groups.device.type] // groups.shape[1])
+    size = _CPU_CHUNK if groups.device.type == "cpu" else _GPU_CHUNK
+    step = max(1, size // groups.shape[1])
     for start in range(0, len(groups), step):
         yield slice(start, start + step)
 
