@@ -188,10 +188,9 @@ def main() -> None:
         start = time.monotonic()
         output = quantize(model, packed, options, options.kill_after)
         seconds = time.monotonic() - start
-        uncalibrated = 0
         coverage = json.loads((packed / CALIBRATION_NAME).read_text())
-        for experts in coverage["experts"].values():
-            uncalibrated += sum(n < coverage["fewest_tokens"] for n in experts["tokens"])
+        counts = [count for found in coverage["experts"].values() for count in found["tokens"]]
+        uncalibrated = sum(count < coverage["fewest_tokens"] for count in counts)
         if options.kill_after:
             beginning, alone = Path(work) / "beginning", Path(work) / "alone"
             cut(model, options.compare_layers, beginning)

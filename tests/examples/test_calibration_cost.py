@@ -1,4 +1,8 @@
-"""The cost of calibration: a small run that is killed, and what its section says."""
+"""The cost of calibration: a small run that is killed, and what its section says.
+
+It is killed before it can have finished anything: what a kill amid layers changes is for
+``tests/moeq/test_calibration.py``.
+"""
 
 import subprocess
 import sys
