@@ -16,7 +16,7 @@ from corpus import split
 from perplexity import call, perplexity, reference_perplexity
 from serving import ServerError, exit_on_sigterm, vllm_server
 
-from moeq.checkpoint import CheckpointReader, resolve_model
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
 
 EXAMPLES = Path(__file__).resolve().parent
 BITS = "2.5"

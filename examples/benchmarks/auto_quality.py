@@ -20,12 +20,12 @@ from plan_quality import PlannedModel, read_texts
 from results import RESULTS, table, write_section
 
 from moeq.allocation import PlanOptions
-from moeq.calibration import Calibration
-from moeq.checkpoint import resolve_model
-from moeq.families import expert_widths
-from moeq.planning import RANDOM_PLANS, Planner
+from moeq.calibration.calibration import Calibration
+from moeq.checkpoint.families import expert_widths
+from moeq.checkpoint.reader import resolve_model
+from moeq.model.text import calibration_sequences
+from moeq.planning.planner import RANDOM_PLANS, Planner
 from moeq.rounding import QuantizedWeight
-from moeq.text import calibration_sequences
 from vllm_moeq.format import WIDTHS, BitPlan
 
 AUTO, RANDOM, GOAL = "auto", "random", 0.4

@@ -28,12 +28,12 @@ from results import RESULTS, table, write_section
 from rotation import write_rotated
 
 from moeq.allocation import PlanOptions, make_plan
-from moeq.checkpoint import resolve_model
-from moeq.families import expert_widths
+from moeq.checkpoint.families import expert_widths
+from moeq.checkpoint.reader import resolve_model
+from moeq.model.text import calibration_sequences
 from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_rtn
 from moeq.rounding.gptq import Refinement
 from moeq.rounding.grid import Grid
-from moeq.text import calibration_sequences
 from vllm_moeq.format import BitPlan
 
 PLANS: dict[str, PlanOptions] = {

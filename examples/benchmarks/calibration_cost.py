@@ -31,8 +31,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moeq.bench import GB
-from moeq.calibration import STREAMS
-from moeq.convert import CALIBRATION_NAME
+from moeq.calibration.calibration import STREAMS
+from moeq.checkpoint.writer import CALIBRATION_NAME
 
 INDEX = "model.safetensors.index.json"
 BOUND = 3

@@ -33,7 +33,7 @@ from results import RESULTS, table, write_section
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
-from moeq.checkpoint import INDEX_NAME, CheckpointReader
+from moeq.checkpoint.reader import INDEX_NAME, CheckpointReader
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 

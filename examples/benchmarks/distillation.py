@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from plan_quality import PlannedModel
 from torch.func import functional_call
 
-from moeq.families import MoELayer, expert_widths
+from moeq.checkpoint.families import MoELayer, expert_widths
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan, unpack, zero_point_unit
 

@@ -21,9 +21,9 @@ from results import RESULTS, table, write_section
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeq import RouterNormTracker
-from moeq.checkpoint import CheckpointReader, resolve_model
-from moeq.compare import Findings, Point, Study
-from moeq.text import read_texts, tokenized
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.comparison import Findings, Point, Study
+from moeq.model.text import read_texts, tokenized
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from corpus import c_headers, source_code

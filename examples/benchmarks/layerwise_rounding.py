@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from learned_rounding import LearnedExpert, learn_rounding
 
-from moeq.calibration import FEWEST_TOKENS
-from moeq.checkpoint import CheckpointReader
-from moeq.families import Matrix, MoELayer
-from moeq.layerwise import ExpertMatrices, LayerwiseModel, Routed
+from moeq.calibration.calibration import FEWEST_TOKENS
+from moeq.checkpoint.families import Matrix, MoELayer
+from moeq.checkpoint.reader import CheckpointReader
+from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import Curvature, QuantizedWeight, fitted, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
 

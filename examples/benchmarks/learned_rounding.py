@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeq.layerwise import ExpertMatrices, Routed
+from moeq.model.layerwise import ExpertMatrices, Routed
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import unpack, zero_point_unit
 

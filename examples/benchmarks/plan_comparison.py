@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from results import RESULTS, write_section
 
-from moeq.checkpoint import CheckpointReader, resolve_model
-from moeq.compare import Study, as_markdown
-from moeq.text import calibration_sequences, evaluation_sequences
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.comparison import Study, as_markdown
+from moeq.model.text import calibration_sequences, evaluation_sequences
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from moeq.allocation import (
     plan_sizes,
     router_norm_order,
 )
-from moeq.checkpoint import CheckpointReader, resolve_model
+from moeq.checkpoint.families import MoELayer, expert_widths
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
 from moeq.errors import MoeqError
-from moeq.families import MoELayer, expert_widths
 from moeq.rounding import quantize_rtn
 from moeq.signals import load_base_routers, router_norms
 from vllm_moeq.format import BitPlan

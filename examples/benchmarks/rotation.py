@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 
 _INTO_ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight")

@@ -17,12 +17,12 @@ from plan_quality import PlannedModel, Text, read_texts
 from results import RESULTS, table, write_section
 
 from moeq.allocation import PlanOptions, make_plan
-from moeq.calibration import Calibration
-from moeq.checkpoint import CheckpointReader, resolve_model
-from moeq.convert import Conversion
-from moeq.families import expert_widths
+from moeq.calibration.calibration import Calibration
+from moeq.checkpoint.families import expert_widths
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.checkpoint.writer import Conversion
+from moeq.model.text import calibration_sequences
 from moeq.rounding import DATA_FREE, QuantizedWeight
-from moeq.text import calibration_sequences
 from vllm_moeq.format import BitPlan
 
 PLANS: dict[str, PlanOptions] = {

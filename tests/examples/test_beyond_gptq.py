@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from moeq.allocation import PlanOptions, make_plan
-from moeq.calibration import Calibration
-from moeq.families import expert_widths
-from moeq.layerwise import ExpertMatrices, Routed
+from moeq.calibration.calibration import Calibration
+from moeq.checkpoint.families import expert_widths
+from moeq.model.layerwise import ExpertMatrices, Routed
 from moeq.rounding import Curvature, QuantizedWeight, quantize_rtn
 from vllm_moeq.format import BitPlan
 

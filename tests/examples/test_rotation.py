@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralForCausalLM
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from moeq import RouterNormTracker
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.signals import load_base_routers, router_norms
 
 EXPERTS, HIDDEN = 4, 16

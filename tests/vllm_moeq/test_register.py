@@ -26,7 +26,8 @@ def test_packages_import_without_vllm() -> None:
     # An entry of None makes every import of vllm fail.
     done = _run(
         "import sys; sys.modules['vllm'] = None\n"
-        "import moeq, moeq.cli, moeq.convert, vllm_moeq, vllm_moeq.format, vllm_moeq.kernels\n"
+        "import moeq, moeq.cli, moeq.checkpoint.writer\n"
+        "import vllm_moeq, vllm_moeq.format, vllm_moeq.kernels\n"
         "import vllm_moeq.expert_buffers"
     )
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 
 from moeq.allocation.knapsack import Size
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
 from vllm_moeq.format import PROJECTIONS, WIDTHS, packed_bytes
 
 _UNITS = {

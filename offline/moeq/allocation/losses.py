@@ -9,8 +9,8 @@ from moeq.allocation.budget import option_sizes
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints, Instance
 from moeq.allocation.knapsack import Choice, Loss, Solution, solve
 from moeq.allocation.milp import solve_constrained
+from moeq.checkpoint.families import MoELayer
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
 from vllm_moeq.format import PROJECTIONS, WIDTHS, BitPlan, LayerBits, Projection
 
 LossTable = Mapping[tuple[str, int, Projection, int], float]

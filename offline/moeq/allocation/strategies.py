@@ -14,15 +14,15 @@ from moeq.allocation.order import (
     maxvar_order,
     router_norm_order,
 )
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import MoELayer, check_plan_fits
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer, check_plan_fits
 from moeq.signals import load_base_routers, max_var, router_norms
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance, packed_bytes
 
 MEASURED = ("auto", "sensitivity")
-"""Strategies that need calibration text; see ``moeq.planning``."""
+"""Strategies that need calibration text; see ``moeq.planning.planner``."""
 STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random:SEED")
 
 DEFAULT_GROUP_SIZE = 128

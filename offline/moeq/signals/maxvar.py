@@ -2,9 +2,9 @@
 
 import torch
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
 
 MAXVAR_VARIANTS = ("max-row", "highest-norm-row")
 

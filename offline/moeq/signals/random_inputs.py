@@ -2,8 +2,8 @@
 
 import torch
 
-from moeq.families import MoELayer
-from moeq.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.checkpoint.families import MoELayer
+from moeq.model.layerwise import ExpertMatrices, LayerwiseModel
 from moeq.rounding import quantize_rtn
 
 TOKENS = 512

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moeq.checkpoint import CheckpointReader, resolve_model
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import Matrix, MoELayer
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import Matrix, MoELayer
 
 _MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from moeq.bank import Bank, Choice
-from moeq.families import MoELayer
-from moeq.layerwise import LayerwiseModel
+from moeq.checkpoint.families import MoELayer
+from moeq.model.layerwise import LayerwiseModel
+from moeq.sensitivity.bank import Bank, Choice
 from moeq.signals.maxvar import max_var
 from moeq.signals.random_inputs import data_free_error
 from moeq.signals.router_norm import router_norms
@@ -133,7 +133,7 @@ SIGNALS: tuple[Signal, ...] = (
     Signal("pmq", "calibration", _TEXT, "large", "PMQ, 2024: product with the error", _pmq),
     Signal("weight-error", "calibration", _TEXT, "large", "of rounding", _damage("weight")),
     Signal("output-error", "calibration", _TEXT, "large", "of rounding", _damage("output")),
-    Signal("sensitivity", "calibration", _TEXT, "large", "moeq.fisher", _damage("loss")),
+    Signal("sensitivity", "calibration", _TEXT, "large", "Fisher information", _damage("loss")),
 )  # fmt: skip
 """All signals."""
 PMQ = next(signal for signal in SIGNALS if signal.name == "pmq")

@@ -16,7 +16,7 @@ from moeq.allocation.budget import (
     parse_size,
     target_size_budget,
 )
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.rounding import quantize_rtn
 from support.checkpoints import HIDDEN, INTERMEDIATE, NUM_EXPERTS, NUM_LAYERS, write_checkpoint

@@ -15,9 +15,9 @@ from moeq.allocation.losses import (
     loss_array,
     possible_group_sizes,
 )
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import MoELayer, check_plan_fits
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer, check_plan_fits
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import PROJECTIONS, BitPlan
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moeq.allocation import PlanOptions, make_plan
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from support.checkpoints import (
     CONTAINERS,

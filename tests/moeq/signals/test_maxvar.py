@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.signals import max_var
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, Tensors, mixtral_tensors, write_checkpoint

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
-from moeq.families import MoELayer
-from moeq.layerwise import LayerwiseModel
+from moeq.model.layerwise import LayerwiseModel
 from moeq.rounding import quantize_rtn
 from moeq.signals.random_inputs import TOKENS, data_free_error
 from support.checkpoints import (

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.signals import load_base_routers, router_norms
 from moeq.tracker import RouterNormTracker

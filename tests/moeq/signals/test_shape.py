@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kurtosis as scipy_kurtosis
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.signals.shape import hill_alpha, kurtosis
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, mixtral_tensors, write_checkpoint

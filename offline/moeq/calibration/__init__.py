@@ -1,0 +1,1 @@
+"""Rounds experts with what they get."""

@@ -1,0 +1,249 @@
+"""Reads a Hugging Face checkpoint tensor by tensor; never builds the model."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from moeq.checkpoint.families import Family, MoELayer, family_of
+from moeq.checkpoint.mapped import MappedFiles
+from moeq.errors import MoeqError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_DTYPES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes of each safetensors type."""
+_CHAT_TEMPLATES = "additional_chat_templates"
+_FLOATS = ("F16", "BF16", "F32")
+
+
+class TensorInfo(NamedTuple):
+    """What a shard's header says about a tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return _DTYPES[self.dtype] * torch.Size(self.shape).numel()
+
+
+def resolve_model(model: str) -> Path:
+    """Return the folder of a local path or hub id, downloading what a conversion needs.
+
+    Raises:
+        MoeqError: Neither a folder nor a hub model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise MoeqError(f"{model} is a file; give the folder of a checkpoint or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "original/*"]
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoeqError(f"{model} is no folder here and no model on the hub: {reason}") from error
+
+
+class CheckpointReader:
+    """Lazy access to the tensors of a sharded checkpoint.
+
+    Args:
+        folder: Holds ``config.json`` and safetensors files.
+
+    Raises:
+        MoeqError: A missing or damaged file; names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        index = folder / INDEX_NAME
+        weight_map: Mapping[str, str] | None = None
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise MoeqError(f"{index} has no weight_map")
+            files = sorted(set(weight_map.values()))
+        elif (folder / SINGLE_NAME).is_file():
+            files = [SINGLE_NAME]
+        else:
+            raise MoeqError(
+                f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; moeq reads safetensors "
+                "checkpoints only"
+            )
+        self._files = MappedFiles()
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            with _named_errors(folder / file):
+                handle = self._files.open(folder / file)
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                view = handle.get_slice(name)
+                shape = tuple(view.get_shape())
+                self.tensors[name] = TensorInfo(file, view.get_dtype(), shape)
+        for name, file in (weight_map or {}).items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise MoeqError(f"{index} promises {name} in {file}, but it is not there")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor.
+
+        Raises:
+            MoeqError: There is no such tensor, or its file has gone; names it.
+        """
+        path = self.folder / self.info(name).file
+        with _named_errors(path):
+            return self._files.tensor(path, name)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header says about one tensor.
+
+        Raises:
+            MoeqError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise MoeqError(f"{self.folder}: tensor {name} is missing from the checkpoint")
+        return self.tensors[name]
+
+    def file_stats(self) -> dict[str, list[int]]:
+        """Return size and time of change of every file with tensors, to tell other ones apart."""
+        names = sorted({info.file for info in self.tensors.values()})
+        stats = {name: (self.folder / name).stat() for name in names}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the MoE layers, in order.
+
+        Raises:
+            MoeqError: No supported MoE model, or an expert weight is missing, has a wrong shape
+                or is not 16- or 32-bit floating point.
+        """
+        family = family_of(self.config)
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise MoeqError(
+                f"{self.folder} is quantized already (quant_method {method!r} in config.json); "
+                "moeq starts from 16- or 32-bit weights"
+            )
+        block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
+        expert_tensors = self._matching(rf"{block}{re.escape(family.experts)}\.\d+\..+")
+        if not expert_tensors:
+            raise MoeqError(
+                f"{self.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight"
+                f", as model_type {self.config.get('model_type')!r} should; moeq reads checkpoints "
+                "with one tensor per expert"
+            )
+        routers = self._matching(block + re.escape(family.router))
+        # A layer is one that has a router or an expert: if either is missing, it is an error.
+        blocks = {match["block"]: int(match["index"]) for match in (*expert_tensors, *routers)}
+        layers = [self._moe_layer(family, block, index) for block, index in blocks.items()]
+        weights = {
+            layer.tensor_name(expert, matrix)
+            for layer in layers
+            for expert, matrix, _ in layer.weights()
+        }
+        for match in expert_tensors:
+            if match.string not in weights:
+                raise MoeqError(
+                    f"{self.folder}: {match.string} is no weight of an expert that the router of "
+                    "its layer knows"
+                )
+        return sorted(layers, key=lambda layer: layer.index)
+
+    def _matching(self, pattern: str) -> list[re.Match[str]]:
+        compiled = re.compile(pattern)
+        return [match for name in self.tensors if (match := compiled.fullmatch(name))]
+
+    def _moe_layer(self, family: Family, block: str, index: int) -> MoELayer:
+        container, router = block + family.experts, block + family.router
+        gate_name = f"{container}.0.{family.gate}.weight"
+        gate = self.info(gate_name)
+        if len(gate.shape) != 2:
+            raise MoeqError(f"{gate_name} has shape {list(gate.shape)}, expected a matrix")
+        # The router knows how many experts there are; config.json names the number differently
+        # from one release of transformers to the next.
+        num_experts = self.info(router).shape[0]
+        layer = MoELayer(
+            index=index,
+            container=container,
+            router=router,
+            family=family,
+            num_experts=num_experts,
+            hidden_size=gate.shape[1],
+            intermediate_size=gate.shape[0],
+        )
+        self._check(router, (num_experts, layer.hidden_size))
+        for expert, matrix, _ in layer.weights():
+            self._check(layer.tensor_name(expert, matrix), layer.shape(matrix))
+        return layer
+
+    def _check(self, name: str, shape: tuple[int, int]) -> None:
+        info = self.info(name)
+        if info.shape != shape:
+            raise MoeqError(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
+        if info.dtype not in _FLOATS:
+            raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(_FLOATS)}")
+
+    def other_files(self) -> Iterator[Path]:
+        """Yield the files, relative to the folder, that belong into a converted checkpoint.
+
+        These are all files beside the weights, and transformers' folder of chat templates; other
+        folders of a repository hold code and pictures.
+        """
+        paths = (*self.folder.iterdir(), *self.folder.glob(f"{_CHAT_TEMPLATES}/*"))
+        for path in sorted(path for path in paths if path.is_file()):
+            skipped = (
+                path.name.startswith(".")
+                or path.name in ("config.json", INDEX_NAME)
+                or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+            )
+            if not skipped:
+                yield path.relative_to(self.folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        MoeqError: The file is missing, unreadable or no JSON object; names it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoeqError(f"{path} is missing") from None
+    except OSError as error:
+        raise MoeqError(f"cannot read {path}: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MoeqError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise MoeqError(f"{path} must hold a JSON object")
+    return data
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MoeqError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise MoeqError(f"{path} is truncated or damaged ({error}); get it again") from error

@@ -1,0 +1,90 @@
+"""``moeq verify``: is a packed checkpoint complete, undamaged and true to its own plan?"""
+
+from pathlib import Path
+
+from moeq.checkpoint.families import Family, family_of
+from moeq.checkpoint.reader import CheckpointReader
+from moeq.errors import MoeqError
+from vllm_moeq.format import (
+    BitPlan,
+    CheckpointConfig,
+    FormatError,
+    LayerBits,
+    check_manifest,
+    packed_tensors,
+)
+
+_SAFETENSORS_NAMES = {"torch.uint8": "U8", "torch.float16": "F16"}
+
+
+def read_plan(reader: CheckpointReader) -> BitPlan:
+    """Return the plan of a packed checkpoint.
+
+    Raises:
+        MoeqError: ``config.json`` is not that of a moeq checkpoint.
+    """
+    path = reader.folder / "config.json"
+    config = reader.config.get("quantization_config")
+    if config is None:
+        raise MoeqError(f"{path} has no quantization_config: this is not a moeq checkpoint")
+    try:
+        return CheckpointConfig.from_dict(config).plan
+    except FormatError as error:
+        raise MoeqError(f"{path}: {error}") from error
+
+
+def verify_checkpoint(folder: Path) -> list[str]:
+    """Check a packed checkpoint.
+
+    Returns:
+        One sentence for each problem; empty if the checkpoint is sound.
+
+    Raises:
+        MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
+        FormatError: The manifest is missing or unreadable.
+    """
+    problems = check_manifest(folder)
+    if problems:
+        return problems
+    reader = CheckpointReader(folder)
+    family = family_of(reader.config)
+    plan = read_plan(reader)
+    for container, bits in plan.expert_bits.items():
+        problems += _layer_problems(reader, family, container, bits, plan.group_size)
+    return problems
+
+
+def _layer_problems(
+    reader: CheckpointReader, family: Family, container: str, bits: LayerBits, group_size: int
+) -> list[str]:
+    router_name = container.removesuffix(family.experts) + family.router
+    router = reader.tensors.get(router_name)
+    first = reader.tensors.get(f"{container}.0.{family.gate}.weight_scale")
+    if router is None:
+        return [f"tensor {router_name} is missing"]
+    if first is None:
+        return [f"tensor {container}.0.{family.gate}.weight_scale is missing"]
+    problems = []
+    num_experts, hidden_size = router.shape
+    intermediate_size = first.shape[0]
+    if num_experts != bits.num_experts:
+        return [f"{router_name} has {num_experts} experts, the plan {bits.num_experts}"]
+    up_or_gate = (intermediate_size, hidden_size)
+    for expert in range(num_experts):
+        for matrix, width, (rows, columns) in (
+            (family.gate, bits.w13[expert], up_or_gate),
+            (family.up, bits.w13[expert], up_or_gate),
+            (family.down, bits.w2[expert], up_or_gate[::-1]),
+        ):
+            for tensor in packed_tensors(rows, columns, width, group_size):
+                name = f"{container}.{expert}.{matrix}.{tensor.suffix}"
+                found = reader.tensors.get(name)
+                wanted = (_SAFETENSORS_NAMES[str(tensor.dtype)], tensor.shape)
+                if found is None:
+                    problems.append(f"tensor {name} is missing")
+                elif (found.dtype, found.shape) != wanted:
+                    problems.append(
+                        f"tensor {name} is {found.dtype} {list(found.shape)}, the plan's width "
+                        f"{width} needs {wanted[0]} {list(wanted[1])}"
+                    )
+    return problems

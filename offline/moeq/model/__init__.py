@@ -1,0 +1,1 @@
+"""Runs models layer by layer, on text."""

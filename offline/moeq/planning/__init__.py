@@ -1,0 +1,1 @@
+"""Bit plans that are measured on the model itself."""

@@ -1,0 +1,1 @@
+"""How much errors of each expert cost the model."""

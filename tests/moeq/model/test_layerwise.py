@@ -1,0 +1,74 @@
+"""Layers one at a time against the whole model of transformers, for every family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeq.checkpoint.reader import CheckpointReader
+from moeq.evaluation.reference import ExpertSource, run_layer
+from moeq.model.layerwise import LayerwiseModel
+from support.models import FAMILIES, VOCABULARY
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model(family)
+    tokens = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = whole(tokens).logits
+
+    reader = CheckpointReader(folder)
+    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    hidden = torch.empty(*tokens.shape, whole.config.hidden_size)
+    x = torch.empty_like(hidden)
+    model.embed(tokens, hidden)
+    for index in range(len(model)):
+        routed = model.run(index, hidden, x)
+        if routed is None:
+            continue
+        layer = model.moe_layers[index]
+        flat = hidden.view(-1, hidden.shape[-1])
+        for expert in range(layer.num_experts):
+            places, weights = routed.of_expert(expert)
+            gate, up, down = model.matrices(layer, expert)
+            inner = model.expert_hidden(gate, up, routed.x[places])
+            flat.index_add_(0, places, inner @ down.T * weights)
+    with torch.inference_mode():
+        logits = whole.lm_head(whole.model.norm(hidden))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_transformers(
+    family: str, tiny_model: Callable[[str], Path]
+) -> None:
+    folder = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=generator)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs: list[torch.Tensor] = []
+    whole.model.layers[-1].register_forward_hook(
+        lambda module, args, output: outputs.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+    )
+    embedded = whole.model.embed_tokens(tokens).detach().requires_grad_()
+    whole(inputs_embeds=embedded)
+    gradient = torch.randn(embedded.shape, generator=generator)
+    (expected,) = torch.autograd.grad(outputs[0], embedded, gradient)
+
+    reader = CheckpointReader(folder)
+    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    hidden = torch.empty(embedded.shape)
+    model.embed(tokens, hidden)
+    inputs = []
+    for index in range(len(model)):
+        inputs.append(hidden.clone())
+        run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
+    for index in reversed(range(len(model))):
+        model.backward(index, inputs[index], gradient)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
