@@ -31,7 +31,7 @@ from moeq.allocation import PlanOptions, make_plan
 from moeq.checkpoint.families import expert_widths
 from moeq.checkpoint.reader import resolve_model
 from moeq.model.text import calibration_sequences
-from moeq.rounding import Curvature, QuantizedWeight, quantize_gptq, quantize_rtn
+from moeq.rounding import Hessian, QuantizedWeight, quantize_gptq, quantize_rtn
 from moeq.rounding.gptq import Refinement
 from moeq.rounding.grid import Grid
 from vllm_moeq.format import BitPlan
@@ -120,7 +120,7 @@ def layerwise(
 
 
 def round_to_nearest(
-    weights: torch.Tensor, curvature: Curvature, bits: int, group_size: int
+    weights: torch.Tensor, curvature: Hessian, bits: int, group_size: int
 ) -> list[QuantizedWeight]:
     """Round without looking at the inputs."""
     return [quantize_rtn(weight, bits, group_size) for weight in weights]

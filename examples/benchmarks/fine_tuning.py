@@ -186,7 +186,7 @@ def main() -> None:
         fine_tune(source, output, learned, options.share, options.steps)
         reader = CheckpointReader(output / "model")
         study = Study(
-            reader, reader.moe_layers(), options.model, str(output / "routers.safetensors"),
+            reader, source.layers, options.model, str(output / "routers.safetensors"),
             (BITS,), ("gptq",), options.group_size, options.random, calibration, heldout,
             torch.device("cpu"),
         )  # fmt: skip

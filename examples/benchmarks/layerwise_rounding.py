@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from learned_rounding import LearnedExpert, learn_rounding
-
 from moeq.calibration.calibration import FEWEST_TOKENS
+
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
 from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Routed
-from moeq.rounding import Curvature, QuantizedWeight, fitted, quantize_gptq, quantize_hqq
+from moeq.rounding import Hessian, QuantizedWeight, fitted, quantize_gptq, quantize_hqq
 from vllm_moeq.format import BitPlan
 
 Stored = dict[str, QuantizedWeight]
 ThreeWeights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
 """Gate, up and down of an expert."""
-Quantize = Callable[[torch.Tensor, Curvature, int, int], list[QuantizedWeight]]
+Quantize = Callable[[torch.Tensor, Hessian, int, int], list[QuantizedWeight]]
 """Takes matrices [B, N, K], the curvature of their inputs, the width and the group size."""
 
 
@@ -135,7 +135,7 @@ def round_experts(
 
 def fitted_router(weight: torch.Tensor, x: torch.Tensor, original_x: torch.Tensor) -> torch.Tensor:
     """Return a router [E, K] whose logits on x are nearest to the old ones on ``original_x``."""
-    curvature = Curvature.of((x.T @ x)[None], [len(x)])
+    curvature = Hessian.of((x.T @ x)[None], [len(x)])
     missing = weight @ (original_x - x).T @ x
     return fitted(weight[None], curvature, missing[None])[0]
 
@@ -246,7 +246,7 @@ class _LayerRounding:
         if min(counts) < FEWEST_TOKENS:
             return [quantize_hqq(matrix, bits, group_size) for matrix in matrices]
         weighted = [x * weights for x, weights in zip(inputs, router_weights, strict=True)]
-        curvature = Curvature.of(torch.stack([x.T @ x for x in weighted]), counts)
+        curvature = Hessian.of(torch.stack([x.T @ x for x in weighted]), counts)
         stacked = torch.stack(matrices)
         if wanted is not None:
             missing = [

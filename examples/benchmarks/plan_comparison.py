@@ -36,7 +36,7 @@ def main() -> None:
     tokens = calibration_sequences(folder, options.calib, options.nsamples, length, 0)
     heldout = evaluation_sequences(folder, options.text, options.eval_nsamples, length, 0)
     study = Study(
-        reader, reader.moe_layers(), options.model, options.base_router, tuple(options.bits),
+        reader, source.layers, options.model, options.base_router, tuple(options.bits),
         tuple(options.methods), options.group_size, options.random, tokens, heldout,
         torch.device("cpu"),
     )  # fmt: skip

@@ -83,7 +83,7 @@ class PlannedModel:
 
     def __init__(self, folder: Path) -> None:
         self.reader = CheckpointReader(folder)
-        self.layers = self.reader.moe_layers()
+        self.layers = self.source.layers
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         parameters = dict(self.model.named_parameters())
         self._fused = {

@@ -1,17 +1,47 @@
 """The offline step of vllm-moeq: reads a checkpoint, decides a bit plan, quantizes and packs."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from moeq.tracker import RouterNormTracker
+from moeq.api import Inspection, compare, evaluate, inspect, plan, quantize, verify
+from moeq.errors import MoeqError
+from moeq.progress import Progress
 
-__all__ = ["RouterNormTracker"]
+if TYPE_CHECKING:
+    from moeq.comparison import Findings
+    from moeq.evaluation import Evaluation
+    from moeq.pipeline import QuantizedModel
+    from moeq.tracker import RouterNormTracker
+    from vllm_moeq.format import BitPlan
+
+__all__ = [
+    "BitPlan",
+    "Evaluation",
+    "Findings",
+    "Inspection",
+    "MoeqError",
+    "Progress",
+    "QuantizedModel",
+    "RouterNormTracker",
+    "compare",
+    "evaluate",
+    "inspect",
+    "plan",
+    "quantize",
+    "verify",
+]
+
+_LAZY = {
+    "BitPlan": "vllm_moeq.format",
+    "Evaluation": "moeq.evaluation",
+    "Findings": "moeq.comparison",
+    "QuantizedModel": "moeq.pipeline",
+    "RouterNormTracker": "moeq.tracker",
+}
+"""Names whose modules take seconds to import."""
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: the tracker imports transformers, which most commands do not need.
-    if name == "RouterNormTracker":
-        from moeq.tracker import RouterNormTracker
-
-        return RouterNormTracker
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

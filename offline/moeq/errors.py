@@ -2,4 +2,8 @@
 
 
 class MoeqError(ValueError):
-    """Bad input; the message names the file, tensor or option and says what to do."""
+    """Bad input; the message names the file, tensor or parameter and says what to do.
+
+    Parameters stand in backticks, as ```group_size```: keywords of the Python API, which the
+    command line shows as its options, as ``--group-size``.
+    """

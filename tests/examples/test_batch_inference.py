@@ -21,7 +21,7 @@ def test_every_prompt_is_completed_in_order(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     packed, prompts, output = (tmp_path / name for name in ("packed", "in.txt", "out.jsonl"))
-    options = ("--bits", 2.5, "--strategy", "random:1", "--group-size", 32)
+    options = ("--bits", 2.5, "--strategy", "random:1", "--group-size", 32, "--calib", "none")
     assert run_moeq("quantize", tiny_model("mixtral"), "-o", packed, *options).returncode == 0
     prompts.write_text("\n".join(PROMPTS) + "\n\n")
     command = [sys.executable, EXAMPLE, packed, prompts, output, "--max-tokens=5"]

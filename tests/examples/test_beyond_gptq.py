@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from moeq.calibration.calibration import Calibration
 
 from moeq.allocation import PlanOptions, make_plan
-from moeq.calibration.calibration import Calibration
 from moeq.checkpoint.families import expert_widths
 from moeq.model.layerwise import ExpertMatrices, Routed
-from moeq.rounding import Curvature, QuantizedWeight, quantize_rtn
+from moeq.rounding import Hessian, QuantizedWeight, quantize_rtn
 from vllm_moeq.format import BitPlan
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -97,7 +97,7 @@ def test_fitted_targets_bring_the_outputs_nearer_to_the_original(
 ) -> None:
     from layerwise_rounding import Method, Target, round_experts
 
-    def nearest(weights: torch.Tensor, _: Curvature, *grid: int) -> list[QuantizedWeight]:
+    def nearest(weights: torch.Tensor, _: Hessian, *grid: int) -> list[QuantizedWeight]:
         return [quantize_rtn(weight, *grid) for weight in weights]
 
     plan = _plan(model, 3)

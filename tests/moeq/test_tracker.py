@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from moeq import RouterNormTracker
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.signals import load_base_routers, router_norms
 
 EXPERTS, HIDDEN = 4, 16
@@ -184,14 +184,14 @@ def test_base_router_reads_what_the_tracker_wrote(
         tracker.step()
     tracker.save()
     model.save_pretrained(tmp_path / "trained")
-    reader = CheckpointReader(tmp_path / "trained")
-    layers = reader.moe_layers()
+    source = SourceModel.open(tmp_path / "trained")
+    layers = source.layers
     base = load_base_routers(str(path), layers)
     final = _routers(model)
     for layer, name in zip(layers, initial, strict=True):
         change = final[name].double().norm(dim=1) - initial[name].double().norm(dim=1)
         assert change.abs().max() > 1e-4
-        values = router_norms(reader, layer, base).values
+        values = router_norms(source, layer, base).values
         torch.testing.assert_close(values.double(), change, atol=1e-6, rtol=1e-4)
 
 

@@ -91,7 +91,7 @@ def test_compiled_cache_is_not_reused_for_another_plan(
     shutil.rmtree(model)
     again = run_moeq(
         "quantize", tiny_model("mixtral"), "-o", model,
-        "--bits", 3.5, "--group-size", 64, "--strategy", "random:1",
+        "--bits", 3.5, "--group-size", 64, "--strategy", "random:1", "--calib", "none",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     second = run_engine(model, environment=environment, enforce_eager=False)
@@ -155,7 +155,17 @@ def test_group_size_must_divide_the_shard(
 ) -> None:
     # 128 intermediate columns in groups of 128: whole on one rank, but not on two.
     packed = tmp_path / "packed"
-    done = run_moeq("quantize", tiny_model("olmoe"), "-o", packed, "--bits", 4, "--group-size", 128)
+    done = run_moeq(
+        "quantize",
+        tiny_model("olmoe"),
+        "-o",
+        packed,
+        "--bits",
+        4,
+        "--group-size",
+        128,
+        "--calib=none",
+    )
     assert done.returncode == 0, done.stderr
 
     process = launch(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)

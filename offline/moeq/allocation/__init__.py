@@ -4,8 +4,6 @@ from moeq.allocation.budget import (
     average_bits,
     bits_budget,
     bits_per_weight_budget,
-    option_sizes,
-    parse_size,
     target_size_budget,
 )
 from moeq.allocation.constraints import Constraints
@@ -16,25 +14,17 @@ from moeq.allocation.milp import solve_constrained
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
     DEFAULT_GROUP_SIZE,
-    MEASURED,
-    STRATEGIES,
     PlanOptions,
-    PlanSizes,
     make_plan,
     ordered_bits,
-    plan_sizes,
-    with_sizes,
 )
 
 __all__ = [
     "DEFAULT_GROUP_SIZE",
-    "MEASURED",
     "REORDER_VARIANTS",
-    "STRATEGIES",
     "Constraints",
     "LossTable",
     "PlanOptions",
-    "PlanSizes",
     "Solution",
     "allocate",
     "average_bits",
@@ -45,14 +35,10 @@ __all__ = [
     "fulfils",
     "make_plan",
     "maxvar_order",
-    "option_sizes",
     "ordered_bits",
-    "parse_size",
-    "plan_sizes",
     "possible_group_sizes",
     "router_norm_order",
     "solve",
     "solve_constrained",
     "target_size_budget",
-    "with_sizes",
 ]

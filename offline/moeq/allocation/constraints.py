@@ -49,11 +49,11 @@ class Constraints:
         for name in ("layer_tolerance", "rank_tolerance"):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
-                raise MoeqError(f"{_option(name)} {share} must be a share such as 0.01, below 1")
+                raise MoeqError(f"`{name}` {share} must be a share such as 0.01, below 1")
         for name in ("widths_per_layer", "ranks"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                raise MoeqError(f"{_option(name)} {number} must be at least 1")
+                raise MoeqError(f"`{name}` {number} must be at least 1")
 
     def expert_ranks(self, num_experts: int) -> Groups:
         """Return the rank of each expert of a layer [num_experts]."""
@@ -151,10 +151,6 @@ class Instance:
                 for layer in range(self.num_layers)
             )
         )
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _sums(taken: npt.NDArray[np.int64], group: Groups, count: int) -> list[int]:

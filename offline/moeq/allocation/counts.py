@@ -22,10 +22,10 @@ def expert_counts(bits: float, levels: tuple[int, ...], num_experts: int) -> dic
         MoeqError: The levels cannot reach ``bits`` or are more than the rule covers.
     """
     if list(levels) != sorted(set(levels), reverse=True) or not levels:
-        raise MoeqError(f"--levels {_text(levels)} must name different widths, highest first")
+        raise MoeqError(f"`levels` {_text(levels)} must name different widths, highest first")
     highest, lowest = levels[0], levels[-1]
     if not lowest <= bits <= highest:
-        raise MoeqError(f"--bits {bits:g} is outside of --levels {_text(levels)}")
+        raise MoeqError(f"`bits` {bits:g} is outside of `levels` {_text(levels)}")
     if len(levels) == 1:
         return {highest: num_experts}
     if len(levels) == 2:
@@ -34,7 +34,7 @@ def expert_counts(bits: float, levels: tuple[int, ...], num_experts: int) -> dic
     if len(levels) == 3 and levels[0] - levels[1] == levels[1] - levels[2]:
         return _three_levels(bits, (levels[0], levels[1], levels[2]), num_experts)
     raise MoeqError(
-        f"--levels {_text(levels)}: the paper's rule takes one width, two, or three equally "
+        f"`levels` {_text(levels)}: the paper's rule takes one width, two, or three equally "
         "spaced ones such as 3,2,1"
     )
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeq.allocation.budget import option_sizes
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints, Instance
 from moeq.allocation.knapsack import Choice, Loss, Solution, solve
 from moeq.allocation.milp import solve_constrained
-from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint import MoELayer
+from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from vllm_moeq.format import PROJECTIONS, WIDTHS, BitPlan, LayerBits, Projection
 

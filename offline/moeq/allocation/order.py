@@ -43,9 +43,9 @@ def combined_order(
         MoeqError: ``zeta`` below 1 (the rule would not end), or an unknown variant.
     """
     if not zeta >= 1:
-        raise MoeqError(f"--zeta {zeta:g} must be at least 1")
+        raise MoeqError(f"`zeta` {zeta:g} must be at least 1")
     if variant not in REORDER_VARIANTS:
-        raise MoeqError(f"--reorder {variant} is not one of {', '.join(REORDER_VARIANTS)}")
+        raise MoeqError(f"`reorder` {variant} is not one of {', '.join(REORDER_VARIANTS)}")
     order = router_norm_order(change)
     value = variance.tolist()
 

@@ -46,15 +46,15 @@ class Shape:
         if text in SHAPES:
             return SHAPES[text]
         try:
-            shape = cls(text, *(_positive_integer("--shape", part) for part in text.split(",")))
+            shape = cls(text, *(_positive_integer("shape", part) for part in text.split(",")))
         except (TypeError, UsageError):
             raise UsageError(
-                f"argument --shape: {text!r} is neither one of {', '.join(SHAPES)} nor four sizes "
+                f"`shape`: {text!r} is neither one of {', '.join(SHAPES)} nor four sizes "
                 "HIDDEN,INTERMEDIATE,EXPERTS,TOP_K such as 2048,1024,64,8"
             ) from None
         if shape.top_k > shape.experts:
             raise UsageError(
-                f"argument --shape: {text}: a token cannot go through {shape.top_k} of "
+                f"`shape`: {text}: a token cannot go through {shape.top_k} of "
                 f"{shape.experts} experts"
             )
         return shape
@@ -87,9 +87,7 @@ class Widths:
         known = [str(width) for width in WIDTHS]
         for part in parts:
             if part not in known:
-                raise UsageError(
-                    f"argument --bits: width {part!r} is not one of {', '.join(known)}"
-                )
+                raise UsageError(f"`bits`: width {part!r} is not one of {', '.join(known)}")
         return cls(tuple(map(int, parts)))
 
     @property
@@ -131,23 +129,23 @@ class Settings:
         shape, cores = self.shape, len(os.sched_getaffinity(0))
         if self.group_size not in GROUP_SIZES:
             choices = ", ".join(map(str, GROUP_SIZES))
-            raise UsageError(f"argument --group-size: {self.group_size} is not one of {choices}")
+            raise UsageError(f"`group_size`: {self.group_size} is not one of {choices}")
         for size in (shape.hidden_size, shape.intermediate_size):
             if size % self.group_size:
                 raise UsageError(
-                    f"argument --shape: {shape.name}: {size} is not a multiple of the "
-                    f"{self.group_size} weights of a group; see --group-size"
+                    f"`shape`: {shape.name}: {size} is not a multiple of the "
+                    f"{self.group_size} weights of a group; see `group_size`"
                 )
         for widths in self.bits:
             if len(widths.values) > shape.experts:
                 raise UsageError(
-                    f"argument --bits: {widths.label} has more widths than the "
-                    f"{shape.experts} experts of --shape {shape.name}"
+                    f"`bits`: {widths.label} has more widths than the "
+                    f"{shape.experts} experts of `shape` {shape.name}"
                 )
         if not 1 <= self.threads <= cores:
-            raise UsageError(f"argument --threads: {self.threads} is not 1 to {cores} cores")
+            raise UsageError(f"`threads`: {self.threads} is not 1 to {cores} cores")
         if self.runs < SMALLEST_RUNS:
-            raise UsageError(f"argument --runs: {self.runs} is less than {SMALLEST_RUNS}")
+            raise UsageError(f"`runs`: {self.runs} is less than {SMALLEST_RUNS}")
 
     @classmethod
     def parse(
@@ -164,20 +162,16 @@ class Settings:
         """Read the options of the command line; ``threads`` None takes as many as torch.
 
         Raises:
-            UsageError: A wrong value; names its option.
+            UsageError: A wrong value; names it.
         """
-        others = _parts("--against", against) if against else []
+        others = _parts("against", against) if against else []
         for other in others:
             if other not in AGAINST:
-                raise UsageError(
-                    f"argument --against: {other!r} is not one of {', '.join(AGAINST)}"
-                )
+                raise UsageError(f"`against`: {other!r} is not one of {', '.join(AGAINST)}")
         return cls(
             shape=Shape.parse(shape),
-            bits=tuple(map(Widths.parse, _parts("--bits", bits))),
-            tokens=tuple(
-                _positive_integer("--tokens", part) for part in _parts("--tokens", tokens)
-            ),
+            bits=tuple(map(Widths.parse, _parts("bits", bits))),
+            tokens=tuple(_positive_integer("tokens", part) for part in _parts("tokens", tokens)),
             against=tuple(others),
             group_size=group_size,
             threads=torch.get_num_threads() if threads is None else threads,
@@ -185,14 +179,14 @@ class Settings:
         )
 
 
-def _parts(option: str, text: str) -> list[str]:
+def _parts(name: str, text: str) -> list[str]:
     parts = text.split(",")
     if len(set(parts)) < len(parts):
-        raise UsageError(f"argument {option}: {text!r} has the same value twice")
+        raise UsageError(f"`{name}`: {text!r} has the same value twice")
     return parts
 
 
-def _positive_integer(option: str, text: str) -> int:
+def _positive_integer(name: str, text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise UsageError(f"argument {option}: {text!r} is no positive integer")
+        raise UsageError(f"`{name}`: {text!r} is no positive integer")
     return int(text)

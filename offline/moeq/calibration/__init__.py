@@ -1,1 +1,7 @@
-"""Rounds experts with what they get."""
+"""Rounds the experts of a model with what they get on a text."""
+
+from moeq.calibration.config import CalibrationConfig
+from moeq.calibration.result import REPORT_NAME, CalibratedExperts, Coverage
+from moeq.calibration.run import calibrate
+
+__all__ = ["REPORT_NAME", "CalibratedExperts", "CalibrationConfig", "Coverage", "calibrate"]

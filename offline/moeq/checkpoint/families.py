@@ -8,6 +8,8 @@ from moeq.errors import MoeqError
 from vllm_moeq.format import GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
+PROJECTION_MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
+"""The matrices of an expert that share a width, and the same inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +105,14 @@ class MoELayer:
     def weights(self) -> Iterator[tuple[int, Matrix, Projection]]:
         """Yield (expert, matrix, projection whose width it takes) of every routed weight."""
         for expert in range(self.num_experts):
-            yield expert, "gate", "w13"
-            yield expert, "up", "w13"
-            yield expert, "down", "w2"
+            for projection, matrices in PROJECTION_MATRICES.items():
+                for matrix in matrices:
+                    yield expert, matrix, projection
+
+    @property
+    def expert_weights(self) -> int:
+        """Number of weights of one expert."""
+        return 3 * self.hidden_size * self.intermediate_size
 
 
 def expert_widths(plan: BitPlan, layers: list[MoELayer]) -> dict[str, int]:
@@ -151,7 +158,7 @@ def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
     """
     if group_size not in GROUP_SIZES:
         choices = ", ".join(map(str, GROUP_SIZES))
-        raise MoeqError(f"--group-size {group_size} is not one of {choices}")
+        raise MoeqError(f"`group_size` {group_size} is not one of {choices}")
     for layer in layers:
         for name, size in (
             ("hidden_size", layer.hidden_size),
@@ -159,8 +166,8 @@ def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
         ):
             if size % group_size:
                 fitting = [group for group in reversed(GROUP_SIZES) if size % group == 0]
-                hint = f"use --group-size {fitting[0]}" if fitting else "no group size fits"
+                hint = f"use `group_size` {fitting[0]}" if fitting else "no group size fits"
                 raise MoeqError(
-                    f"--group-size {group_size} does not divide the {name} {size} of "
+                    f"`group_size` {group_size} does not divide the {name} {size} of "
                     f"{layer.container}; {hint}"
                 )

@@ -1,7 +1,6 @@
 """Reads a Hugging Face checkpoint tensor by tensor; never builds the model."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.errors import MoeqError
 
@@ -22,7 +20,6 @@ _DTYPES = {
 }  # fmt: skip
 """Bytes of each safetensors type."""
 _CHAT_TEMPLATES = "additional_chat_templates"
-_FLOATS = ("F16", "BF16", "F32")
 
 
 class TensorInfo(NamedTuple):
@@ -128,79 +125,6 @@ class CheckpointReader:
         names = sorted({info.file for info in self.tensors.values()})
         stats = {name: (self.folder / name).stat() for name in names}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-    def moe_layers(self) -> list[MoELayer]:
-        """Return the MoE layers, in order.
-
-        Raises:
-            MoeqError: No supported MoE model, or an expert weight is missing, has a wrong shape
-                or is not 16- or 32-bit floating point.
-        """
-        family = family_of(self.config)
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method", "unknown")
-            raise MoeqError(
-                f"{self.folder} is quantized already (quant_method {method!r} in config.json); "
-                "moeq starts from 16- or 32-bit weights"
-            )
-        block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
-        expert_tensors = self._matching(rf"{block}{re.escape(family.experts)}\.\d+\..+")
-        if not expert_tensors:
-            raise MoeqError(
-                f"{self.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight"
-                f", as model_type {self.config.get('model_type')!r} should; moeq reads checkpoints "
-                "with one tensor per expert"
-            )
-        routers = self._matching(block + re.escape(family.router))
-        # A layer is one that has a router or an expert: if either is missing, it is an error.
-        blocks = {match["block"]: int(match["index"]) for match in (*expert_tensors, *routers)}
-        layers = [self._moe_layer(family, block, index) for block, index in blocks.items()]
-        weights = {
-            layer.tensor_name(expert, matrix)
-            for layer in layers
-            for expert, matrix, _ in layer.weights()
-        }
-        for match in expert_tensors:
-            if match.string not in weights:
-                raise MoeqError(
-                    f"{self.folder}: {match.string} is no weight of an expert that the router of "
-                    "its layer knows"
-                )
-        return sorted(layers, key=lambda layer: layer.index)
-
-    def _matching(self, pattern: str) -> list[re.Match[str]]:
-        compiled = re.compile(pattern)
-        return [match for name in self.tensors if (match := compiled.fullmatch(name))]
-
-    def _moe_layer(self, family: Family, block: str, index: int) -> MoELayer:
-        container, router = block + family.experts, block + family.router
-        gate_name = f"{container}.0.{family.gate}.weight"
-        gate = self.info(gate_name)
-        if len(gate.shape) != 2:
-            raise MoeqError(f"{gate_name} has shape {list(gate.shape)}, expected a matrix")
-        # The router knows how many experts there are; config.json names the number differently
-        # from one release of transformers to the next.
-        num_experts = self.info(router).shape[0]
-        layer = MoELayer(
-            index=index,
-            container=container,
-            router=router,
-            family=family,
-            num_experts=num_experts,
-            hidden_size=gate.shape[1],
-            intermediate_size=gate.shape[0],
-        )
-        self._check(router, (num_experts, layer.hidden_size))
-        for expert, matrix, _ in layer.weights():
-            self._check(layer.tensor_name(expert, matrix), layer.shape(matrix))
-        return layer
-
-    def _check(self, name: str, shape: tuple[int, int]) -> None:
-        info = self.info(name)
-        if info.shape != shape:
-            raise MoeqError(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
-        if info.dtype not in _FLOATS:
-            raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(_FLOATS)}")
 
     def other_files(self) -> Iterator[Path]:
         """Yield the files, relative to the folder, that belong into a converted checkpoint.

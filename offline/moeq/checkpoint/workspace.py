@@ -1,4 +1,4 @@
-"""Folders and files that survive a kill and are never half-written or shared by two runs."""
+"""What a run leaves beside its output until it is done: never half-written, never shared."""
 
 import fcntl
 import hashlib
@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,97 @@ from moeq.errors import MoeqError
 from vllm_moeq._version import __version__
 
 
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A hidden folder beside an output, for one run alone.
+
+    Attributes:
+        output: Folder to create.
+        plan: What is finished of a measured plan.
+        calibration: Layers that a calibration has finished.
+        partial: The output, until it is complete.
+    """
+
+    output: Path
+    plan: Path
+    calibration: Path
+    partial: Path
+
+    @classmethod
+    @contextmanager
+    def open(cls, output: Path, resume: bool) -> Iterator["Workspace"]:
+        """Keep other runs away from an output.
+
+        Args:
+            output: Folder to create.
+            resume: Keep what an unfinished run has left; otherwise it is removed.
+
+        Raises:
+            MoeqError: ``output`` exists, another run is writing it, or its folder is not to be
+                written.
+        """
+        check_output_is_free(output)
+        folder = output.with_name(f".{output.name}.moeq")
+        workspace = cls(output, folder / "plan", folder / "calibration", folder / "output")
+        with _locked(folder, f"another `moeq quantize` is writing {output}"):
+            if not resume:
+                clear(folder)
+            shutil.rmtree(workspace.partial, ignore_errors=True)
+            try:
+                yield workspace
+            finally:
+                shutil.rmtree(workspace.partial, ignore_errors=True)
+                for left in (workspace.plan, workspace.calibration, folder):
+                    with suppress(OSError):  # it is not empty: there is something to go on with
+                        left.rmdir()
+
+    def check_space(self, needed: int) -> None:
+        """Check that the disk can take so many bytes.
+
+        Raises:
+            MoeqError: It cannot; says how much is missing.
+        """
+        # What an unfinished run left is either gone on with or removed.
+        needed -= used_bytes(self.calibration)
+        parent = self.output.parent
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise MoeqError(
+                f"cannot write {self.output}: it takes {needed:,} bytes, {parent} has {free:,} "
+                "bytes free"
+            )
+
+    def publish(self) -> None:
+        """Make the output appear, all at once, and remove everything else.
+
+        Raises:
+            MoeqError: ``output`` has appeared meanwhile.
+            OSError: The disk fails.
+        """
+        _sync(self.partial)
+        check_output_is_free(self.output)
+        self.partial.rename(self.output)
+        _sync_one(self.output.parent)
+        clear(self.partial.parent)
+
+
+def check_output_is_free(output: Path) -> None:
+    """Check that nothing would be overwritten.
+
+    Raises:
+        MoeqError: ``output`` exists, or the folder that it is to be in does not.
+    """
+    if os.path.lexists(output):
+        raise MoeqError(f"`output` {output} exists already; remove it or choose another name")
+    if not output.absolute().parent.is_dir():
+        raise MoeqError(
+            f"cannot write {output}: the folder {output.parent} of `output` does not exist; "
+            "create it first"
+        )
+
+
 @contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
+def _locked(folder: Path, busy: str) -> Iterator[None]:
     """Create a folder if need be, and keep other runs out of it.
 
     The lock on the folder itself is freed by the system when the process dies, so a later run can
@@ -54,30 +144,30 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def begin(path: Path, fingerprint: dict[str, Any]) -> None:
+def begin(path: Path, work: dict[str, Any]) -> None:
     """Note what work a folder is for, or check that it was begun for the same.
 
     Args:
         path: File of the note.
-        fingerprint: Everything that the result depends on, by a name for users, as JSON.
+        work: Everything that the result depends on, by a name for users, as JSON.
 
     Raises:
         MoeqError: It was begun for something else; names what differs.
     """
-    fingerprint = json.loads(json.dumps(fingerprint))
+    work = json.loads(json.dumps(work))
     if path.exists():
         old = json.loads(path.read_text())
-        changed = [name for name in fingerprint if fingerprint[name] != old.get(name)]
+        changed = [name for name in work if work[name] != old.get(name)]
         if changed:
             raise MoeqError(
                 f"cannot resume: the unfinished run had another {', another '.join(changed)}; "
-                "use the same options, or leave out --resume to start again"
+                "use the same options, or leave out `resume` to start again"
             )
-    replace_file(path, lambda target: target.write_text(json.dumps(fingerprint)))
+    replace_file(path, lambda target: target.write_text(json.dumps(work)))
 
 
-def work_on(reader: CheckpointReader, tokens: torch.Tensor, device: str) -> dict[str, Any]:
-    """Return what a fingerprint says about a model, a calibration text and a place."""
+def fingerprint(reader: CheckpointReader, tokens: torch.Tensor, device: str) -> dict[str, Any]:
+    """Return what results depend on: a model, a calibration text and a place."""
     return {
         "moeq version": __version__,
         "source": reader.file_stats(),
@@ -117,6 +207,20 @@ def check_space(needed: int, folder: Path) -> None:
     if free < needed:
         raise MoeqError(
             f"measuring takes {needed:,} bytes of temporary files, {folder.parent} has {free:,} "
-            "bytes free; make room, or give fewer --nsamples; `moeq plan` and `moeq compare` take "
+            "bytes free; make room, or give fewer `nsamples`; `moeq plan` and `moeq compare` take "
             "the folder that TMPDIR names"
         )
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder to disk, so that the rename cannot overtake what it contains."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,62 +1,23 @@
 """What the command line prints about plans and checkpoints."""
 
-import json
 import math
-import os
-import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moeq.calibration.calibration import Calibration
-from moeq.checkpoint.reader import CheckpointReader, read_json
-from moeq.checkpoint.verify import read_plan
-from moeq.checkpoint.writer import CALIBRATION_NAME, Conversion
-from moeq.comparison import Findings, as_json, as_markdown, render
-from moeq.errors import MoeqError
+import torch
+
+from moeq.calibration import REPORT_NAME, CalibratedExperts
 from moeq.evaluation import Evaluation, Scores
-from moeq.planning.planner import Candidate, Planner
-from moeq.rounding import Rounding
-from vllm_moeq.format import BitPlan, FormatError
+from moeq.model.cost import Cost
+from moeq.pipeline import Estimate, QuantizedModel
+from moeq.units import duration
+from vllm_moeq.format import BitPlan
 
-_CPU_FLOPS = 1e11
-
-
-def load_plan(path: Path) -> BitPlan:
-    """Read ``plan.json``.
-
-    Raises:
-        MoeqError: The file is missing or no plan; names it.
-    """
-    try:
-        return BitPlan.from_dict(read_json(path))
-    except FormatError as error:
-        raise MoeqError(f"{path}: {error}") from error
-
-
-def write_plan(plan: BitPlan, path: Path) -> None:
-    """Write ``plan.json``.
-
-    Raises:
-        MoeqError: The file exists or cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.link(partial, path)  # unlike a rename, this never replaces an existing file
-    except FileExistsError:
-        raise MoeqError(f"--output {path} exists already; remove it or choose another") from None
-    except OSError as error:
-        raise MoeqError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def plan_of(path: Path) -> BitPlan:
-    """Return the plan in a file or in a packed checkpoint."""
-    return read_plan(CheckpointReader(path)) if path.is_dir() else load_plan(path)
+_RULES = ("combined", "router-norm")
+"""Strategies that go by router norms alone or first."""
 
 
 def describe_plan(plan: BitPlan) -> str:
@@ -64,7 +25,7 @@ def describe_plan(plan: BitPlan) -> str:
     provenance = plan.provenance
     rows = [
         ("strategy", provenance.strategy),
-        *((name, _text(value)) for name, value in provenance.details.items()),
+        *((name, _text(value)) for name, value in provenance.details.items() if name != "tried"),
         ("source", provenance.source),
         ("group size", str(plan.group_size)),
         ("bits requested", _number(provenance.requested_bits)),
@@ -80,7 +41,12 @@ def describe_plan(plan: BitPlan) -> str:
         if bits.w2 != bits.w13:
             text = f"w13 {text}; w2 {_widths(bits.w2)}"
         lines.append(f"  {container}: {text}")
-    return "\n".join(lines)
+    if provenance.strategy in _RULES:
+        lines.append(
+            "note: on the models we measured, this rule was not clearly better than random plans, "
+            "and measured plans were (--calib)"
+        )
+    return "\n".join([*lines, *_tried(provenance.details.get("tried", []))])
 
 
 def plan_summary(plan: BitPlan) -> dict[str, Any]:
@@ -97,86 +63,86 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
     }
 
 
-def describe_conversion(conversion: Conversion, rounding: Rounding | Calibration) -> str:
-    """Return what a conversion will need: files, disk, memory and time."""
-    source = sum(info.num_bytes for info in conversion.reader.tensors.values())
-    memory = conversion.peak_memory_bytes
+def describe_estimate(estimate: Estimate, device: torch.device) -> str:
+    """Return what a quantization needs: files, disk, memory and time."""
     rows = [
-        ("source", _bytes(source)),
-        ("result", f"{_bytes(conversion.output_bytes)} in {len(conversion.shards)} file(s)"),
+        ("source", _bytes(estimate.source_bytes)),
+        ("result", f"{_bytes(estimate.output_bytes)} in {estimate.output_files} file(s)"),
     ]
-    if isinstance(rounding, Calibration):
-        memory, operations = max(memory, rounding.peak_memory_bytes), rounding.operations
-        rows += [
-            ("disk on the way", f"{_bytes(rounding.disk_bytes)} more than the result"),
-            ("time", f"{operations / 1e12:.3g} TFLOP: {_time_class(operations)}"),
-        ]
-    rows.append(("peak memory", f"about {_bytes(memory)} beyond Python and torch"))
+    for name, cost in (("measuring", estimate.measuring), ("calibrating", estimate.rounding)):
+        if cost is not None:
+            rows.append((name, _cost(cost, device)))
+    rows.append(("peak memory", f"about {_bytes(estimate.memory_bytes)} beyond Python and torch"))
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 
-def describe_result(rounding: Rounding | Calibration) -> str:
-    """Return what there is to know about a rounding that is done."""
-    if not isinstance(rounding, Calibration):
-        return ""
-    counts = [n for coverage in rounding.coverage.values() for n in coverage.tokens]
-    text = (
-        f"an expert got {median(counts):,.0f} of {rounding.tokens.numel():,} calibration tokens "
-        f"(median; fewest {min(counts):,}, most {max(counts):,}; all: {CALIBRATION_NAME})\n"
-    )
-    if rounding.uncalibrated:
-        text += (
-            f"{rounding.uncalibrated} of {len(counts)} experts got fewer than "
-            f"{rounding.fewest_tokens} calibration tokens and were rounded without them (hqq); "
-            "more text helps (--nsamples), or --route-all-experts\n"
-        )
-    return text
+def _cost(cost: Cost, device: torch.device) -> str:
+    return f"about {duration(cost.seconds(device))}, {_bytes(cost.disk_bytes)} of temporary files"
 
 
-def describe_measurement(planner: Planner) -> str:
-    """Return what ``--dry-run`` says about a measurement that it leaves out."""
-    rows = [
-        ("rounding", _repeats(planner)),
-        ("disk", f"{_bytes(planner.disk_bytes)} of temporary files"),
-        ("time", f"{planner.operations / 1e12:.3g} TFLOP: {_time_class(planner.operations)}"),
-        ("peak memory", f"about {_bytes(planner.peak_memory_bytes)} beyond Python and torch"),
+def estimate_summary(estimate: Estimate, device: torch.device) -> dict[str, Any]:
+    """Return an estimate as JSON for programs."""
+
+    def summary(cost: Cost | None) -> dict[str, float] | None:
+        return None if cost is None else {**cost._asdict(), "seconds": cost.seconds(device)}
+
+    return {
+        "source_bytes": estimate.source_bytes,
+        "output_bytes": estimate.output_bytes,
+        "output_files": estimate.output_files,
+        "memory_bytes": estimate.memory_bytes,
+        "measuring": summary(estimate.measuring),
+        "rounding": summary(estimate.rounding),
+    }
+
+
+def model_summary(model: QuantizedModel, device: torch.device) -> dict[str, Any]:
+    """Return a quantized model as JSON for programs."""
+    return {
+        "path": str(model.path),
+        "written": model.written,
+        "plan": plan_summary(model.plan),
+        "estimate": estimate_summary(model.estimate, device),
+        "uncalibrated_experts": model.calibrated and model.calibrated.uncalibrated,
+        "reports": [str(path) for path in model.reports],
+    }
+
+
+def describe_calibration(calibrated: CalibratedExperts) -> str:
+    """Return what the experts got of the calibration text."""
+    counts, config = calibrated.token_counts, calibrated.config
+    lines = [
+        f"an expert got {median(counts):,.0f} of {config.tokens.numel():,} calibration tokens "
+        f"(median; fewest {min(counts):,}, most {max(counts):,}; all: {REPORT_NAME})"
     ]
-    return "\n".join(
-        [
-            "measurement, left out here:",
-            *(f"  {name:<14} {value}" for name, value in rows),
-            "What follows is for a plan of the same size.",
-        ]
-    )
+    if calibrated.uncalibrated:
+        lines.append(
+            f"{calibrated.uncalibrated} of {len(counts)} experts got fewer than "
+            f"{config.fewest_tokens} calibration tokens and were rounded without them (hqq); "
+            "more text helps (--nsamples), or --route-all-experts"
+        )
+    return "\n".join(lines)
 
 
-def _repeats(planner: Planner) -> str:
-    text = f"every expert at {len(planner.widths)} widths"
-    groups = len(planner.group_sizes)
-    return text if groups == 1 else f"{text}, for each of {groups} group sizes"
-
-
-def describe_candidates(tried: list[Candidate]) -> str:
-    """Return what ``--strategy auto`` tried as text, the best first; empty if it was not asked."""
+def _tried(tried: list[Mapping[str, Any]]) -> list[str]:
+    """Return what ``auto`` tried as lines, the best first; none if it was not asked."""
     if not tried:
-        return ""
+        return []
     lines = [["plan", "expert bytes", "KL", "loss"]]
-    for candidate in tried:
-        provenance, scores = candidate.plan.provenance, candidate.scores
+    for plan in tried:
         lines.append(
             [
-                provenance.strategy,
-                f"{provenance.expert_bytes:,}",
-                f"{scores.divergence:.5f}",
-                f"{scores.loss - scores.original_loss:+.5f}",
+                plan["strategy"],
+                f"{plan['expert_bytes']:,}",
+                f"{plan['divergence']:.5f}",
+                f"{plan['loss_increase']:+.5f}",
             ]
         )
-    text = _aligned(lines)
-    text.append(
-        f"tried on {tried[0].scores.tokens:,} tokens held back from the calibration text; KL: from "
-        "the original, loss: increase, in nats per token"
-    )
-    return "\n".join(text) + "\n"
+    return [
+        *_aligned(lines),
+        f"tried on {tried[0]['tokens']:,} tokens held back from the calibration text; KL: from the "
+        "original, loss: increase, in nats per token",
+    ]
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
@@ -186,29 +152,6 @@ def _aligned(lines: list[list[str]]) -> list[str]:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     ]
-
-
-def write_comparison(folder: Path, findings: Findings, title: str, notes: list[str]) -> None:
-    """Write a comparison as page, Markdown and JSON to a new folder.
-
-    Raises:
-        MoeqError: It cannot be written, or the page needs a package that is missing.
-    """
-    files = {
-        "compare.html": render(findings, title, notes),
-        "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
-        "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
-    }
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        for name, text in files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        raise MoeqError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
@@ -251,12 +194,6 @@ def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
         "texts": {name: summary(scores) for name, scores in evaluation.texts.items()},
         "routing_shift": dict(evaluation.routing_shift),
     }
-
-
-def _time_class(operations: float) -> str:
-    seconds = operations / _CPU_FLOPS
-    unit = "minutes" if seconds < 3600 else "hours" if seconds < 86400 else "days"
-    return f"{unit} at {_CPU_FLOPS / 1e9:.0f} GFLOP/s"
 
 
 def _widths(widths: tuple[int, ...]) -> str:

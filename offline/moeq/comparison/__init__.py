@@ -1,7 +1,8 @@
-"""``moeq compare``: which strategy wins on the user's own model, at equal bytes."""
+"""Which strategy wins on the user's own model, at equal bytes."""
 
+from moeq.comparison.files import write_comparison
 from moeq.comparison.page import render
-from moeq.comparison.study import STRATEGIES, Findings, Point, Study
+from moeq.comparison.study import STRATEGIES, Findings, Point, Study, check_strategies
 from moeq.comparison.summary import as_json, as_markdown, rows, verdicts
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Study",
     "as_json",
     "as_markdown",
+    "check_strategies",
     "render",
     "rows",
     "verdicts",
+    "write_comparison",
 ]

@@ -1,76 +1,12 @@
 """Runs models layer by layer from disk: several sets of experts cost little more than one."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-from tqdm import tqdm
 
-from moeq.checkpoint.families import Matrix, MoELayer
-from moeq.checkpoint.reader import CheckpointReader
 from moeq.evaluation.scores import Output
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Routed
-from moeq.rounding import QuantizedWeight
-from vllm_moeq.format import BitPlan
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSource:
-    """Where a model's experts come from.
-
-    Attributes:
-        matrices: Takes a layer and an expert's number; returns its weights.
-        key: Takes the same; sources with equal keys give equal weights, which are then read once.
-    """
-
-    matrices: Callable[[MoELayer, int], ExpertMatrices]
-    key: Callable[[MoELayer, int], Hashable]
-
-    @classmethod
-    def original(cls, model: LayerwiseModel) -> "ExpertSource":
-        """Return the experts of the checkpoint itself."""
-        return cls(model.matrices, lambda layer, expert: None)
-
-    @classmethod
-    def packed(
-        cls, reader: CheckpointReader, plan: BitPlan, device: torch.device
-    ) -> "ExpertSource":
-        """Return the experts of a packed checkpoint."""
-
-        def matrices(layer: MoELayer, expert: int) -> ExpertMatrices:
-            bits = plan.expert_bits[layer.container]
-            widths = bits.w13[expert], bits.w2[expert]
-            return dequantized(
-                layer, expert, widths, lambda name, width: reader.tensor(name), device
-            )
-
-        return cls(matrices, lambda layer, expert: "packed")
-
-
-def dequantized(
-    layer: MoELayer,
-    expert: int,
-    widths: tuple[int, int],
-    read: Callable[[str, int], torch.Tensor],
-    device: torch.device,
-) -> ExpertMatrices:
-    """Return the weights of an expert that is stored packed.
-
-    Args:
-        layer: Where it is.
-        expert: Its number.
-        widths: Of w13 and w2.
-        read: Takes the name of a packed tensor and its width; returns it.
-        device: Where the weights are to be.
-    """
-
-    def weight(matrix: Matrix, width: int) -> torch.Tensor:
-        names = QuantizedWeight.names(layer.tensor_name(expert, matrix))
-        stored = (read(name, width).to(device) for name in names)
-        return QuantizedWeight(*stored).dequantize(width)
-
-    first, second = widths
-    return ExpertMatrices(weight("gate", first), weight("up", first), weight("down", second))
+from moeq.model import ExpertSource, LayerwiseModel, run_layer
+from moeq.progress import Progress, silent, stage
 
 
 @torch.no_grad()
@@ -78,7 +14,7 @@ def outputs(
     model: LayerwiseModel,
     sources: Sequence[ExpertSource],
     tokens: torch.Tensor,
-    progress: bool = True,
+    progress: Progress = silent,
 ) -> Iterator[list[Output]]:
     """Yield for each sequence what the model says with each of several sets of experts.
 
@@ -86,18 +22,20 @@ def outputs(
         model: All but the experts.
         sources: Sets of experts.
         tokens: int64 [n, L].
-        progress: Show a progress bar.
+        progress: Hears of every layer.
     """
     hidden = torch.empty(len(sources), *tokens.shape, model.hidden_size)
     model.embed(tokens, hidden[0])
     hidden[1:] = hidden[0]
     flat, x = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
     chosen: dict[str, torch.Tensor] = {}
-    for index in tqdm(range(len(model)), desc="layers", disable=not progress):
-        routed = run_layer(model, index, flat, x, sources)
-        if routed is not None:
-            container = model.moe_layers[index].container
-            chosen[container] = routed.ids.view(len(sources), *tokens.shape, -1)
+    with stage(progress, "evaluate", len(model), "layer") as advance:
+        for index in range(len(model)):
+            routed = run_layer(model, index, flat, x, sources)
+            if routed is not None:
+                container = model.moe_layers[index].container
+                chosen[container] = routed.ids.view(len(sources), *tokens.shape, -1)
+            advance(1)
     for i in range(len(tokens)):
         yield [
             Output.of(
@@ -106,74 +44,3 @@ def outputs(
             )
             for number, stream in enumerate(hidden)
         ]
-
-
-def run_layer(
-    model: LayerwiseModel,
-    index: int,
-    hidden: torch.Tensor,
-    x: torch.Tensor,
-    sources: Sequence[ExpertSource],
-) -> Routed | None:
-    """Run one layer in place, with its experts.
-
-    Args:
-        model: All but the experts.
-        index: Which layer.
-        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
-        x: Memory of the same shape.
-        sources: Sets of experts.
-
-    Returns:
-        What the experts got; None for a layer without experts.
-    """
-    routed = model.run(index, hidden, x)
-    if routed is not None:
-        add_experts(model, model.moe_layers[index], routed, hidden, sources)
-    return routed
-
-
-def add_experts(
-    model: LayerwiseModel,
-    layer: MoELayer,
-    routed: Routed,
-    hidden: torch.Tensor,
-    sources: Sequence[ExpertSource],
-) -> None:
-    """Add, in place, what the experts of a layer give.
-
-    Args:
-        model: Runs them.
-        layer: Where they are.
-        routed: What they get.
-        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
-        sources: Sets of experts.
-    """
-    flat = hidden.view(-1, hidden.shape[-1])
-    for expert in range(layer.num_experts):
-        places, weights = routed.of_expert(expert)
-        streams = places // (len(flat) // len(sources))
-        for part, matrices in _weights(sources, layer, expert, streams):
-            inputs = routed.x[places[part]].to(model.device)
-            result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
-            flat.index_add_(0, places[part], result)
-
-
-def _weights(
-    sources: Sequence[ExpertSource], layer: MoELayer, expert: int, stream: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ExpertMatrices]]:
-    """Yield an expert's different weights, and which of its tokens get them.
-
-    Args:
-        sources: Sets of experts.
-        layer: Where the expert is.
-        expert: Its number.
-        stream: int64 [n]: for each of its tokens, the number of the source.
-    """
-    alike: dict[Hashable, list[int]] = {}
-    for number, source in enumerate(sources):
-        alike.setdefault(source.key(layer, expert), []).append(number)
-    for numbers in alike.values():
-        part = torch.isin(stream, torch.tensor(numbers)).nonzero().flatten()
-        if len(part):
-            yield part, sources[numbers[0]].matrices(layer, expert)

@@ -26,7 +26,7 @@ def outputs(model: str, tokens: torch.Tensor, dtype: str) -> list[TopOutput]:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise MoeqError(
-            f"--backend vllm: {error}; install vLLM, as in pip install 'vllm-moeq[cpu]'"
+            f"`backend` vllm: {error}; install vLLM, as in pip install 'vllm-moeq[cpu]'"
         ) from error
     llm = LLM(
         model=model, dtype=dtype, max_model_len=tokens.shape[1] + 1, max_logprobs=TOP_TOKENS,

@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
-from moeq.evaluation.reference import ExpertSource
 from moeq.evaluation.scores import Output
+from moeq.model import ExpertSource
 
 _EXPERTS = re.compile(r"layers\.(\d+)\.[^.]+\.experts(?:\.(gate_up_proj|down_proj))?$")
 """Matches the module of a layer's routed experts, and its parameters."""
@@ -20,8 +19,7 @@ class WholeModel:
     """A model of transformers, in float32, whose experts can be exchanged.
 
     Args:
-        folder: The original checkpoint.
-        layers: Its MoE layers.
+        source: The original checkpoint.
         device: Where it runs.
 
     Raises:
@@ -29,12 +27,12 @@ class WholeModel:
             knows.
     """
 
-    def __init__(self, folder: Path, layers: list[MoELayer], device: torch.device) -> None:
+    def __init__(self, source: SourceModel, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM  # takes seconds to import
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
         self._model = model.to(device).eval()
-        self._layers = {layer.index: layer for layer in layers}
+        self._layers = {layer.index: layer for layer in source.layers}
         self._fused = {
             (int(match[1]), match[2]): parameter
             for name, parameter in self._model.named_parameters()
@@ -45,8 +43,8 @@ class WholeModel:
         }
         if set(self._fused) != expected:
             raise MoeqError(
-                f"{folder}: transformers arranges the experts of this model in a way that moeq "
-                "does not know; use --backend reference"
+                f"{source.folder}: transformers arranges the experts of this model in a way that "
+                "moeq does not know; use `backend` reference"
             )
         self._chosen: dict[str, torch.Tensor] = {}
         for name, module in self._model.named_modules():

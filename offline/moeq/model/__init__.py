@@ -1,1 +1,14 @@
-"""Runs models layer by layer, on text."""
+"""Runs a model layer by layer from disk, on text, with experts of any origin."""
+
+from moeq.model.experts import ExpertSource, add_experts, dequantized, run_layer
+from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Routed
+
+__all__ = [
+    "ExpertMatrices",
+    "ExpertSource",
+    "LayerwiseModel",
+    "Routed",
+    "add_experts",
+    "dequantized",
+    "run_layer",
+]

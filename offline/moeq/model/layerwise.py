@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 
 _MOE_MODULE = "mlp"
@@ -51,31 +51,28 @@ class LayerwiseModel:
     """The layers of a checkpoint, to be run in order on the same sequences.
 
     Args:
-        reader: The checkpoint.
-        layers: Its MoE layers.
+        source: The checkpoint.
         device: Where layers run.
     """
 
-    def __init__(
-        self, reader: CheckpointReader, layers: list[MoELayer], device: torch.device
-    ) -> None:
+    def __init__(self, source: SourceModel, device: torch.device) -> None:
         # Takes seconds to import, which other commands should not wait for.
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.activations import ACT2FN
 
-        self.reader, self.device = reader, device
-        self.moe_layers = {layer.index: layer for layer in layers}
-        config = AutoConfig.from_pretrained(reader.folder)
+        self.source, self.device = source, device
+        self.moe_layers = {layer.index: layer for layer in source.layers}
+        config = AutoConfig.from_pretrained(source.folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self._body, self._head = model.model.eval(), model.lm_head
-        self.hidden_size = layers[0].hidden_size
+        self.hidden_size = source.hidden_size
         with torch.device(device):
             self._body.rotary_emb = type(self._body.rotary_emb)(config=config)
         self._layers: list[nn.Module] = list(self._body.layers)
         self._activation = ACT2FN[config.hidden_act]
         self._arguments: list[dict[str, Any]] = []
-        first = layers[0]
+        first = source.layers[0]
         self._prefix = first.container.removesuffix(f"{first.index}.{first.family.experts}")
         # "model.layers." holds the layers, "model." what is around them.
         self._around = self._prefix.removesuffix("layers.")
@@ -158,13 +155,25 @@ class LayerwiseModel:
             getattr(layer, _MOE_MODULE).experts = _Recorder()
         layer.to("meta")
 
+    def check_finite(self, index: int, hidden: torch.Tensor) -> None:
+        """Check what a layer gives.
+
+        Raises:
+            MoeqError: It is not finite.
+        """
+        if not torch.isfinite(hidden).all():
+            raise MoeqError(
+                f"{self.source.folder}: layer {index} gives NaN or infinity on the calibration "
+                "text; are its weights finite?"
+            )
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
         if self._head.weight.is_meta:
             name = "lm_head.weight"
-            if name not in self.reader.tensors:  # tied
+            if name not in self.source.reader.tensors:  # tied
                 name = f"{self._around}embed_tokens.weight"
-            weight = self.reader.tensor(name).to(self.device).float()
+            weight = self.source.tensor(name).to(self.device).float()
             self._head.load_state_dict({"weight": weight}, assign=True)
         logits: torch.Tensor = self._head(self._body.norm(hidden.to(self.device)))
         return logits
@@ -188,10 +197,10 @@ class LayerwiseModel:
         return ExpertMatrices(*map(self._finite, names))
 
     def _finite(self, name: str) -> torch.Tensor:
-        tensor = self.reader.tensor(name).to(self.device).float()
+        tensor = self.source.tensor(name).to(self.device).float()
         if not torch.isfinite(tensor).all():
             raise MoeqError(
-                f"{self.reader.folder}: cannot quantize {name}: weights are NaN or infinite"
+                f"{self.source.folder}: cannot quantize {name}: weights are NaN or infinite"
             )
         return tensor
 
@@ -207,13 +216,13 @@ class LayerwiseModel:
             if moe is not None:  # Mixtral's checkpoints have another name for the block
                 block = moe.family.experts.split(".")[0]
                 stored = name.replace(f"{_MOE_MODULE}.", f"{block}.", 1)
-            tensor = self.reader.tensor(prefix + stored).to(self.device)
+            tensor = self.source.tensor(prefix + stored).to(self.device)
             state[name] = tensor.float() if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_meta:
                 raise MoeqError(
-                    f"{self.reader.folder}: {prefix}{name} is not in the checkpoint, but "
+                    f"{self.source.folder}: {prefix}{name} is not in the checkpoint, but "
                     "transformers needs it"
                 )
 

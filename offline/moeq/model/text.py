@@ -1,13 +1,15 @@
 """Text for calibration and evaluation, cut into sequences of tokens."""
 
 import json
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from moeq.errors import MoeqError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TEXT = "default"
 """Stands for text that every Python has: the reference manual inside ``pydoc``."""
@@ -53,7 +55,7 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Return int64 [n, length]: sequences drawn from a text without overlap, n <= count.
 
-    Texts that are too short for one are left out, and named on stderr.
+    Texts that are too short for one are left out, and named in a warning.
 
     Args:
         folder: A checkpoint, for its tokenizer.
@@ -97,7 +99,9 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MoeqError(f"{folder}: cannot read its tokenizer: {reason}") from error
+        raise MoeqError(
+            f"{folder}: cannot read its tokenizer, which text needs: {reason}"
+        ) from error
     return {
         name: torch.tensor(
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
@@ -117,15 +121,14 @@ def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch
     if len(short) == len(windows):
         raise MoeqError(
             f"{source}: no text in it has the {length} tokens of one sequence; give more text or a "
-            "smaller --seqlen"
+            "smaller `seqlen`"
         )
     if short:
         names = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
-        print(
-            f"{source}: {len(short)} of {len(windows)} texts left out, for they have less than the "
-            f"{length} tokens of one sequence: {names}",
-            file=sys.stderr,
-        )
+        logger.warning(
+            "%s: %d of %d texts left out, for they have less than the %d tokens of one sequence: "
+            "%s", source, len(short), len(windows), length, names,
+        )  # fmt: skip
     return {name: found for name, found in windows.items() if len(found)}
 
 

@@ -1,1 +1,18 @@
-"""Bit plans that are measured on the model itself."""
+"""Bit plans: the paper's rule, or measured on the model itself and judged on text held back."""
+
+from moeq.planning.candidates import Candidate
+from moeq.planning.decide import decide, measurement_of, stand_in
+from moeq.planning.judge import judge
+from moeq.planning.measurement import Measurement
+from moeq.planning.planner import check, measured_plan
+
+__all__ = [
+    "Candidate",
+    "Measurement",
+    "check",
+    "decide",
+    "judge",
+    "measured_plan",
+    "measurement_of",
+    "stand_in",
+]

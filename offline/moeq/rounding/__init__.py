@@ -1,10 +1,7 @@
 """Rounding: weights to codes, scales and zero points."""
 
-from collections.abc import Callable
-
-import torch
-
-from moeq.rounding.gptq import REFINEMENT, Curvature, quantize_gptq
+from moeq.rounding.calibrated import DATA_FREE, FEWEST_TOKENS, METHODS, quantize_by_inputs
+from moeq.rounding.gptq import REFINEMENT, Hessian, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
@@ -12,17 +9,14 @@ from moeq.rounding.target import fitted
 
 __all__ = [
     "DATA_FREE",
+    "FEWEST_TOKENS",
+    "METHODS",
     "REFINEMENT",
-    "Curvature",
+    "Hessian",
     "QuantizedWeight",
-    "Rounding",
     "fitted",
+    "quantize_by_inputs",
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",
 ]
-
-Rounding = Callable[[torch.Tensor, int, int], QuantizedWeight]
-"""Takes a matrix, its width and the group size."""
-DATA_FREE: dict[str, Rounding] = {"rtn": quantize_rtn, "hqq": quantize_hqq}
-"""Rounding methods without calibration, by the name that ``--method`` takes."""

@@ -44,35 +44,35 @@ class Refinement(NamedTuple):
 REFINEMENT = Refinement()
 
 
-class Curvature(NamedTuple):
+class Hessian(NamedTuple):
     """What a batch of matrices is rounded by: damped Hessians and the factors of their inverses.
 
     Attributes:
-        hessian: float32 [B, K, K].
+        damped: float32 [B, K, K].
         order: int64 [B, K]: columns by their input energy, most first.
         upper: float32 [B, K, K]: upper Cholesky factors of the inverses, columns in that order.
     """
 
-    hessian: torch.Tensor
+    damped: torch.Tensor
     order: torch.Tensor
     upper: torch.Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor, samples: Sequence[int]) -> "Curvature":
+    def of(cls, sums: torch.Tensor, samples: Sequence[int]) -> "Hessian":
         """Damp Hessians, in place, and factor them; those that need more damping get more.
 
         Args:
-            hessian: Sums of the outer products of inputs, float32 [B, K, K].
+            sums: Of the outer products of inputs, float32 [B, K, K].
             samples: How many inputs each of them comes from.
 
         Raises:
             ValueError: A Hessian is not finite.
         """
-        if not torch.isfinite(hessian).all():
+        if not torch.isfinite(sums).all():
             raise ValueError("the calibration activations are NaN or infinite")
-        upper = torch.empty_like(hessian)
-        orders = [_factor(*parts) for parts in zip(hessian, upper, samples, strict=True)]
-        return cls(hessian, torch.stack(orders), upper)
+        upper = torch.empty_like(sums)
+        orders = [_factor(*parts) for parts in zip(sums, upper, samples, strict=True)]
+        return cls(sums, torch.stack(orders), upper)
 
 
 def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Ten
 
 def quantize_gptq(
     weights: torch.Tensor,
-    curvature: Curvature,
+    hessian: Hessian,
     bits: int,
     group_size: int,
     refinement: Refinement = REFINEMENT,
@@ -111,7 +111,7 @@ def quantize_gptq(
 
     Args:
         weights: [B, N, K], any floating type; K is a multiple of ``group_size``.
-        curvature: Of their inputs.
+        hessian: Of their inputs.
         bits: Width, one of the format's.
         group_size: Weights of a row that share a grid.
         refinement: What to do after GPTQ.
@@ -122,7 +122,7 @@ def quantize_gptq(
     weights = weights.float()
     batch, rows, columns = weights.shape
     groups = weights.reshape(-1, group_size)
-    importance = curvature.hessian.diagonal(dim1=1, dim2=2).view(batch, 1, -1, group_size)
+    importance = hessian.damped.diagonal(dim1=1, dim2=2).view(batch, 1, -1, group_size)
     importance = importance.expand(batch, rows, -1, group_size).reshape(-1, group_size)
     grid = Grid.searched(groups, bits, importance)
     del importance
@@ -131,21 +131,21 @@ def quantize_gptq(
         for values in (grid.scale, grid.zero)
     )
     transposed = weights.transpose(1, 2).contiguous()
-    codes = _feed_back(transposed, curvature, scale, zero, bits)
+    codes = _feed_back(transposed, hessian, scale, zero, bits)
     if refinement.rounds:
-        _refine(transposed, curvature.hessian, codes, scale, zero, bits, refinement)
+        _refine(transposed, hessian.damped, codes, scale, zero, bits, refinement)
     return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(batch)]
 
 
 def _feed_back(
-    weight: torch.Tensor, curvature: Curvature, scale: torch.Tensor, zero: torch.Tensor, bits: int
+    weight: torch.Tensor, hessian: Hessian, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """Choose codes column by column; what is not chosen yet makes up for the error so far.
 
     Returns:
         Codes as float32 [B, K, N].
     """
-    _, order, upper = curvature
+    _, order, upper = hessian
     columns, rows = weight.shape[1:]
     index = order[:, :, None].expand(-1, -1, rows)
     remaining = weight.gather(1, index)

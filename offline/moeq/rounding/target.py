@@ -10,10 +10,10 @@ stream: wanted is what brings the stream back to where it is in the original mod
 
 import torch
 
-from moeq.rounding.gptq import Curvature
+from moeq.rounding.gptq import Hessian
 
 
-def fitted(weights: torch.Tensor, curvature: Curvature, missing: torch.Tensor) -> torch.Tensor:
+def fitted(weights: torch.Tensor, hessian: Hessian, missing: torch.Tensor) -> torch.Tensor:
     """Return the weights whose outputs come nearest to wanted ones, by damped least squares.
 
     The damping is that of the Hessians, so few samples move the weights little; and their factors
@@ -21,11 +21,11 @@ def fitted(weights: torch.Tensor, curvature: Curvature, missing: torch.Tensor) -
 
     Args:
         weights: float32 [B, N, K].
-        curvature: Of their inputs.
+        hessian: Of their inputs.
         missing: Sums of the outer products of what the outputs lack, wanted - output, and the
             inputs: float32 [B, N, K].
     """
-    order, upper = curvature.order[:, None].expand_as(missing), curvature.upper
+    order, upper = hessian.order[:, None].expand_as(missing), hessian.upper
     # The factor is of the inverse with its columns in that order.
     change = missing.gather(2, order) @ upper.mT @ upper
     return weights + torch.empty_like(change).scatter_(2, order, change)

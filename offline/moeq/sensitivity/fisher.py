@@ -1,4 +1,4 @@
-"""How much the loss minds an error in the output of a layer, token by token.
+"""How much the loss grows by an error in the output of a layer, token by token.
 
 The loss of a model whose layer outputs are off by d grows by about half of sum_t (g_t . d_t)^2,
 where g_t is the gradient, with respect to the output at token t, of the log-probability of tokens
@@ -10,15 +10,18 @@ learning", 1998). Terms between different tokens are left out.
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from moeq.errors import MoeqError
-from moeq.evaluation.reference import ExpertSource, run_layer
-from moeq.model.layerwise import LayerwiseModel
+from moeq.model import ExpertSource, LayerwiseModel, run_layer
+from moeq.model.activations import mapped
+from moeq.progress import Progress, silent, stage
 
 
 def gradients(
-    model: LayerwiseModel, tokens: torch.Tensor, folder: Path, seed: int, progress: bool = True
+    model: LayerwiseModel,
+    tokens: torch.Tensor,
+    folder: Path,
+    seed: int,
+    progress: Progress = silent,
 ) -> list[torch.Tensor]:
     """Return the gradient of the outputs of every layer: float32 [n, L, hidden_size] each.
 
@@ -27,7 +30,7 @@ def gradients(
         tokens: int64 [n, L].
         folder: Gets activations and gradients, which the system keeps in memory where it can.
         seed: Of the drawn tokens.
-        progress: Show a progress bar.
+        progress: Hears of every layer, forward and back.
 
     Raises:
         MoeqError: Activations or weights that are not finite.
@@ -37,23 +40,23 @@ def gradients(
     states = [mapped(path, shape) for path in paths]
     hidden, x = torch.empty(2, *shape)
     sources = [ExpertSource.original(model)]
-    with tqdm(total=2 * len(model), desc="fisher", disable=not progress) as bar:
+    with stage(progress, "gradients", 2 * len(model), "layer") as advance:
         with torch.no_grad():
             model.embed(tokens, hidden)
             for index in range(len(model)):
                 states[index].copy_(hidden)
                 run_layer(model, index, hidden, x, sources)
-                check_finite(model, index, hidden)
-                bar.update()
+                model.check_finite(index, hidden)
+                advance(1)
         gradient = _of_head(model, hidden, seed)
-        found = []
+        results = []
         for index in reversed(range(len(model))):
-            found.append(mapped(folder / f"gradient-{index}.bin", shape))
-            found[-1].copy_(gradient)
+            results.append(mapped(folder / f"gradient-{index}.bin", shape))
+            results[-1].copy_(gradient)
             model.backward(index, states.pop(), gradient)
             paths[index].unlink()
-            bar.update()
-    return found[::-1]
+            advance(1)
+    return results[::-1]
 
 
 def _of_head(model: LayerwiseModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
@@ -67,25 +70,6 @@ def _of_head(model: LayerwiseModel, hidden: torch.Tensor, seed: int) -> torch.Te
                 log_probabilities.detach().exp().cpu(), 1, generator=generator
             )
             chosen = log_probabilities.gather(1, drawn.to(log_probabilities.device))
-            (found,) = torch.autograd.grad(chosen.sum(), inputs)
-        target.copy_(found)
+            (of_inputs,) = torch.autograd.grad(chosen.sum(), inputs)
+        target.copy_(of_inputs)
     return gradient
-
-
-def check_finite(model: LayerwiseModel, index: int, hidden: torch.Tensor) -> None:
-    """Check what a layer gives.
-
-    Raises:
-        MoeqError: It is not finite.
-    """
-    if not torch.isfinite(hidden).all():
-        raise MoeqError(
-            f"{model.reader.folder}: layer {index} gives NaN or infinity on the calibration text; "
-            "are its weights finite?"
-        )
-
-
-def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return float32 memory that the system may write to a file when it needs the space."""
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)

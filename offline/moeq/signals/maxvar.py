@@ -2,14 +2,13 @@
 
 import torch
 
-from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import MoELayer, SourceModel
 from moeq.errors import MoeqError
 
 MAXVAR_VARIANTS = ("max-row", "highest-norm-row")
 
 
-def max_var(reader: CheckpointReader, layer: MoELayer, variant: str = "max-row") -> torch.Tensor:
+def max_var(source: SourceModel, layer: MoELayer, variant: str = "max-row") -> torch.Tensor:
     """Return MaxVar of each expert, float32 [num_experts].
 
     ``max-row`` is the paper's definition (arXiv 2604.06515, section 4): the largest biased
@@ -22,13 +21,13 @@ def max_var(reader: CheckpointReader, layer: MoELayer, variant: str = "max-row")
     values = []
     for expert in range(layer.num_experts):
         name = layer.tensor_name(expert, "gate")
-        weight = reader.tensor(name).float()
+        weight = source.tensor(name).float()
         if variant == "max-row":
             value = weight.var(dim=1, correction=0).max()
         elif variant == "highest-norm-row":
             value = weight[weight.norm(dim=1).argmax()].var(correction=1)
         else:
-            raise MoeqError(f"--maxvar {variant} is not one of {', '.join(MAXVAR_VARIANTS)}")
+            raise MoeqError(f"`maxvar` {variant} is not one of {', '.join(MAXVAR_VARIANTS)}")
         if not torch.isfinite(value):
             raise MoeqError(f"{name} holds NaN or infinite weights")
         values.append(value)

@@ -2,8 +2,8 @@
 
 import torch
 
-from moeq.checkpoint.families import MoELayer
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.checkpoint import MoELayer
+from moeq.model import ExpertMatrices, LayerwiseModel
 from moeq.rounding import quantize_rtn
 
 TOKENS = 512
@@ -31,8 +31,8 @@ def data_free_error(
     """
     x = torch.randn(TOKENS, layer.hidden_size, generator=torch.Generator().manual_seed(0))
     norm = layer.container.removesuffix(layer.family.experts) + _NORM
-    if norm in model.reader.tensors:
-        x *= model.reader.tensor(norm).float()
+    if norm in model.source.reader.tensors:
+        x *= model.source.tensor(norm).float()
     x = x.to(model.device)
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.checkpoint import CheckpointReader, MoELayer, SourceModel
+from moeq.checkpoint.reader import resolve_model
 from moeq.errors import MoeqError
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
@@ -29,7 +29,7 @@ class RouterNorms:
 
 
 def router_norms(
-    reader: CheckpointReader, layer: MoELayer, base: Mapping[str, torch.Tensor] | None
+    source: SourceModel, layer: MoELayer, base: Mapping[str, torch.Tensor] | None
 ) -> RouterNorms:
     """Return the norm change of each expert's router row, or its surrogate.
 
@@ -38,20 +38,20 @@ def router_norms(
     checkpoints.
 
     Args:
-        reader: The checkpoint being quantized.
+        source: The checkpoint being quantized.
         layer: One of its MoE layers.
         base: What :func:`load_base_routers` returned, or None.
 
     Raises:
         MoeqError: The initial router has another shape, or a router is not finite.
     """
-    final = reader.tensor(layer.router).float()
+    final = source.tensor(layer.router).float()
     values = final.norm(dim=1)
     if base is not None:
         initial = base[layer.router].float()
         if initial.shape != final.shape:
             raise MoeqError(
-                f"--base-router: the initial router for {layer.router} has shape "
+                f"`base_router`: the initial router for {layer.router} has shape "
                 f"{list(initial.shape)}, the model's has {list(final.shape)}"
             )
         values = values - initial.norm(dim=1)
@@ -84,7 +84,7 @@ def load_base_routers(source: str, layers: list[MoELayer]) -> dict[str, torch.Te
                     layer.router: file.get_tensor(_find(names, layer, source)) for layer in layers
                 }
         except SafetensorError as error:
-            raise MoeqError(f"--base-router {source} is no safetensors file ({error})") from error
+            raise MoeqError(f"`base_router` {source} is no safetensors file ({error})") from error
     reader = CheckpointReader(resolve_model(source))
     names = set(reader.tensors)
     return {layer.router: reader.tensor(_find(names, layer, source)) for layer in layers}
@@ -103,7 +103,7 @@ def _find(names: set[str], layer: MoELayer, source: str) -> str:
     if len(same_layer) != 1:
         found = "several candidates" if same_layer else "nothing"
         raise MoeqError(
-            f"--base-router {source}: found {found} for the router {layer.router} "
+            f"`base_router` {source}: found {found} for the router {layer.router} "
             f"(layer {layer.index})"
         )
     return same_layer[0]

@@ -4,14 +4,13 @@ from collections.abc import Callable
 
 import torch
 
-from moeq.checkpoint.families import Matrix, MoELayer
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import Matrix, MoELayer, SourceModel
 from moeq.errors import MoeqError
 
 _MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
 
 
-def kurtosis(reader: CheckpointReader, layer: MoELayer) -> torch.Tensor:
+def kurtosis(source: SourceModel, layer: MoELayer) -> torch.Tensor:
     """Return the kurtosis of each expert's weights, float32 [num_experts]; 3 for a normal law.
 
     The mean over its matrices. Outliers, which make it large, widen the grids of all others.
@@ -26,10 +25,10 @@ def kurtosis(reader: CheckpointReader, layer: MoELayer) -> torch.Tensor:
         result: torch.Tensor = fourth / centred.pow(2).mean().square()
         return result
 
-    return torch.stack([_mean(reader, layer, e, of_matrix) for e in range(layer.num_experts)])
+    return torch.stack([_mean(source, layer, e, of_matrix) for e in range(layer.num_experts)])
 
 
-def hill_alpha(reader: CheckpointReader, layer: MoELayer) -> torch.Tensor:
+def hill_alpha(source: SourceModel, layer: MoELayer) -> torch.Tensor:
     """Return the power-law exponent of each expert's spectra, float32 [num_experts].
 
     Hill's estimator over the upper half of the eigenvalues of W W^T (Martin and Mahoney, JMLR
@@ -47,11 +46,11 @@ def hill_alpha(reader: CheckpointReader, layer: MoELayer) -> torch.Tensor:
         result: torch.Tensor = 1 + len(tail) / tail.sum()
         return result
 
-    return torch.stack([_mean(reader, layer, e, of_matrix) for e in range(layer.num_experts)])
+    return torch.stack([_mean(source, layer, e, of_matrix) for e in range(layer.num_experts)])
 
 
 def _mean(
-    reader: CheckpointReader,
+    source: SourceModel,
     layer: MoELayer,
     expert: int,
     function: Callable[[torch.Tensor], torch.Tensor],
@@ -59,7 +58,7 @@ def _mean(
     values = []
     for matrix in _MATRICES:
         name = layer.tensor_name(expert, matrix)
-        value = function(reader.tensor(name).float())
+        value = function(source.tensor(name).float())
         if not torch.isfinite(value):
             raise MoeqError(f"{name} holds NaN or infinite weights, or none but zeros")
         values.append(value)

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from moeq.checkpoint.families import MoELayer
-from moeq.model.layerwise import LayerwiseModel
-from moeq.sensitivity.bank import Bank, Choice
+from moeq.checkpoint import MoELayer
+from moeq.model import LayerwiseModel
+from moeq.sensitivity import Bank, Choice
 from moeq.signals.maxvar import max_var
 from moeq.signals.random_inputs import data_free_error
 from moeq.signals.router_norm import router_norms
@@ -26,7 +26,7 @@ class Evidence:
         model: Runs the checkpoint.
         base: Routers from before training, or None.
         bank: What calibration measured.
-        bits: Width at which damage is compared, one of the bank's.
+        bits: Width at which quantization errors are compared, one of the bank's.
     """
 
     model: LayerwiseModel
@@ -67,15 +67,15 @@ class Signal:
         return sorted(range(len(values)), key=lambda expert: sign * values[expert])
 
 
-def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
-    """Return the damage at one width, of both projections together."""
+def _error(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
+    """Return the quantization error at one width, of both projections together."""
 
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-        damage, bits = evidence.bank.damage, evidence.bits
+        errors, bits = evidence.bank.errors, evidence.bits
         return torch.tensor(
             [
                 sum(
-                    getattr(damage[Choice(layer.container, expert, projection, bits)], attribute)
+                    getattr(errors[Choice(layer.container, expert, projection, bits)], attribute)
                     for projection in PROJECTIONS
                 )
                 for expert in range(layer.num_experts)
@@ -85,41 +85,41 @@ def _damage(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
     return values
 
 
-def _traffic(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
+def _routing(attribute: str) -> Callable[[Evidence, MoELayer], torch.Tensor]:
     def values(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-        traffic = evidence.bank.traffic[layer.container]
-        return torch.tensor([float(getattr(found, attribute)) for found in traffic])
+        statistics = evidence.bank.routing[layer.container]
+        return torch.tensor([float(getattr(expert, attribute)) for expert in statistics])
 
     return values
 
 
 def _pmq(evidence: Evidence, layer: MoELayer) -> torch.Tensor:
-    frequency, weight = (_traffic(name)(evidence, layer) for name in ("frequency", "weight"))
-    return frequency * weight * _damage("weight")(evidence, layer)
+    frequency, weight = (_routing(name)(evidence, layer) for name in ("frequency", "weight"))
+    return frequency * weight * _error("weight")(evidence, layer)
 
 
 _ROUTERS, _WEIGHTS, _TEXT = "reads routers", "reads all experts", "calibration"
 SIGNALS: tuple[Signal, ...] = (
     Signal(
         "router-norm", "initial router", _ROUTERS, "small", "Chowdhury et al., 2026",
-        lambda evidence, layer: router_norms(evidence.model.reader, layer, evidence.base).values,
+        lambda evidence, layer: router_norms(evidence.model.source, layer, evidence.base).values,
     ),
     Signal(
         "final-router-norm", "nothing", _ROUTERS, "small", "Chowdhury et al., 2026: surrogate",
-        lambda evidence, layer: router_norms(evidence.model.reader, layer, None).values,
+        lambda evidence, layer: router_norms(evidence.model.source, layer, None).values,
     ),
     Signal(
         "maxvar", "nothing", "reads first projections", "large", "Chowdhury et al., 2026",
-        lambda evidence, layer: max_var(evidence.model.reader, layer),
+        lambda evidence, layer: max_var(evidence.model.source, layer),
     ),
     Signal(
         "kurtosis", "nothing", _WEIGHTS, "large", "outliers widen grids",
-        lambda evidence, layer: kurtosis(evidence.model.reader, layer),
+        lambda evidence, layer: kurtosis(evidence.model.source, layer),
     ),
     Signal(
         "hill-alpha", "nothing", "singular values of all experts", "small",
         "Martin and Mahoney, 2021",
-        lambda evidence, layer: hill_alpha(evidence.model.reader, layer),
+        lambda evidence, layer: hill_alpha(evidence.model.source, layer),
     ),
     Signal(
         "data-free-error", "nothing", "rounds all experts", "large", "of rounding, random inputs",
@@ -128,12 +128,12 @@ SIGNALS: tuple[Signal, ...] = (
         ),
         at_width=True,
     ),
-    Signal("frequency", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("frequency")),
-    Signal("router-weight", "calibration", _TEXT, "large", "PMQ, 2024", _traffic("weight")),
+    Signal("frequency", "calibration", _TEXT, "large", "PMQ, 2024", _routing("frequency")),
+    Signal("router-weight", "calibration", _TEXT, "large", "PMQ, 2024", _routing("weight")),
     Signal("pmq", "calibration", _TEXT, "large", "PMQ, 2024: product with the error", _pmq),
-    Signal("weight-error", "calibration", _TEXT, "large", "of rounding", _damage("weight")),
-    Signal("output-error", "calibration", _TEXT, "large", "of rounding", _damage("output")),
-    Signal("sensitivity", "calibration", _TEXT, "large", "Fisher information", _damage("loss")),
+    Signal("weight-error", "calibration", _TEXT, "large", "of rounding", _error("weight")),
+    Signal("output-error", "calibration", _TEXT, "large", "of rounding", _error("output")),
+    Signal("sensitivity", "calibration", _TEXT, "large", "Fisher information", _error("loss")),
 )  # fmt: skip
 """All signals."""
 PMQ = next(signal for signal in SIGNALS if signal.name == "pmq")

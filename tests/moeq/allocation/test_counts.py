@@ -80,13 +80,13 @@ def test_one_level_gives_all_experts_that_width() -> None:
 @pytest.mark.parametrize(
     ("bits", "levels", "message"),
     [
-        (2.0, (), "--levels"),
+        (2.0, (), "`levels`"),
         (2.5, (2, 3), "highest first"),
         (2.0, (2, 2), "different widths"),
-        (3.5, (3, 2), "--bits 3.5 is outside of --levels 3,2"),
-        (1.5, (3, 2), "--bits 1.5 is outside of --levels 3,2"),
-        (float("nan"), (3, 2), "--bits nan"),
-        (2.5, (2,), "--bits 2.5 is outside of --levels 2"),
+        (3.5, (3, 2), "`bits` 3.5 is outside of `levels` 3,2"),
+        (1.5, (3, 2), "`bits` 1.5 is outside of `levels` 3,2"),
+        (float("nan"), (3, 2), "`bits` nan"),
+        (2.5, (2,), "`bits` 2.5 is outside of `levels` 2"),
         (2.5, (4, 2, 1), "equally spaced"),
         (2.5, (4, 3, 2, 1), "equally spaced"),
     ],

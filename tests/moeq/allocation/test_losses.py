@@ -15,8 +15,8 @@ from moeq.allocation.losses import (
     loss_array,
     possible_group_sizes,
 )
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, check_plan_fits
-from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import PROJECTIONS, BitPlan
@@ -26,7 +26,7 @@ WIDTHS = (4, 2, 1)
 
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> list[MoELayer]:
-    return CheckpointReader(write_checkpoint(tmp_path_factory.mktemp("model"))).moe_layers()
+    return SourceModel.open(write_checkpoint(tmp_path_factory.mktemp("model"))).layers
 
 
 def _table(factor: float = 1.0) -> LossTable:

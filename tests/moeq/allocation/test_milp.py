@@ -225,11 +225,11 @@ def test_a_pair_without_a_common_width_is_named() -> None:
     ("options", "message"),
     [
         ({"layer_bytes": (1, 2, 3)}, "layer_bytes lists 3 layers, the model has 2"),
-        ({"layer_tolerance": -0.1}, "--layer-tolerance -0.1"),
-        ({"layer_tolerance": math.nan}, "--layer-tolerance nan"),
-        ({"rank_tolerance": 1.0}, "--rank-tolerance 1.0"),
-        ({"widths_per_layer": 0}, "--widths-per-layer 0 must be at least 1"),
-        ({"ranks": 0}, "ranks 0 must be at least 1"),
+        ({"layer_tolerance": -0.1}, "`layer_tolerance` -0.1"),
+        ({"layer_tolerance": math.nan}, "`layer_tolerance` nan"),
+        ({"rank_tolerance": 1.0}, "`rank_tolerance` 1.0"),
+        ({"widths_per_layer": 0}, "`widths_per_layer` 0 must be at least 1"),
+        ({"ranks": 0}, "`ranks` 0 must be at least 1"),
     ],
 )
 def test_bad_constraints_are_named(options: dict[str, Any], message: str) -> None:

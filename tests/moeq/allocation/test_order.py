@@ -88,12 +88,12 @@ def test_a_factor_of_exactly_zeta_does_not_move() -> None:
 
 @pytest.mark.parametrize("zeta", [0.99, 0.0, -1.0, float("nan")])
 def test_zeta_below_one_is_refused(zeta: float) -> None:
-    with pytest.raises(MoeqError, match="--zeta"):
+    with pytest.raises(MoeqError, match="`zeta`"):
         combined_order(torch.tensor([0.0, 1]), torch.tensor([1.0, 3]), zeta)
 
 
 def test_unknown_variant_is_refused() -> None:
-    with pytest.raises(MoeqError, match="--reorder twice"):
+    with pytest.raises(MoeqError, match="`reorder` twice"):
         combined_order(torch.tensor([0.0, 1]), torch.tensor([1.0, 3]), 3.0, "twice")
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeq.allocation import PlanOptions, make_plan
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
+from moeq.planning import decide
+from moeq.requests import PlanRequest
 from support.checkpoints import (
     CONTAINERS,
     HIDDEN,
@@ -38,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plan(folder: Path, **options: object) -> BitPlan:
-    reader = CheckpointReader(folder)
-    settings = PlanOptions(**{"bits": 2.5, "group_size": 64, **options})  # type: ignore[arg-type]
-    return make_plan(reader, reader.moe_layers(), settings, "the-source")
+    asked = {"bits": 2.5, "group_size": 64, "calib": None, **options}
+    request = PlanRequest(model=str(folder), **asked)  # type: ignore[arg-type]
+    return decide(SourceModel.open(folder), request, None)
 
 
 def _widths(plan: BitPlan) -> list[tuple[int, ...]]:
@@ -116,7 +117,7 @@ def test_sizes_are_those_of_the_format(folder: Path) -> None:
 def test_provenance_tells_how_the_plan_was_made(folder: Path) -> None:
     plan = _plan(folder, maxvar="highest-norm-row", zeta=2.0, reorder="one-pass", levels=(4, 2))
     assert plan.provenance.strategy == "combined"
-    assert plan.provenance.source == "the-source"
+    assert plan.provenance.source == str(folder)
     expected = {"maxvar": "highest-norm-row", "zeta": 2.0, "reorder": "one-pass", "levels": [4, 2]}
     assert expected.items() <= plan.provenance.details.items()
 
@@ -124,27 +125,27 @@ def test_provenance_tells_how_the_plan_was_made(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "best"}, "--strategy best is not one of"),
+        ({"strategy": "best"}, "`strategy` best is not one of"),
         ({"strategy": "random:x"}, "SEED"),
         ({"strategy": "random:"}, "SEED"),
         ({"strategy": f"random:{2**63}"}, "SEED"),
-        ({"strategy": "random"}, "--strategy random is not one of"),
-        ({"strategy": "maxvar", "zeta": 5.0}, "--zeta has no effect with --strategy maxvar"),
-        ({"strategy": "router-norm", "maxvar": "highest-norm-row"}, "--maxvar has no effect"),
-        ({"strategy": "random:0", "reorder": "one-pass"}, "--reorder has no effect"),
-        ({"strategy": "uniform"}, "--strategy uniform needs --bits to be one width"),
-        ({"strategy": "uniform", "bits": 3, "levels": (4, 2)}, "--levels"),
-        ({"strategy": "uniform", "bits": 3, "base_router": "x"}, "--base-router has no effect"),
-        ({"bits": 0.5}, "--bits 0.5"),
-        ({"bits": 9}, "--bits 9"),
-        ({"bits": float("nan")}, "--bits nan"),
-        ({"levels": (7, 2)}, "--levels: 7"),
+        ({"strategy": "random"}, "`strategy` random is not one of"),
+        ({"strategy": "maxvar", "zeta": 5.0}, "`zeta` has no effect with `strategy` maxvar"),
+        ({"strategy": "router-norm", "maxvar": "highest-norm-row"}, "`maxvar` has no effect"),
+        ({"strategy": "random:0", "reorder": "one-pass"}, "`reorder` has no effect"),
+        ({"strategy": "uniform"}, "`strategy` uniform needs `bits` to be one width"),
+        ({"strategy": "uniform", "bits": 3, "levels": (4, 2)}, "`levels`"),
+        ({"strategy": "uniform", "bits": 3, "base_router": "x"}, "`base_router` has no effect"),
+        ({"bits": 0.5}, "`bits` 0.5"),
+        ({"bits": 9}, "`bits` 9"),
+        ({"bits": float("nan")}, "`bits` nan"),
+        ({"levels": (7, 2)}, "`levels` 7 is not one of"),
         ({"levels": (2, 3)}, "highest first"),
-        ({"group_size": 48}, "group_size 48"),
-        ({"group_size": 128}, "--group-size 128 does not divide the hidden_size 64"),
-        ({"zeta": 0.5}, "--zeta 0.5"),
-        ({"maxvar": "mean"}, "--maxvar mean"),
-        ({"reorder": "twice"}, "--reorder twice"),
+        ({"group_size": 48}, "`group_size` 48 is not one of"),
+        ({"group_size": 128}, "`group_size` 128 does not divide the hidden_size 64"),
+        ({"zeta": 0.5}, "`zeta` 0.5"),
+        ({"maxvar": "mean"}, "`maxvar` mean"),
+        ({"reorder": "twice"}, "`reorder` twice"),
         ({"base_router": "/nowhere"}, "/nowhere"),
     ],
 )
@@ -154,5 +155,5 @@ def test_bad_options_are_named(folder: Path, options: dict[str, object], message
 
 
 def test_one_level_smaller_than_the_average_is_refused(folder: Path) -> None:
-    with pytest.raises(MoeqError, match="--bits 2.5 is outside of --levels 2"):
+    with pytest.raises(MoeqError, match="`bits` 2.5 is outside of `levels` 2"):
         _plan(folder, levels=(2,))

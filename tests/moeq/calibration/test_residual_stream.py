@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moeq.allocation import PlanOptions, make_plan
-from moeq.calibration.calibration import Calibration
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.calibration import CalibrationConfig, calibrate
+from moeq.checkpoint import SourceModel
 from support.reference import dequantize
 from vllm_moeq.format import BitPlan, LayerBits
 
@@ -21,13 +20,12 @@ W13, W2 = 2, 8
 DAMPING, DAMPING_PER_COLUMN = 0.01, 0.5
 
 
-def _plan(reader: CheckpointReader, layers: list[Any]) -> BitPlan:
-    plan = make_plan(reader, layers, PlanOptions(2, None, "uniform", GROUP), "test")
+def _plan(source: SourceModel) -> BitPlan:
     bits = {
         layer.container: LayerBits((W13,) * layer.num_experts, (W2,) * layer.num_experts)
-        for layer in layers
+        for layer in source.layers
     }
-    return BitPlan(GROUP, bits, plan.provenance)
+    return BitPlan(GROUP, bits)
 
 
 class _Seen:
@@ -70,12 +68,11 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
     source = tiny_model(family)
     if family.startswith("deepseek"):
         source = _with_two_moe_layers(source, tmp_path / "model")
-    reader = CheckpointReader(source)
-    layers = reader.moe_layers()
+    model_source = SourceModel.open(source)
+    layers = model_source.layers
     tokens = torch.randint(3, 259, (40, 32), generator=torch.Generator().manual_seed(0))
-    calibration = Calibration(reader, layers, _plan(reader, layers), tokens, route_all=route_all)
-    calibration.run(tmp_path / "calibration", resume=False, progress=False)
-    read = calibration.stored(tmp_path / "calibration")
+    config = CalibrationConfig(model_source, _plan(model_source), tokens, route_all=route_all)
+    read = calibrate(config, tmp_path / "calibration", resume=False).read
 
     def rounded(expert: int, matrix: str, layer: Any) -> torch.Tensor:
         return dequantize(*read(layer.tensor_name(expert, matrix)).values(), GROUP)
@@ -92,8 +89,8 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
         experts.down_proj.data[expert] = rounded(expert, "down", first)
     # The first layer is rounded, the second one is not yet.
     seen = _Seen(model, second.index, tokens)
-    lag = original.output - seen.output
-    assert lag.norm() > 0.02 * original.output.norm()
+    residual_error = original.output - seen.output
+    assert residual_error.norm() > 0.02 * original.output.norm()
 
     changes = []
     for expert in range(second.num_experts):
@@ -103,10 +100,10 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
             places, weights = torch.arange(len(seen.x)), torch.ones(len(seen.x)).double()
         x, matrices = seen.x[places], {}
         for name in ("gate", "up", "down"):
-            matrices[name] = reader.tensor(second.tensor_name(expert, name)).double()
+            matrices[name] = model_source.tensor(second.tensor_name(expert, name)).double()
         gate, up = (rounded(expert, name, second) for name in ("gate", "up"))
         before = (F.silu(x @ matrices["gate"].T) * (x @ matrices["up"].T)) @ matrices["down"].T
-        wanted = before + lag[places] / seen.weights.sum(1)[places, None]
+        wanted = before + residual_error[places] / seen.weights.sum(1)[places, None]
         inputs = F.silu(x @ gate.T) * (x @ up.T) * weights[:, None]
         columns = inputs.shape[1]
         damping = max(DAMPING, DAMPING_PER_COLUMN * columns / len(x))

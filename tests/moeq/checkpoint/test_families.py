@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import FAMILIES, check_plan_fits, family_of
-from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
@@ -38,7 +38,7 @@ def test_all_routed_expert_weights_on_disk_are_found(tiny_model: TinyModel, name
     on_disk = {tensor for tensor in _names_on_disk(folder) if re.search(r"experts\.\d+\.", tensor)}
     found = {
         layer.tensor_name(expert, matrix)
-        for layer in CheckpointReader(folder).moe_layers()
+        for layer in SourceModel.open(folder).layers
         for expert, matrix, _ in layer.weights()
     }
     assert found == on_disk
@@ -55,19 +55,19 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
         for index, layer in enumerate(model.model.layers)
         if hasattr(layer.mlp, "experts")
     }
-    reader = CheckpointReader(folder)
-    layers = reader.moe_layers()
+    source = SourceModel.open(folder)
+    layers = source.layers
     assert [layer.index for layer in layers] == list(blocks)
     for layer in layers:
         block = blocks[layer.index]
-        assert torch.equal(reader.tensor(layer.router), block.gate.weight)
+        assert torch.equal(source.tensor(layer.router), block.gate.weight)
         assert layer.num_experts == len(block.experts.gate_up_proj)
         for expert in range(layer.num_experts):
             gate, up = block.experts.gate_up_proj[expert].chunk(2)
             down = block.experts.down_proj[expert]
             for matrix, weight in (("gate", gate), ("up", up), ("down", down)):
                 assert layer.shape(matrix) == tuple(weight.shape)
-                assert torch.equal(reader.tensor(layer.tensor_name(expert, matrix)), weight)
+                assert torch.equal(source.tensor(layer.tensor_name(expert, matrix)), weight)
 
 
 @pytest.mark.parametrize("model_type", ["llama", None])
@@ -88,12 +88,12 @@ def test_other_models_are_refused(model_type: str | None) -> None:
             plan_dict({CONTAINERS[0]: [2] * 4, CONTAINERS[1]: [2] * 3}),
             f"{CONTAINERS[1]} has 4 experts, the plan lists 3",
         ),
-        (plan_dict(group_size=128), "--group-size 128 does not divide .*use --group-size 64"),
+        (plan_dict(group_size=128), "`group_size` 128 does not divide .*use `group_size` 64"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(
     tmp_path: Path, plan: dict[str, object], message: str
 ) -> None:
-    layers = CheckpointReader(write_checkpoint(tmp_path)).moe_layers()
+    layers = SourceModel.open(write_checkpoint(tmp_path)).layers
     with pytest.raises(MoeqError, match=message):
         check_plan_fits(BitPlan.from_dict(plan), layers)

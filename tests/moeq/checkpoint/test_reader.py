@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.reader import CheckpointReader, read_json, resolve_model
+from moeq.checkpoint import CheckpointReader, SourceModel
+from moeq.checkpoint.reader import read_json, resolve_model
 from moeq.errors import MoeqError
 from support.checkpoints import (
     CONTAINERS,
@@ -63,7 +64,7 @@ def test_what_was_read_leaves_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_layers_are_in_order_with_their_sizes(tmp_path: Path, shards: int) -> None:
     tensors = dict(reversed(mixtral_tensors().items()))
-    layers = CheckpointReader(write_checkpoint(tmp_path, tensors, shards)).moe_layers()
+    layers = SourceModel.open(write_checkpoint(tmp_path, tensors, shards)).layers
     assert [(layer.container, layer.router) for layer in layers] == list(
         zip(CONTAINERS, ROUTERS, strict=True)
     )
@@ -118,14 +119,14 @@ def test_a_wrong_tensor_is_named(
     tensors = mixtral_tensors()
     damage(tensors)
     with pytest.raises(MoeqError, match=message):
-        CheckpointReader(write_checkpoint(tmp_path, tensors)).moe_layers()
+        SourceModel.open(write_checkpoint(tmp_path, tensors))
 
 
 def test_experts_that_the_router_does_not_know_are_refused(tmp_path: Path) -> None:
     tensors = mixtral_tensors()
     tensors[ROUTERS[0]] = tensors[ROUTERS[0]][:3].clone()
     with pytest.raises(MoeqError, match=f"{CONTAINERS[0]}.3"):
-        CheckpointReader(write_checkpoint(tmp_path, tensors)).moe_layers()
+        SourceModel.open(write_checkpoint(tmp_path, tensors))
 
 
 def test_a_tensor_that_only_the_index_promises_is_named(tmp_path: Path) -> None:
@@ -180,13 +181,13 @@ def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
 def test_a_quantized_source_is_refused(tmp_path: Path, method: str) -> None:
     write_checkpoint(tmp_path, quantization_config={"quant_method": method})
     with pytest.raises(MoeqError, match=f"quantized already .*{method}"):
-        CheckpointReader(tmp_path).moe_layers()
+        SourceModel.open(tmp_path)
 
 
 def test_a_checkpoint_without_per_expert_tensors_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 8, 8)})
     with pytest.raises(MoeqError, match="one tensor per expert"):
-        CheckpointReader(tmp_path).moe_layers()
+        SourceModel.open(tmp_path)
 
 
 def test_asking_for_an_unknown_tensor_names_it(tmp_path: Path) -> None:

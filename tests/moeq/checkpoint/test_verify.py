@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import CheckpointReader
 from moeq.checkpoint.verify import read_plan, verify_checkpoint
-from moeq.checkpoint.writer import Conversion
 from support.checkpoints import CONTAINERS, ROUTERS, plan_dict, write_checkpoint
+from support.packed import write_packed
 from vllm_moeq.format import BitPlan, FormatError, write_manifest
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -22,12 +22,8 @@ W1 = f"{CONTAINERS[1]}.2.w1"
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    reader = CheckpointReader(write_checkpoint(folder / "source"))
-    plan = BitPlan.from_dict(plan_dict())
-    Conversion.prepare(reader, reader.moe_layers(), plan).run(
-        folder / "out", "source", progress=False
-    )
-    return folder / "out"
+    source = write_checkpoint(folder / "source")
+    return write_packed(source, folder / "out", BitPlan.from_dict(plan_dict()))
 
 
 @pytest.fixture

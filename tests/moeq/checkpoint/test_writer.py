@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.verify import verify_checkpoint
 from moeq.checkpoint.writer import Conversion
 from moeq.errors import MoeqError
@@ -25,6 +25,7 @@ from support.checkpoints import (
     write_checkpoint,
 )
 from support.models import FAMILIES
+from support.packed import write_packed
 from support.reference import dequantize, dequantize_checkpoint
 from vllm_moeq.format import BitPlan, LayerBits, packed_bytes
 
@@ -36,11 +37,7 @@ WIDTHS = {CONTAINERS[0]: [1, 2, 3, 4], CONTAINERS[1]: [8, 1, 4, 2]}
 def _convert(
     source: Path, output: Path, plan: BitPlan | None = None, shard_bytes: int = 1 << 30
 ) -> Path:
-    reader = CheckpointReader(source)
-    plan = plan or BitPlan.from_dict(plan_dict(WIDTHS))
-    conversion = Conversion.prepare(reader, reader.moe_layers(), plan, shard_bytes)
-    conversion.run(output, str(source), progress=False)
-    return output
+    return write_packed(source, output, plan or BitPlan.from_dict(plan_dict(WIDTHS)), shard_bytes)
 
 
 def _load(folder: Path) -> Tensors:
@@ -135,9 +132,8 @@ def test_index_lists_every_tensor_where_it_is(source: Path, tmp_path: Path) -> N
 
 
 def test_announced_size_is_the_size_of_the_tensors(source: Path, packed: Path) -> None:
-    reader = CheckpointReader(source)
     plan = BitPlan.from_dict(plan_dict(WIDTHS))
-    conversion = Conversion.prepare(reader, reader.moe_layers(), plan)
+    conversion = Conversion.prepare(SourceModel.open(source), plan)
     assert conversion.output_bytes == sum(tensor.nbytes for tensor in _load(packed).values())
 
 
@@ -238,17 +234,17 @@ def test_nothing_that_exists_is_overwritten(
 
 
 def test_output_in_a_folder_that_does_not_exist_is_named(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(MoeqError, match=f"{tmp_path / 'a'} of --output does not exist"):
+    with pytest.raises(MoeqError, match=f"{tmp_path / 'a'} of `output` does not exist"):
         _convert(source, tmp_path / "a" / "out")
 
 
 def test_remains_of_a_killed_run_are_replaced(source: Path, packed: Path, tmp_path: Path) -> None:
-    remains = tmp_path / ".out.moeq-partial"
-    remains.mkdir()
+    remains = tmp_path / ".out.moeq" / "output"
+    remains.mkdir(parents=True)
     (remains / "model-00009-of-00009.safetensors").write_bytes(b"half")
     output = _convert(source, tmp_path / "out")
     assert {path.name for path in output.iterdir()} == {path.name for path in packed.iterdir()}
-    assert not remains.exists()
+    assert not remains.parent.exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +252,7 @@ def test_every_family_converts_and_verifies(
     tiny_model: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     folder = tiny_model(family)
-    layers = CheckpointReader(folder).moe_layers()
+    layers = SourceModel.open(folder).layers
     bits = LayerBits((8, 4, 3, 2, 8, 4, 3, 2), (4, 8, 2, 3, 8, 4, 3, 2))
     plan = BitPlan(32, {layer.container: bits for layer in layers})
     output = _convert(folder, tmp_path / "out", plan)

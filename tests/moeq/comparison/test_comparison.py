@@ -66,7 +66,9 @@ def test_figures_are_those_of_a_packed_checkpoint(
     )
     (tmp_path / "plan.json").write_text(json.dumps(point["plan"]))
     packed = tmp_path / "packed"
-    done = run_moeq("quantize", comparison.model, "-o", packed, "--plan", tmp_path / "plan.json")
+    done = run_moeq(
+        "quantize", comparison.model, "-o", packed, "--plan", tmp_path / "plan.json", "--method=rtn"
+    )
     assert done.returncode == 0, done.stderr
     done = run_moeq(
         "eval", packed, "--against", comparison.model, "--text", comparison.text, "--json",

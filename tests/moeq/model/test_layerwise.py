@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.evaluation.reference import ExpertSource, run_layer
 from moeq.model.layerwise import LayerwiseModel
 from support.models import FAMILIES, VOCABULARY
@@ -21,8 +21,8 @@ def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str
     with torch.inference_mode():
         expected = whole(tokens).logits
 
-    reader = CheckpointReader(folder)
-    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    source = SourceModel.open(folder)
+    model = LayerwiseModel(source, torch.device("cpu"))
     hidden = torch.empty(*tokens.shape, whole.config.hidden_size)
     x = torch.empty_like(hidden)
     model.embed(tokens, hidden)
@@ -61,8 +61,8 @@ def test_gradients_are_those_of_transformers(
     gradient = torch.randn(embedded.shape, generator=generator)
     (expected,) = torch.autograd.grad(outputs[0], embedded, gradient)
 
-    reader = CheckpointReader(folder)
-    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    source = SourceModel.open(folder)
+    model = LayerwiseModel(source, torch.device("cpu"))
     hidden = torch.empty(embedded.shape)
     model.embed(tokens, hidden)
     inputs = []

@@ -83,7 +83,7 @@ def test_auto_takes_the_best_of_what_it_tried(
     assert done.returncode == 0, done.stderr
     table = [
         line.rsplit(maxsplit=3)
-        for line in done.stderr.splitlines()
+        for line in done.stdout.splitlines()
         if "  +" in line or "  -" in line
     ]
     names = {row[0].strip() for row in table}
@@ -107,7 +107,7 @@ def test_plans_are_judged_by_the_divergence_on_text_held_back(
     options = ("--bits", 3, "--group-size", 32, "--method", "rtn")
     planned = run_moeq("plan", source, *options, "--calib", text, *CALIBRATION)
     assert planned.returncode == 0, planned.stderr
-    row = next(line for line in planned.stderr.splitlines() if line.startswith("uniform"))
+    row = next(line for line in planned.stdout.splitlines() if line.startswith("uniform"))
     stated = [float(cell) for cell in row.split()[-2:]]
 
     packed = tmp_path / "packed"
@@ -179,8 +179,8 @@ def test_auto_tries_what_fulfils_the_side_constraints(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # No rule looks at ranks, of one expert each.
-    assert "sensitivity" in done.stderr
-    assert "combined" not in done.stderr and "random" not in done.stderr
+    tried = json.loads((tmp_path / "plan.json").read_text())["provenance"]["details"]["tried"]
+    assert [plan["strategy"] for plan in tried] == ["sensitivity"]
 
 
 def test_the_group_size_can_be_left_to_the_plan(
@@ -200,7 +200,9 @@ def test_the_group_size_can_be_left_to_the_plan(
 
 
 def test_rules_cannot_choose_the_group_size(tiny_model: Callable[[str], Path]) -> None:
-    done = run_moeq("plan", tiny_model("mixtral"), "--bits", 2, "--group-size", "32,64")
+    done = run_moeq(
+        "plan", tiny_model("mixtral"), "--bits", 2, "--group-size", "32,64", "--calib=none"
+    )
     assert done.returncode == 1
     assert "--group-size 32,64 is a choice that --strategy combined cannot make" in done.stderr
 
@@ -213,10 +215,9 @@ def test_dry_run_measures_nothing(
         "--group-size", 32, "--calib", text, *CALIBRATION, "--dry-run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "fisher" not in done.stderr and "bank" not in done.stderr
-    assert "every expert at 4 widths" in done.stdout
-    for stated in ("peak memory", "TFLOP"):  # of measuring and of rounding
-        assert done.stdout.count(stated) == 2
+    assert "gradients" not in done.stderr and "widths (" not in done.stderr
+    for stated in ("peak memory      about", "measuring        about", "calibrating      about"):
+        assert stated in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
 
 
@@ -234,7 +235,7 @@ def test_dry_run_refuses_what_the_run_would(
     }.items():
         done = run_moeq(*command, *options)
         assert done.returncode == 1
-        assert message in done.stderr and "fisher" not in done.stderr
+        assert message in done.stderr and "gradients" not in done.stderr
         assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
 
 
@@ -243,7 +244,7 @@ def test_two_runs_do_not_measure_into_one_output(
 ) -> None:
     command = _command(tiny_model("mixtral"), text, tmp_path / "out")
     first = start_moeq(*command)
-    kept = tmp_path / ".out.moeq-plan" / "plan.json"
+    kept = tmp_path / ".out.moeq" / "plan" / "plan.json"
     while first.poll() is None and not kept.exists():
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)  # with its plan, before it is rounded
@@ -261,7 +262,7 @@ def test_ctrl_c_before_anything_is_measured_leaves_nothing(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     process = start_moeq(*_command(tiny_model("mixtral"), text, tmp_path / "out"))
-    begun = tmp_path / ".out.moeq-plan" / "measurement" / "input-0.bin"
+    begun = tmp_path / ".out.moeq" / "plan" / "measurement" / "input-0.bin"
     while process.poll() is None and not begun.exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
@@ -274,10 +275,10 @@ def test_ctrl_c_before_anything_is_measured_leaves_nothing(
 def test_a_file_in_the_way_is_named(
     tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / ".out.moeq-plan").write_text("a file")
+    (tmp_path / ".out.moeq").write_text("a file")
     done = run_moeq(*_command(tiny_model("mixtral"), text, tmp_path / "out"))
     assert done.returncode == 1
-    assert f"cannot write {tmp_path / '.out.moeq-plan'}" in done.stderr
+    assert f"cannot write {tmp_path / '.out.moeq'}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -291,7 +292,7 @@ def test_a_measured_plan_outlives_a_kill(
     shutil.rmtree(tmp_path / "out")
 
     process = start_moeq(*command)
-    kept = tmp_path / ".out.moeq-plan" / "plan.json"
+    kept = tmp_path / ".out.moeq" / "plan" / "plan.json"
     while process.poll() is None and not kept.exists():
         time.sleep(0.002)
     process.kill()
@@ -303,7 +304,7 @@ def test_a_measured_plan_outlives_a_kill(
     assert "the unfinished run had another calibration text, another seed" in other.stderr
     done = run_moeq(*command, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "fisher" not in done.stderr  # nothing is measured again
+    assert "gradients" not in done.stderr  # nothing is measured again
     assert _read(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
@@ -315,7 +316,7 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     assert run_moeq(*command).returncode == 0
     expected = _read(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    measured = tmp_path / ".out.moeq-plan" / "measurement" / "32" / "layer-00000.json"
+    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00000.json"
 
     def killed(*more: str) -> None:
         process = start_moeq(*command, *more)
@@ -332,12 +333,12 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
     shutil.rmtree(tmp_path / "out")
 
-    # What is on disk is used: with another damage there, the plan is another.
+    # What is on disk is used: with other errors there, the plan is another.
     killed()
     found = json.loads(measured.read_text())
-    found["damage"] = [
-        [choice, [value * (1e6 if choice[1] == 5 else 1) for value in damage]]
-        for choice, damage in found["damage"]
+    found["errors"] = [
+        [choice, [value * (1e6 if choice[1] == 5 else 1) for value in error]]
+        for choice, error in found["errors"]
     ]
     measured.write_text(json.dumps(found))
     done = run_moeq(*command, "--resume")
@@ -363,7 +364,7 @@ def test_a_measurement_is_not_resumed_with_another_initial_router(
         text, *CALIBRATION, "--base-router", router,
     )  # fmt: skip
     process = start_moeq(*command)
-    measured = tmp_path / ".out.moeq-plan" / "measurement" / "32" / "layer-00000.json"
+    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00000.json"
     while process.poll() is None and not measured.exists():
         time.sleep(0.002)
     process.kill()
@@ -384,8 +385,9 @@ def test_budgets_are_kept(
 ) -> None:
     source, out = tiny_model("mixtral"), tmp_path / "out"
     done = run_moeq(
-        "quantize", source, "-o", out, option, value, "--group-size", 32, "--strategy", strategy
-    )
+        "quantize", source, "-o", out, option, value, "--group-size", 32, "--strategy", strategy,
+        "--method", "rtn",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     tensors = load_file(next(out.glob("*.safetensors")))
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -401,14 +403,22 @@ def test_budgets_are_kept(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--bits", 2.5, "--strategy", "auto"), "--strategy auto needs calibration text: --calib"),
-        (("--bits", 2.5, "--nsamples", 3), "--nsamples has no effect without --calib"),
-        (("--bits", 2.5, "--method", "gptq"), "--method has no effect without --calib"),
-        ((), "--bits is needed, as in --bits 2.5; or one of --bits-per-weight and --target"),
-        (("--bits", 2, "--target-size", "1MB"), "give only one of --bits, --bits-per-weight"),
-        (("--target-size", "100kB"), "--target-size 100kB is too small: the model takes at least"),
+        (
+            ("--calib", "none", "--strategy", "auto"),
+            "--strategy auto needs calibration text: give --calib a file, or default",
+        ),
+        (("--calib", "none", "--nsamples", 3), "--nsamples has no effect without --calib"),
+        (
+            ("--calib", "none", "--method", "gptq"),
+            "--method has no effect with --strategy combined",
+        ),
+        (("--bits", 2, "--target-size", "1MB"), "give only one of --bits and --target-size"),
+        (
+            ("--target-size", "100kB", "--calib=none"),
+            "--target-size 100,000 bytes is too small: the model takes at least",
+        ),
         (("--target-size", "1"), "--target-size 1 is no size with a unit"),
-        (("--bits-per-weight", 0.5), "--bits-per-weight 0.5 allows"),
+        (("--bits-per-weight", 0.5, "--calib=none"), "--bits-per-weight 0.5 allows"),
         (("--bits", 2.5, "--calib", "TEXT", "--nsamples", 3), "needs at least 4 calibration"),
         (
             ("--bits", 2.5, "--calib", "TEXT", "--strategy", "combined"),
@@ -423,7 +433,10 @@ def test_budgets_are_kept(
         ),
         (("--bits", 2.5, "--calib", "TEXT", "--ranks", 0), "--ranks 0 must be at least 1"),
         (("--bits", 2.5, "--calib", "TEXT", "--ranks", 16), "16 ranks of equal bytes"),
-        (("--bits", 2.5, "--ranks", 2), "--ranks has no effect with --strategy combined"),
+        (
+            ("--bits", 2.5, "--ranks", 2, "--calib", "none"),
+            "--ranks has no effect with --strategy combined",
+        ),
     ],
 )
 def test_bad_options_are_named(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_rtn
-from moeq.rounding.gptq import Curvature, Refinement
+from moeq.rounding.gptq import Hessian, Refinement
 from support.reference import dequantize
 
 N, K, GROUP = 24, 256, 64
@@ -42,7 +42,7 @@ def _quantized(
     refinement: Refinement = REFINEMENT,
 ) -> QuantizedWeight:
     """Quantize a batch of one."""
-    curvature = Curvature.of(hessian.float()[None].clone(), [samples])
+    curvature = Hessian.of(hessian.float()[None].clone(), [samples])
     (found,) = quantize_gptq(weight[None], curvature, bits, group, refinement)
     return found
 
@@ -203,7 +203,7 @@ def test_matrices_of_a_batch_are_rounded_as_if_alone(bits: int) -> None:
     samples = [MANY, MANY, 300]
     together = quantize_gptq(
         torch.from_numpy(np.stack(weights)),
-        Curvature.of(torch.from_numpy(np.stack(hessians)).float(), samples),
+        Hessian.of(torch.from_numpy(np.stack(hessians)).float(), samples),
         bits,
         GROUP,
     )

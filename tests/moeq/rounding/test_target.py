@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeq.rounding import Curvature, fitted
+from moeq.rounding import Hessian, fitted
 
 
 @pytest.mark.parametrize("samples", [40, 4000])
@@ -17,7 +17,7 @@ def test_fitted_weights_solve_the_damped_least_squares(samples: int) -> None:
     # Columns of uneven size, so that the order of work is not theirs.
     x = random(batch, samples, columns) * random(columns).exp()
     weights, wanted = random(batch, rows, columns), random(batch, samples, rows)
-    curvature = Curvature.of(x.mT @ x, [samples] * batch)
+    curvature = Hessian.of(x.mT @ x, [samples] * batch)
     missing = (wanted - x @ weights.mT).mT @ x
     found = fitted(weights, curvature, missing)
     damping = max(0.01, 0.5 * columns / samples)
@@ -33,5 +33,5 @@ def test_fitted_weights_solve_the_damped_least_squares(samples: int) -> None:
 
 def test_weights_that_lack_nothing_stay() -> None:
     x, weights = torch.randn(2, 100, 8), torch.randn(2, 4, 8)
-    curvature = Curvature.of(x.mT @ x, [100, 100])
+    curvature = Hessian.of(x.mT @ x, [100, 100])
     assert torch.equal(fitted(weights, curvature, torch.zeros(2, 4, 8)), weights)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.evaluation.reference import outputs
 from moeq.model.layerwise import LayerwiseModel
-from moeq.sensitivity.bank import Bank, Choice, build
+from moeq.sensitivity import Bank, Choice, build
 from moeq.sensitivity.fisher import gradients
 from support.cli import run_moeq
 from support.models import NUM_EXPERTS, VOCABULARY
@@ -25,14 +25,14 @@ class Built:
     """A bank of the tiny Mixtral, and what it was made from."""
 
     def __init__(self, folder: Path, work: Path, method: str) -> None:
-        reader = CheckpointReader(folder)
+        source = SourceModel.open(folder)
         self.folder = folder
-        self.model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+        self.model = LayerwiseModel(source, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(VOCABULARY, (12, 40), generator=generator)
-        self.gradients = gradients(self.model, self.tokens, work, 0, progress=False)
+        self.gradients = gradients(self.model, self.tokens, work, 0)
         self.bank: Bank = build(
-            self.model, self.tokens, WIDTHS, GROUP, method, self.gradients, work, progress=False
+            self.model, self.tokens, WIDTHS, GROUP, method, self.gradients, work
         )
 
 
@@ -77,12 +77,12 @@ def _plan(widths: dict[str, list[int]], model: LayerwiseModel) -> BitPlan:
 @pytest.mark.parametrize(
     ("layer", "expert", "projection", "bits"), [(0, 3, "w13", 2), (1, 5, "w2", 2), (1, 0, "w13", 4)]
 )
-def test_damage_is_what_the_layer_gives_differently(
+def test_the_error_is_what_the_layer_gives_differently(
     method: str, layer: int, expert: int, projection: str, bits: int, built: Callable[[str], Built]
 ) -> None:
     made = built(method)
     container = made.model.moe_layers[layer].container
-    found = made.bank.damage[Choice(container, expert, projection, bits)]  # type: ignore[arg-type]
+    found = made.bank.errors[Choice(container, expert, projection, bits)]  # type: ignore[arg-type]
 
     plan = _plan({"w13": [bits] * NUM_EXPERTS, "w2": [bits] * NUM_EXPERTS}, made.model)
     source = made.bank.source(plan, torch.device("cpu"))
@@ -98,11 +98,11 @@ def test_damage_is_what_the_layer_gives_differently(
     with torch.no_grad():
         target[expert].copy_(new)
     difference = _moe_outputs(whole, layer, made.tokens) - before
-    felt = (difference * made.gradients[layer].view(difference.shape).double()).sum(-1)
+    increase = (difference * made.gradients[layer].view(difference.shape).double()).sum(-1)
 
     assert found.weight == pytest.approx(weight, rel=1e-4)
     assert found.output == pytest.approx(difference.square().sum().item(), rel=1e-3)
-    assert found.loss == pytest.approx(felt.square().sum().item() / 2 / len(felt), rel=1e-3)
+    assert found.loss == pytest.approx(increase.square().sum().item() / 2 / len(increase), rel=1e-3)
 
 
 def test_experts_of_a_plan_are_those_of_a_packed_checkpoint(
@@ -122,21 +122,19 @@ def test_experts_of_a_plan_are_those_of_a_packed_checkpoint(
     source = made.bank.source(plan, torch.device("cpu"))
     with torch.inference_mode():
         expected = whole(made.tokens).logits.log_softmax(-1)
-    for wanted, (found,) in zip(
-        expected, outputs(made.model, [source], made.tokens, progress=False), strict=True
-    ):
+    for wanted, (found,) in zip(expected, outputs(made.model, [source], made.tokens), strict=True):
         torch.testing.assert_close(found.log_probabilities, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_traffic_is_that_of_the_router(built: Callable[[str], Built]) -> None:
+def test_routing_statistics_are_those_of_the_router(built: Callable[[str], Built]) -> None:
     made = built("rtn")
     whole = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = whole(made.tokens, output_router_logits=True).router_logits
-    for layer, traffic in zip(logits, made.bank.traffic.values(), strict=True):
+    for layer, statistics in zip(logits, made.bank.routing.values(), strict=True):
         top = layer.double().softmax(-1).topk(2)
         weights = top.values / top.values.sum(-1, keepdim=True)
-        for expert, found in enumerate(traffic):
+        for expert, found in enumerate(statistics):
             chosen = top.indices == expert
             assert found.frequency == pytest.approx(chosen.any(-1).double().mean().item())
             assert found.weight == pytest.approx(weights[chosen].mean().item(), rel=1e-4)

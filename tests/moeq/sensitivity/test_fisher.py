@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.model.layerwise import LayerwiseModel
 from moeq.sensitivity.fisher import gradients
 from support.models import VOCABULARY
@@ -22,10 +22,10 @@ def test_gradients_foretell_the_divergence(
     folder = tiny_model("mixtral")
     generator = torch.Generator().manual_seed(1)
     sequence = torch.randint(VOCABULARY, (1, LENGTH), generator=generator)
-    reader = CheckpointReader(folder)
-    model = LayerwiseModel(reader, reader.moe_layers(), torch.device("cpu"))
+    source = SourceModel.open(folder)
+    model = LayerwiseModel(source, torch.device("cpu"))
     # The same sequence over and over: as many draws of the tokens that follow.
-    found = gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0, progress=False)
+    found = gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0)
     direction = torch.randn(model.hidden_size, generator=generator)
     foretold = (found[layer][:, place] @ direction).square().mean().item() / 2 * STEP**2
 

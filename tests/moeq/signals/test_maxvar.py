@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.signals import max_var
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, Tensors, mixtral_tensors, write_checkpoint
@@ -36,8 +36,8 @@ def tensors() -> Tensors:
 
 
 def _measure(folder: Path, tensors: Tensors, layer: int, variant: str) -> torch.Tensor:
-    reader = CheckpointReader(write_checkpoint(folder, tensors))
-    return max_var(reader, reader.moe_layers()[layer], variant)
+    source = SourceModel.open(write_checkpoint(folder, tensors))
+    return max_var(source, source.layers[layer], variant)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -53,9 +53,9 @@ def test_values_are_those_of_the_definition(
 
 
 def test_max_row_is_the_default(tmp_path: Path, tensors: Tensors) -> None:
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
-    layer = reader.moe_layers()[0]
-    assert torch.equal(max_var(reader, layer), max_var(reader, layer, "max-row"))
+    source = SourceModel.open(write_checkpoint(tmp_path, tensors))
+    layer = source.layers[0]
+    assert torch.equal(max_var(source, layer), max_var(source, layer, "max-row"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from moeq.model.layerwise import LayerwiseModel
 from moeq.rounding import quantize_rtn
@@ -25,9 +25,9 @@ NORM = "model.layers.0.post_attention_layernorm.weight"
 
 
 def _first_layer(folder: Path) -> tuple[LayerwiseModel, MoELayer]:
-    reader = CheckpointReader(folder)
-    layers = reader.moe_layers()
-    return LayerwiseModel(reader, layers, torch.device("cpu")), layers[0]
+    source = SourceModel.open(folder)
+    layers = source.layers
+    return LayerwiseModel(source, torch.device("cpu")), layers[0]
 
 
 def _swiglu(matrices: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

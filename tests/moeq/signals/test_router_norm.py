@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.signals import load_base_routers, router_norms
 from moeq.tracker import RouterNormTracker
@@ -25,8 +25,8 @@ IN_MEMORY = ("model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight")
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> CheckpointReader:
-    return CheckpointReader(write_checkpoint(tmp_path / "final", mixtral_tensors()))
+def model(tmp_path: Path) -> SourceModel:
+    return SourceModel.open(write_checkpoint(tmp_path / "final", mixtral_tensors()))
 
 
 @pytest.fixture
@@ -39,83 +39,83 @@ def _norms(router: torch.Tensor) -> np.ndarray:
     return np.sqrt((router.double().numpy() ** 2).sum(1))
 
 
-def _check_changes(reader: CheckpointReader, source: Path, initial: Tensors) -> None:
-    layers = reader.moe_layers()
+def _check_changes(model: SourceModel, source: Path, initial: Tensors) -> None:
+    layers = model.layers
     base = load_base_routers(str(source), layers)
     for layer, name in zip(layers, ROUTERS, strict=True):
-        result = router_norms(reader, layer, base)
+        result = router_norms(model, layer, base)
         expected = _norms(mixtral_tensors()[name]) - _norms(initial[name])
         np.testing.assert_allclose(result.values, expected, atol=1e-5)
         assert not result.surrogate
 
 
 def test_initial_router_from_a_checkpoint(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
     base = write_checkpoint(tmp_path / "base", mixtral_tensors(seed=1), shards=3)
-    _check_changes(reader, base, initial)
+    _check_changes(model, base, initial)
 
 
 def test_initial_router_from_a_file_with_routers_only(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
     save_file(initial, tmp_path / "routers.safetensors")
-    _check_changes(reader, tmp_path / "routers.safetensors", initial)
+    _check_changes(model, tmp_path / "routers.safetensors", initial)
 
 
 def test_initial_router_by_its_name_in_memory(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
     renamed = dict(zip(IN_MEMORY, initial.values(), strict=True))
     # A shared expert's gate is no router.
     renamed["model.layers.0.mlp.shared_expert_gate.weight"] = torch.zeros(1, HIDDEN)
     save_file(renamed, tmp_path / "routers.safetensors")
-    _check_changes(reader, tmp_path / "routers.safetensors", initial)
+    _check_changes(model, tmp_path / "routers.safetensors", initial)
 
 
 def test_initial_router_from_the_trackers_file(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.layers = nn.ModuleList()
+    trained = nn.Module()
+    trained.model = nn.Module()
+    trained.model.layers = nn.ModuleList()
     for name in ROUTERS:
         block = nn.Module()
         block.mlp = nn.Module()
         block.mlp.experts = nn.ModuleList()
         block.mlp.gate = nn.Linear(HIDDEN, NUM_EXPERTS, bias=False)
         block.mlp.gate.weight.data = initial[name].clone()
-        model.model.layers.append(block)
+        trained.model.layers.append(block)
     path = tmp_path / "tracked.safetensors"
-    tracker = RouterNormTracker(path, model)
-    for block in model.model.layers:
+    tracker = RouterNormTracker(path, trained)
+    for block in trained.model.layers:
         block.mlp.gate.weight.data.mul_(7)
     tracker.step()
     tracker.save()
-    _check_changes(reader, path, initial)
+    _check_changes(model, path, initial)
 
 
-def test_without_an_initial_router_the_final_norm_stands_in(reader: CheckpointReader) -> None:
-    for layer, name in zip(reader.moe_layers(), ROUTERS, strict=True):
-        result = router_norms(reader, layer, None)
+def test_without_an_initial_router_the_final_norm_stands_in(model: SourceModel) -> None:
+    for layer, name in zip(model.layers, ROUTERS, strict=True):
+        result = router_norms(model, layer, None)
         np.testing.assert_allclose(result.values, _norms(mixtral_tensors()[name]), rtol=1e-5)
         assert result.surrogate
 
 
 def test_an_initial_router_of_another_shape_is_named(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
     initial[ROUTERS[1]] = torch.zeros(NUM_EXPERTS + 1, HIDDEN)
     save_file(initial, tmp_path / "routers.safetensors")
-    layers = reader.moe_layers()
+    layers = model.layers
     base = load_base_routers(str(tmp_path / "routers.safetensors"), layers)
     with pytest.raises(MoeqError, match=rf"{ROUTERS[1]} has shape \[5, 64\].*\[4, 64\]"):
-        router_norms(reader, layers[1], base)
+        router_norms(model, layers[1], base)
 
 
 @pytest.mark.parametrize("suffix", ["file", "checkpoint"])
 def test_a_missing_layer_is_named(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path, suffix: str
+    model: SourceModel, initial: Tensors, tmp_path: Path, suffix: str
 ) -> None:
     del initial[ROUTERS[1]]
     if suffix == "file":
@@ -124,11 +124,11 @@ def test_a_missing_layer_is_named(
     else:
         source = write_checkpoint(tmp_path / "base", initial)
     with pytest.raises(MoeqError, match=f"{source}: found nothing.*{ROUTERS[1]}"):
-        load_base_routers(str(source), reader.moe_layers())
+        load_base_routers(str(source), model.layers)
 
 
 def test_two_candidates_for_a_layer_are_refused(
-    reader: CheckpointReader, initial: Tensors, tmp_path: Path
+    model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
     router = initial.pop(ROUTERS[0])
     save_file(
@@ -140,16 +140,14 @@ def test_two_candidates_for_a_layer_are_refused(
         tmp_path / "routers.safetensors",
     )
     with pytest.raises(MoeqError, match="several candidates"):
-        load_base_routers(str(tmp_path / "routers.safetensors"), reader.moe_layers())
+        load_base_routers(str(tmp_path / "routers.safetensors"), model.layers)
 
 
-def test_a_file_that_is_no_safetensors_file_is_named(
-    reader: CheckpointReader, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_safetensors_file_is_named(model: SourceModel, tmp_path: Path) -> None:
     path = tmp_path / "routers.safetensors"
     path.write_bytes(b"no tensors in here")
-    with pytest.raises(MoeqError, match=f"--base-router {path} is no safetensors file"):
-        load_base_routers(str(path), reader.moe_layers())
+    with pytest.raises(MoeqError, match=f"`base_router` {path} is no safetensors file"):
+        load_base_routers(str(path), model.layers)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -159,6 +157,6 @@ def test_routers_that_are_not_finite_are_named(
 ) -> None:
     tensors = mixtral_tensors()
     (tensors if which == "final" else initial)[ROUTERS[0]][2, 5] = bad
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
+    model = SourceModel.open(write_checkpoint(tmp_path, tensors))
     with pytest.raises(MoeqError, match=ROUTERS[0]):
-        router_norms(reader, reader.moe_layers()[0], initial)
+        router_norms(model, model.layers[0], initial)

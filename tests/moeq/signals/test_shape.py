@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kurtosis as scipy_kurtosis
 
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.signals.shape import hill_alpha, kurtosis
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, mixtral_tensors, write_checkpoint
@@ -20,8 +20,8 @@ def test_kurtosis(tmp_path: Path) -> None:
     tensors = mixtral_tensors()
     name = f"{CONTAINERS[0]}.2.w1.weight"
     tensors[name][3, 4] = 50  # an outlier
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
-    found = kurtosis(reader, reader.moe_layers()[0])
+    source = SourceModel.open(write_checkpoint(tmp_path, tensors))
+    found = kurtosis(source, source.layers[0])
     for expert in range(NUM_EXPERTS):
         matrices = (tensors[f"{CONTAINERS[0]}.{expert}.{m}.weight"] for m in MATRICES)
         values = [scipy_kurtosis(m.double().numpy(), axis=None, fisher=False) for m in matrices]
@@ -31,8 +31,8 @@ def test_kurtosis(tmp_path: Path) -> None:
 
 def test_hill_alpha(tmp_path: Path) -> None:
     tensors = mixtral_tensors()
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
-    found = hill_alpha(reader, reader.moe_layers()[1])
+    source = SourceModel.open(write_checkpoint(tmp_path, tensors))
+    found = hill_alpha(source, source.layers[1])
     for expert in range(NUM_EXPERTS):
         values = []
         for matrix in MATRICES:
@@ -49,6 +49,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     tensors = mixtral_tensors()
     name = f"{CONTAINERS[0]}.1.w3.weight"
     tensors[name][0, 0] = torch.nan
-    reader = CheckpointReader(write_checkpoint(tmp_path, tensors))
+    source = SourceModel.open(write_checkpoint(tmp_path, tensors))
     with pytest.raises(MoeqError, match=f"{name} holds NaN"):
-        kurtosis(reader, reader.moe_layers()[0])
+        kurtosis(source, source.layers[0])

@@ -1,0 +1,112 @@
+"""What a calibration is asked to do, and what that takes."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moeq.checkpoint import MoELayer, SourceModel
+from moeq.checkpoint.sizes import plan_sizes
+from moeq.checkpoint.workspace import fingerprint
+from moeq.model.cost import (
+    Cost,
+    experts_of_a_token,
+    forward_operations,
+    gptq_operations,
+    gptq_steps,
+    hessian_operations,
+    working_bytes,
+)
+from moeq.rounding import FEWEST_TOKENS
+from vllm_moeq.format import BitPlan
+
+_STREAMS, _SAVED = 4, 2
+"""Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
+_ALGORITHM_VERSION = 3
+"""To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """All that the result of a calibration depends on.
+
+    Attributes:
+        source: The model.
+        plan: Widths of the experts.
+        tokens: int64 [n, L]: the calibration text.
+        device: Where layers run and experts are rounded.
+        route_all: Round each expert by all tokens, as if the router had chosen it for each of
+            them, instead of by those that it gets.
+        fewest_tokens: See :data:`moeq.rounding.FEWEST_TOKENS`.
+    """
+
+    source: SourceModel
+    plan: BitPlan
+    tokens: torch.Tensor
+    device: str = "cpu"
+    route_all: bool = False
+    fewest_tokens: int = FEWEST_TOKENS
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the result depends on, as JSON, by a name for users."""
+        return fingerprint(self.source.reader, self.tokens, self.device) | {
+            "algorithm version": _ALGORITHM_VERSION,
+            "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
+            "group size": self.plan.group_size,
+            "choice of `route_all_experts`": self.route_all,
+            "fewest tokens": self.fewest_tokens,
+        }
+
+    def is_calibrated(self, tokens: int) -> bool:
+        """Tell whether an expert that gets so many tokens is rounded by what it gets."""
+        return (self.tokens.numel() if self.route_all else tokens) >= self.fewest_tokens
+
+    def batch_size(self, layer: MoELayer) -> int:
+        """Return how many experts of a layer are rounded at once."""
+        # As many as take no more memory than the 16-bit weights of the layer, but at least one.
+        each = working_bytes(layer) + (self._input_bytes(layer) if self.route_all else 0)
+        return max(1, 2 * layer.num_experts * layer.expert_weights // each)
+
+    def cost(self) -> Cost:
+        """Estimate what the calibration takes."""
+        steps = sum(
+            math.ceil(layer.num_experts / self.batch_size(layer)) * gptq_steps(layer)
+            for layer in self.source.layers
+        )
+        return Cost(self._operations(), steps, self._memory_bytes(), self._disk_bytes())
+
+    @property
+    def _activation_bytes(self) -> int:
+        """Bytes of the hidden states of all tokens."""
+        return 4 * self.tokens.numel() * self.source.hidden_size
+
+    def _input_bytes(self, layer: MoELayer) -> int:
+        """Return the most that what an expert gets may take, as it is and with router weights."""
+        columns = 2 * layer.hidden_size + 2 * layer.intermediate_size
+        return 4 * self.tokens.numel() * columns
+
+    def _operations(self) -> float:
+        layers = self.source.layers
+        routed = experts_of_a_token(self.source, layers[0])
+        choices = layers[0].num_experts if self.route_all else routed
+        forward = forward_operations(layers[0])
+        # Rounded and not, and what the one lacks; the original model, and the residual error.
+        rounded = choices * (2 * forward + hessian_operations(layers[0]) + forward // 3)
+        passes = self.tokens.numel() * len(layers) * (rounded + 2 * routed * forward)
+        return gptq_operations(layers) + passes
+
+    def _memory_bytes(self) -> int:
+        largest = max(self.source.layers, key=working_bytes)
+        hidden, inner = largest.hidden_size, largest.intermediate_size
+        size = self.batch_size(largest)
+        # All tokens may choose the same experts.
+        most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
+        inputs = min(size, most) * self._input_bytes(largest)
+        one = 4 * self.tokens.numel() * (hidden + 2 * inner)
+        return _STREAMS * self._activation_bytes + inputs + one + size * working_bytes(largest)
+
+    def _disk_bytes(self) -> int:
+        """Bytes of finished layers, activations and their snapshots."""
+        packed = plan_sizes(self.plan, self.source).expert_bytes
+        return packed + (_STREAMS + 2 * _SAVED) * self._activation_bytes

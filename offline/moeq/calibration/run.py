@@ -1,0 +1,88 @@
+"""Rounds experts with what they get: layer by layer, quantized layers feeding the next.
+
+The original model runs beside the rounded one. Before its down projections are rounded, they are
+fitted to what brings the residual stream back to where it is in the original: see
+:mod:`moeq.rounding.target`. That is not done for experts rounded without calibration.
+"""
+
+from pathlib import Path
+
+import torch
+
+from moeq.calibration.config import CalibrationConfig
+from moeq.calibration.layer import round_layer
+from moeq.calibration.result import CalibratedExperts, Coverage
+from moeq.calibration.snapshots import Snapshots, Tensors
+from moeq.model import ExpertSource, LayerwiseModel, Routed, add_experts, run_layer
+from moeq.model.activations import mapped
+from moeq.progress import Progress, silent, stage
+
+
+@torch.inference_mode()
+def calibrate(
+    config: CalibrationConfig, folder: Path, resume: bool, progress: Progress = silent
+) -> CalibratedExperts:
+    """Round all experts with GPTQ, one layer at a time.
+
+    What is finished lies in ``folder``, one file for each layer, with the activations that the
+    next layer gets: a run that was killed goes on after its last finished layer and gives the
+    same bytes.
+
+    Args:
+        config: What to round, and how.
+        folder: Gets the finished layers, which the result reads.
+        resume: Go on with what is there; otherwise it is removed.
+        progress: Hears of every expert.
+
+    Raises:
+        MoeqError: A weight or an activation is not finite, or what is there was made from
+            something else; names it.
+    """
+    source = config.source
+    snapshots = Snapshots(folder)
+    snapshots.start(config.fingerprint(), resume)
+    model = LayerwiseModel(source, torch.device(config.device))
+    own = [ExpertSource.original(model)]
+    shape = (*config.tokens.shape, source.hidden_size)
+    hidden, original, residual_error, x = (
+        mapped(folder / f"{name}.bin", shape)
+        for name in ("hidden", "original", "residual_error", "x")
+    )
+    streams = {"hidden": hidden, "original": original}
+    done, saved = snapshots.restore(streams) if resume else (0, {})
+    coverage = {container: Coverage(*values) for container, values in saved.items()}
+    if done == 0:
+        model.embed(config.tokens, hidden)
+        original.copy_(hidden)
+    else:
+        model.embed(config.tokens[:1], x[:1])  # for what layers get beside hidden states
+    last = max(layer.index for layer in source.layers)
+    experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
+    with stage(progress, "round", experts, "expert") as advance:
+        for index in range(done, last + 1):
+            run_layer(model, index, original, x, own)
+            model.check_finite(index, original)
+            routed = model.run(index, hidden, x)
+            model.check_finite(index, hidden)
+            if routed is not None:
+                layer = model.moe_layers[index]
+                residual_error.copy_(hidden)
+                add_experts(model, layer, routed, residual_error, own)
+                torch.sub(original, residual_error, out=residual_error)
+                coverage[layer.container] = _coverage(routed, layer.num_experts)
+                tensors: Tensors = {}
+                for stored in round_layer(config, model, layer, routed, hidden, residual_error):
+                    tensors |= stored
+                    advance(1)
+                snapshots.save_layer(index, tensors)
+            snapshots.save(index + 1, streams, coverage)
+    read = snapshots.stored(layer.index for layer in source.layers)
+    return CalibratedExperts(config, coverage, read)
+
+
+def _coverage(routed: Routed, num_experts: int) -> Coverage:
+    shares = [routed.of_expert(expert) for expert in range(num_experts)]
+    return Coverage(
+        [len(places) for places, _ in shares],
+        [float(weights.sum()) for _, weights in shares],
+    )

@@ -1,0 +1,148 @@
+"""The model to be quantized: its tensors on disk, its MoE layers, and its name."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeq.checkpoint.families import Family, MoELayer, family_of
+from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.errors import MoeqError
+
+_FLOATS = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A checkpoint with 16- or 32-bit experts.
+
+    Attributes:
+        name: The model as the user named it: a folder or hub id.
+        reader: Its tensors.
+        layers: Its MoE layers, in order.
+    """
+
+    name: str
+    reader: CheckpointReader
+    layers: list[MoELayer]
+
+    @classmethod
+    def open(cls, name: str | Path) -> "SourceModel":
+        """Open a folder or hub id.
+
+        Raises:
+            MoeqError: No supported MoE model, or an expert weight is missing, has a wrong shape
+                or is not 16- or 32-bit floating point; names it.
+        """
+        reader = CheckpointReader(resolve_model(str(name)))
+        return cls(str(name), reader, moe_layers(reader))
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.reader.folder
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.layers[0].hidden_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.num_bytes for info in self.reader.tensors.values())
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of the tensors that are no weights of routed experts and keep their size."""
+        experts = sum(
+            self.reader.info(layer.tensor_name(expert, matrix)).num_bytes
+            for layer in self.layers
+            for expert, matrix, _ in layer.weights()
+        )
+        return self.num_bytes - experts
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor.
+
+        Raises:
+            MoeqError: There is no such tensor, or its file has gone; names it.
+        """
+        return self.reader.tensor(name)
+
+
+def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
+    """Return the MoE layers of a checkpoint, in order.
+
+    Raises:
+        MoeqError: As :meth:`SourceModel.open`.
+    """
+    family = family_of(reader.config)
+    if reader.config.get("quantization_config"):
+        method = reader.config["quantization_config"].get("quant_method", "unknown")
+        raise MoeqError(
+            f"{reader.folder} is quantized already (quant_method {method!r} in config.json); "
+            "moeq starts from 16- or 32-bit weights"
+        )
+    block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
+    expert_tensors = _matching(reader, rf"{block}{re.escape(family.experts)}\.\d+\..+")
+    if not expert_tensors:
+        raise MoeqError(
+            f"{reader.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight"
+            f", as model_type {reader.config.get('model_type')!r} should; moeq reads checkpoints "
+            "with one tensor per expert"
+        )
+    routers = _matching(reader, block + re.escape(family.router))
+    # A layer is one that has a router or an expert: if either is missing, it is an error.
+    blocks = {match["block"]: int(match["index"]) for match in (*expert_tensors, *routers)}
+    layers = [_moe_layer(reader, family, block, index) for block, index in blocks.items()]
+    weights = {
+        layer.tensor_name(expert, matrix)
+        for layer in layers
+        for expert, matrix, _ in layer.weights()
+    }
+    for match in expert_tensors:
+        if match.string not in weights:
+            raise MoeqError(
+                f"{reader.folder}: {match.string} is no weight of an expert that the router of "
+                "its layer knows"
+            )
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _matching(reader: CheckpointReader, pattern: str) -> list[re.Match[str]]:
+    compiled = re.compile(pattern)
+    return [match for name in reader.tensors if (match := compiled.fullmatch(name))]
+
+
+def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int) -> MoELayer:
+    container, router = block + family.experts, block + family.router
+    gate_name = f"{container}.0.{family.gate}.weight"
+    gate = reader.info(gate_name)
+    if len(gate.shape) != 2:
+        raise MoeqError(f"{gate_name} has shape {list(gate.shape)}, expected a matrix")
+    # The router knows how many experts there are; config.json names the number differently
+    # from one release of transformers to the next.
+    num_experts = reader.info(router).shape[0]
+    layer = MoELayer(
+        index=index,
+        container=container,
+        router=router,
+        family=family,
+        num_experts=num_experts,
+        hidden_size=gate.shape[1],
+        intermediate_size=gate.shape[0],
+    )
+    _check(reader, router, (num_experts, layer.hidden_size))
+    for expert, matrix, _ in layer.weights():
+        _check(reader, layer.tensor_name(expert, matrix), layer.shape(matrix))
+    return layer
+
+
+def _check(reader: CheckpointReader, name: str, shape: tuple[int, int]) -> None:
+    info = reader.info(name)
+    if info.shape != shape:
+        raise MoeqError(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
+    if info.dtype not in _FLOATS:
+        raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(_FLOATS)}")

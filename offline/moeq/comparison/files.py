@@ -1,0 +1,59 @@
+"""Writes a comparison: a page, Markdown and JSON, all or nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+
+import torch
+
+from moeq.comparison.page import render
+from moeq.comparison.study import Findings
+from moeq.comparison.summary import as_json, as_markdown
+from moeq.errors import MoeqError
+from moeq.requests import CompareRequest
+from moeq.units import public_name
+
+
+def write_comparison(
+    request: CompareRequest,
+    findings: Findings,
+    tokens: torch.Tensor,
+    heldout: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a comparison to a new folder.
+
+    Args:
+        request: What was compared; its output is the folder.
+        findings: What came out.
+        tokens: int64 [n, L]: calibration text.
+        heldout: Text to its tokens, int64 [n, L].
+
+    Raises:
+        MoeqError: It cannot be written, or the page needs a package that is missing.
+    """
+    model, folder = public_name(request.model), request.output.absolute()
+    title = f"Bit plans for {model}"
+    judged = sum(part.numel() for part in heldout.values())
+    notes = [
+        f"Expert weights of {model} at lower widths, group size {request.group_size}; at each "
+        "average all plans take the same bytes.",
+        f"Calibrated on {tokens.shape[0]} x {tokens.shape[1]} tokens of "
+        f"{public_name(request.calib)}, judged on {judged:,} tokens of "
+        f"{public_name(request.text)}.",
+    ]
+    files = {
+        "compare.html": render(findings, title, notes),
+        "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
+        "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
+    }
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        for name, text in files.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        partial.rename(folder)
+    except OSError as error:
+        raise MoeqError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""What running and rounding experts takes: estimates that can be told before it runs."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from moeq.checkpoint import MoELayer, SourceModel
+from moeq.rounding import REFINEMENT, Hessian, quantize_gptq
+
+_COPIES = 7.5
+"""float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
+
+
+class Cost(NamedTuple):
+    """What work will take beyond Python and torch themselves.
+
+    Attributes:
+        operations: Floating-point operations, about; attention is left out.
+        steps: Columns that GPTQ and its refinement visit one after another, whatever their length.
+        memory_bytes: Peak of the memory in use.
+        disk_bytes: Of temporary files, which go at the end.
+    """
+
+    operations: float
+    steps: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def seconds(self, device: torch.device) -> float:
+        """Estimate the time from how fast the device is right now."""
+        speed = _measured_speed(str(device))
+        return self.operations / speed.operations_per_second + self.steps * speed.step_seconds
+
+
+class _Speed(NamedTuple):
+    operations_per_second: float
+    step_seconds: float
+
+
+_MATRIX, _COLUMNS = 1024, 128
+
+
+@cache
+def _measured_speed(name: str) -> _Speed:
+    """Time a product of matrices, and GPTQ on a matrix so small that only its steps count."""
+    device = torch.device(name)
+    generator = torch.Generator().manual_seed(0)
+    square = torch.rand(_MATRIX, _MATRIX, generator=generator).to(device)
+    small = torch.rand(1, 16, _COLUMNS, generator=generator).to(device)
+    hessian = Hessian.of(small.mT @ small, [16])
+
+    def best_time(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    product = best_time(lambda: square @ square)
+    step = best_time(lambda: quantize_gptq(small, hessian, 2, _COLUMNS))
+    return _Speed(2 * _MATRIX**3 / product, step / (_COLUMNS * (1 + REFINEMENT.rounds)))
+
+
+def working_bytes(layer: MoELayer) -> int:
+    """Return about how much memory rounding one expert takes, without its inputs."""
+    most = 0.0
+    for rows, columns in (
+        (2 * layer.intermediate_size, layer.hidden_size),
+        (layer.hidden_size, layer.intermediate_size),
+    ):
+        # A Hessian and the factor of its inverse, and a third such matrix while it is factored.
+        most = max(most, 3 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
+    return round(4 * (layer.expert_weights + most))
+
+
+def experts_of_a_token(source: SourceModel, layer: MoELayer) -> int:
+    """Return how many experts of a layer get each token."""
+    return int(source.reader.config.get("num_experts_per_tok", layer.num_experts))
+
+
+def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:
+    """Return about how many floating-point operations GPTQ takes, without its Hessians.
+
+    Args:
+        layers: All of whose experts are rounded.
+        widths: How often each; their Hessians are factored once.
+    """
+    total = 0.0
+    for layer in layers:
+        for _, matrix, _ in layer.weights():
+            rows, columns = layer.shape(matrix)
+            # Feedback touches half of the pairs of columns, each round of refinement all of them.
+            total += widths * rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
+            total += 4 / 3 * columns**3
+    return total
+
+
+def gptq_steps(layer: MoELayer) -> int:
+    """Return the columns that GPTQ visits one after another for an expert, or a batch of them."""
+    return (1 + REFINEMENT.rounds) * (layer.hidden_size + layer.intermediate_size)
+
+
+def hessian_operations(layer: MoELayer) -> int:
+    """Return the floating-point operations that a token adds to the Hessians of an expert."""
+    return 2 * (layer.hidden_size**2 + layer.intermediate_size**2)
+
+
+def forward_operations(layer: MoELayer) -> int:
+    """Return the floating-point operations of an expert for a token."""
+    return 2 * layer.expert_weights

@@ -1,0 +1,273 @@
+"""The ways from a request to its result: what ``moeq quantize`` and its kin do, step by step."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from moeq.calibration import REPORT_NAME, CalibratedExperts, CalibrationConfig, calibrate
+from moeq.checkpoint import SourceModel
+from moeq.checkpoint.data_free import DataFree
+from moeq.checkpoint.plan_file import load_plan, write_plan
+from moeq.checkpoint.workspace import Workspace, check_output_is_free
+from moeq.checkpoint.writer import Conversion, PackedSource
+from moeq.comparison import Findings, Study, check_strategies, write_comparison
+from moeq.errors import MoeqError
+from moeq.evaluation import Evaluation, PackedModel
+from moeq.model.cost import Cost
+from moeq.model.device import torch_device
+from moeq.model.text import calibration_sequences, evaluation_sequences
+from moeq.planning import Measurement, decide, measurement_of, stand_in
+from moeq.progress import Progress, silent
+from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
+from moeq.units import duration, parse_size, public_name
+from vllm_moeq.format import BitPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a quantization takes.
+
+    Attributes:
+        source_bytes: Of all tensors of the model.
+        output_bytes: Of all tensors of the result.
+        output_files: Number of its files with tensors.
+        memory_bytes: Peak beyond Python and torch themselves.
+        measuring: What making the plan takes; None if nothing is measured for it.
+        rounding: What calibrated rounding takes; None without calibration.
+    """
+
+    source_bytes: int
+    output_bytes: int
+    output_files: int
+    memory_bytes: int
+    measuring: Cost | None
+    rounding: Cost | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """A packed checkpoint, or after ``dry_run`` what it would be.
+
+    Attributes:
+        path: Its folder.
+        written: Whether it is there.
+        plan: Widths of its experts, with all sizes and how they came about. After ``dry_run`` of a
+            measured plan, another one of the same size.
+        estimate: What making it takes.
+        calibrated: What each expert got of the calibration text; None without calibration, and
+            after ``dry_run``.
+    """
+
+    path: Path
+    written: bool
+    plan: BitPlan
+    estimate: Estimate
+    calibrated: CalibratedExperts | None = None
+
+    @property
+    def tried(self) -> list[Mapping[str, Any]]:
+        """Plans that ``auto`` tried, the best first, with bytes, divergence and loss in nats."""
+        return list(self.plan.provenance.details.get("tried", []))
+
+    @property
+    def reports(self) -> list[Path]:
+        """Files of the result that are for people: its model card, and what calibration saw."""
+        paths = [self.path / "README.md", self.path / REPORT_NAME]
+        return [path for path in paths if path.exists()]
+
+
+class _Text(NamedTuple):
+    """Calibration text as tokens int64 [n, L], and where to run them."""
+
+    tokens: torch.Tensor
+    device: torch.device
+
+
+def quantize(request: QuantizeRequest, progress: Progress = silent) -> QuantizedModel:
+    """Write a packed checkpoint.
+
+    Raises:
+        MoeqError: Something does not fit the model, or the disk is full; names it.
+    """
+    output = request.output.absolute()
+    check_output_is_free(output)
+    source = SourceModel.open(request.model)
+    text = _calibration_text(request, source)
+    measurement = _measurement(request, source, text)
+    if request.dry_run:
+        plan = _given_plan(request)
+        if plan is None and measurement is not None:
+            plan = stand_in(source, measurement)
+        conversion = _conversion(request, source, plan or decide(source, request, None), text)
+        estimate = _estimate(conversion, measurement, _calibration(request, conversion, text))
+        return QuantizedModel(request.output, False, conversion.plan, estimate)
+    with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
+        plan = _given_plan(request) or decide(
+            source, request, measurement, workspace.plan, progress
+        )
+        conversion = _conversion(request, source, plan, text)
+        calibration = _calibration(request, conversion, text)
+        estimate = _estimate(conversion, measurement, calibration)
+        disk = 0 if estimate.rounding is None else estimate.rounding.disk_bytes
+        workspace.check_space(estimate.output_bytes + disk)
+        if text is not None and estimate.rounding is not None:
+            time = duration(estimate.rounding.seconds(text.device))
+            logger.info("rounding experts with GPTQ takes about %s", time)
+        calibrated = None
+        experts: PackedSource
+        if calibration is None:
+            experts = DataFree(source, request.chosen_method, plan.group_size)
+        else:
+            experts = calibrated = calibrate(
+                calibration, workspace.calibration, request.resume, progress
+            )
+        conversion.write(workspace.partial, experts, progress)
+        workspace.publish()
+    return QuantizedModel(request.output, True, conversion.plan, estimate, calibrated)
+
+
+def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
+    """Decide the width of every expert; write ``plan.json`` if there is an output.
+
+    Raises:
+        MoeqError: Something does not fit the model; names it.
+    """
+    if request.output is not None:
+        check_output_is_free(request.output)
+    source = SourceModel.open(request.model)
+    text = _calibration_text(request, source)
+    result = decide(source, request, _measurement(request, source, text), None, progress)
+    if request.output is not None:
+        write_plan(result, request.output)
+    return result
+
+
+def evaluate(request: EvaluateRequest, progress: Progress = silent) -> Evaluation:
+    """Judge a packed checkpoint on held-out text.
+
+    Raises:
+        MoeqError: It does not come from the original, or the backend cannot run it.
+    """
+    original = SourceModel.open(request.against)
+    device = torch_device(request.device)
+    packed = PackedModel.open(request.packed, original)
+    sequences = evaluation_sequences(
+        original.folder, request.text, request.nsamples, request.seqlen, request.seed
+    )
+    return packed.evaluate(sequences, request.backend, device, request.dtype, progress)
+
+
+def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
+    """Try every strategy at every average; write a page, Markdown and JSON.
+
+    Raises:
+        MoeqError: Something does not fit the model, or a package is missing; names it.
+    """
+    check_output_is_free(request.output.absolute())
+    check_strategies(request)
+    if find_spec("matplotlib") is None:
+        raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
+    device = torch_device(request.device)
+    source = SourceModel.open(request.model)
+    tokens = calibration_sequences(
+        source.folder, request.calib, request.nsamples, request.seqlen, request.seed
+    )
+    heldout = evaluation_sequences(
+        source.folder, request.text, request.eval_nsamples, tokens.shape[1], 0
+    )
+    findings = Study(source, request, tokens, heldout, device).run(progress)
+    write_comparison(request, findings, tokens, heldout)
+    return findings
+
+
+def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None:
+    if not request.uses_text or request.text is None:
+        return None
+    device = torch_device(request.device)
+    tokens = calibration_sequences(
+        source.folder, request.text, request.nsamples, request.seqlen, request.seed
+    )
+    return _Text(tokens, device)
+
+
+def _measurement(
+    request: PlanRequest, source: SourceModel, text: _Text | None
+) -> Measurement | None:
+    """Return what has to be measured for the plan, and say how long that takes."""
+    if text is None or not request.is_measured:
+        return None
+    measurement = measurement_of(source, request, text.tokens, text.device)
+    cost = measurement.cost()
+    count, length = text.tokens.shape
+    logger.info(
+        "measuring the plan on %d x %d tokens of %s, which takes about %s; a plan without text "
+        "takes seconds: `calib` none",
+        count, length, public_name(str(request.text)), duration(cost.seconds(text.device)),
+    )  # fmt: skip
+    return measurement
+
+
+def _given_plan(request: QuantizeRequest) -> BitPlan | None:
+    return None if request.plan is None else load_plan(request.plan)
+
+
+def _conversion(
+    request: QuantizeRequest, source: SourceModel, plan: BitPlan, text: _Text | None
+) -> Conversion:
+    shard_bytes = parse_size(request.max_shard_size, "max_shard_size")
+    note = request.chosen_method
+    if request.is_calibrated and text is not None:
+        count, length = text.tokens.shape
+        name = public_name(str(request.text))
+        note = f"gptq, {count} x {length} tokens of {name}, seed {request.seed}"
+        if request.route_all_experts:
+            note += ", every expert by all tokens"
+    return Conversion.prepare(source, plan, shard_bytes).noting("rounding", note)
+
+
+def _calibration(
+    request: QuantizeRequest, conversion: Conversion, text: _Text | None
+) -> CalibrationConfig | None:
+    if not request.is_calibrated or text is None:
+        return None
+    return CalibrationConfig(
+        conversion.source, conversion.plan, text.tokens, str(text.device),
+        request.route_all_experts,
+    )  # fmt: skip
+
+
+def _estimate(
+    conversion: Conversion,
+    measurement: Measurement | None,
+    calibration: CalibrationConfig | None,
+) -> Estimate:
+    measuring = None if measurement is None else measurement.cost()
+    rounding = None if calibration is None else calibration.cost()
+    memory = [conversion.memory_bytes]
+    memory += [cost.memory_bytes for cost in (measuring, rounding) if cost is not None]
+    return Estimate(
+        conversion.source.num_bytes,
+        conversion.output_bytes,
+        len(conversion.shards),
+        max(memory),
+        measuring,
+        rounding,
+    )
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """Name the output when its disk is full or fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MoeqError(f"cannot write {output}: {error}") from error

@@ -1,0 +1,160 @@
+"""What a measured plan is asked to be, and what measuring it takes."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from moeq.allocation import PlanOptions, average_bits, bits_budget
+from moeq.checkpoint import SourceModel
+from moeq.checkpoint.workspace import fingerprint
+from moeq.errors import MoeqError
+from moeq.model.cost import (
+    Cost,
+    experts_of_a_token,
+    forward_operations,
+    gptq_operations,
+    gptq_steps,
+    hessian_operations,
+    working_bytes,
+)
+from moeq.planning.cost import measuring_bytes
+from moeq.planning.judge import PLANS_AT_ONCE
+from moeq.rounding import DATA_FREE
+from moeq.signals import load_base_routers, router_norms
+from vllm_moeq.format import WIDTHS
+
+_ALGORITHM_VERSION = 3
+"""To be raised when the same work gives another plan: unfinished runs cannot go on then."""
+_HELD_BACK = 0.25
+"""Share of the calibration sequences that judge plans and are not used to make them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """All that a measured plan depends on.
+
+    Attributes:
+        source: The model.
+        options: What is asked of the plan; the strategy is one of :data:`moeq.requests.MEASURED`.
+        tokens: int64 [n, L]: calibration text.
+        method: How experts are rounded, one of :data:`moeq.rounding.METHODS`.
+        device: Where layers run and experts are rounded.
+        seed: Of random plans, and of the tokens drawn for the Fisher information.
+        size: Bytes that the experts may take, if it is not the average width that was asked for.
+    """
+
+    source: SourceModel
+    options: PlanOptions
+    tokens: torch.Tensor
+    method: str
+    device: torch.device
+    seed: int = 0
+    size: int | None = None
+
+    @property
+    def held_back(self) -> torch.Tensor:
+        """Sequences that judge plans; none if there is only one plan."""
+        judged = self.options.strategy == "auto"
+        return self.tokens[: int(len(self.tokens) * _HELD_BACK) if judged else 0]
+
+    @property
+    def measured(self) -> torch.Tensor:
+        """Sequences that plans are made from."""
+        return self.tokens[len(self.held_back) :]
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes to choose from."""
+        return self.options.group_sizes or (self.options.group_size,)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the experts may take, with the largest of several group sizes."""
+        if self.size is not None:
+            return self.size
+        return bits_budget(self.options.bits, self.source.layers, self.options.group_size)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths to choose from: those asked for, or a few around the average."""
+        if self.options.levels:
+            return tuple(sorted(self.options.levels))
+        averages = [
+            average_bits(self.budget, self.source.layers, group_size)
+            for group_size in self.group_sizes
+        ]
+        levels = {
+            level
+            for average in (self.options.bits, *averages)
+            if average >= WIDTHS[0]
+            for level in replace(self.options, bits=average).resolved_levels()
+        }
+        first = max(0, WIDTHS.index(min(levels)) - 1)
+        return WIDTHS[first : WIDTHS.index(max(levels)) + 2]
+
+    def check_text(self) -> None:
+        """Check that there are sequences to judge plans by.
+
+        Raises:
+            MoeqError: Too little text.
+        """
+        if self.options.strategy == "auto" and not len(self.held_back):
+            raise MoeqError(
+                f"`strategy` auto needs at least {round(1 / _HELD_BACK)} calibration sequences, "
+                f"there are {len(self.tokens)}: give more text or a smaller `seqlen`"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the plan depends on, as JSON, by a name for users."""
+        return fingerprint(self.source.reader, self.tokens, str(self.device)) | {
+            "algorithm version": _ALGORITHM_VERSION,
+            "choice of options for the plan": asdict(self.options),
+            "initial router": self._router_changes(),
+            "size": self.size,
+            "method": self.method,
+            "seed": self.seed,
+        }
+
+    def _router_changes(self) -> dict[str, list[float]]:
+        """Return the change of each expert's router norm, by container, if it is to be used."""
+        if self.options.base_router is None:
+            return {}
+        base = load_base_routers(self.options.base_router, self.source.layers)
+        return {
+            layer.container: router_norms(self.source, layer, base).values.tolist()
+            for layer in self.source.layers
+        }
+
+    def cost(self) -> Cost:
+        """Estimate what measuring takes: experts at every width, activations of every layer."""
+        layers = self.source.layers
+        disk = measuring_bytes(layers, self.widths, self.group_sizes, self.tokens.numel())
+        return Cost(self._operations(), self._steps(), self._memory_bytes(), disk)
+
+    def _steps(self) -> float:
+        if self.method in DATA_FREE:
+            return 0
+        times = len(self.widths) * len(self.group_sizes)
+        return times * sum(layer.num_experts * gptq_steps(layer) for layer in self.source.layers)
+
+    def _memory_bytes(self) -> int:
+        layer = max(self.source.layers, key=lambda layer: layer.expert_weights)
+        count, size = self.tokens.numel(), 4 * layer.hidden_size
+        together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
+        alone = working_bytes(layer) + count * (4 * size + 12 * layer.intermediate_size)
+        judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
+        return max(4 * count * size + max(together, alone), judged)
+
+    def _operations(self) -> float:
+        layers, widths = self.source.layers, len(self.widths)
+        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
+        # Forward for the gradients, and back; in the bank, whole and at each width of a projection.
+        groups, measuring = len(self.group_sizes), self.measured.numel()
+        passes = (1 + 3 + groups * (2 + 2 * widths)) * measuring
+        passes += (1 + PLANS_AT_ONCE) * self.held_back.numel()
+        total = passes * routed * forward_operations(layers[0])
+        if self.method in DATA_FREE:
+            return float(total)
+        hessians = measuring * routed * hessian_operations(layers[0])
+        return total + groups * (hessians + gptq_operations(layers, widths))

@@ -1,0 +1,373 @@
+"""What the user asks for: made once, checked once, never changed.
+
+The Python API and the command line both come down to these. Fields are the parameters of the API
+and, with dashes, the options of the command line. Modules that take long to import are left to
+those who do the work.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moeq.errors import MoeqError
+from moeq.units import parse_size
+
+METHODS = ("gptq", "hqq", "rtn")
+"""Of rounding; only the first needs calibration text."""
+MEASURED = ("auto", "sensitivity")
+"""Strategies that need calibration text."""
+STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random:SEED")
+MAXVARS = ("max-row", "highest-norm-row")
+REORDERS = ("stable", "one-pass")
+BACKENDS = ("reference", "transformers", "vllm")
+DEFAULT_BITS = 2.5
+NO_TEXT = "none"
+
+_SIDE = ("ranks", "layer_tolerance", "widths_per_layer", "same_width")
+_USED = {
+    "auto": {"levels", "base_router", "zeta", "maxvar", "reorder", *_SIDE},
+    "sensitivity": {"levels", *_SIDE},
+    "combined": {"levels", "base_router", "zeta", "maxvar", "reorder"},
+    "router-norm": {"levels", "base_router"},
+    "maxvar": {"levels", "maxvar"},
+    "uniform": set[str](),
+    "random": {"levels"},
+}
+"""Parameters that a strategy heeds, beside the size and the group size."""
+_SIZES = ("bits", "bits_per_weight", "target_size")
+_PLAN = (*_SIZES, "strategy", "group_size", "levels", "base_router", "zeta", "maxvar", "reorder")
+_TEXT = ("nsamples", "seqlen", "seed", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """A bit plan: which expert gets how many bits.
+
+    Attributes:
+        model: Folder or hub id of the model.
+        output: File to create; None writes none.
+        bits: Average width of the expert weights; 2.5 if no size is given.
+        bits_per_weight: Instead: the same with scales and zero points.
+        target_size: Instead: size of all tensors of the result, in bytes or as in ``14GB``.
+        levels: Widths to use, highest first; None takes those next to the average.
+        strategy: One of :data:`STRATEGIES`; None takes ``auto`` with text, else ``combined``.
+        base_router: Router before training: a checkpoint, or a safetensors file as written by
+            :class:`moeq.RouterNormTracker`; None lets the final router norm stand in.
+        group_size: Weights of a row that share a scale; measured plans choose from several, with
+            as many bytes as the largest would take.
+        zeta: MaxVar factor that lets an expert overtake.
+        maxvar: One of :data:`MAXVARS`: MaxVar as in the paper, or as in its code for Mixtral.
+        reorder: One of :data:`REORDERS`: repeat the MaxVar re-order until nothing moves, or not.
+        ranks: Expert-parallel ranks that are to hold equal bytes, up to 1 %.
+        layer_tolerance: Share by which the bytes of a layer may differ from the mean of all.
+        widths_per_layer: Most different widths in a layer.
+        same_width: Both projections of an expert get the same width.
+        method: One of :data:`METHODS`; None takes ``gptq`` with text, else ``rtn``.
+        calib: Calibration text: a file, a folder of ``.txt`` files, a ``.jsonl`` file, a dataset of
+            the hub, or ``default``, the manual of Python. None or ``none`` goes without.
+        nsamples: Calibration sequences.
+        seqlen: Tokens of each.
+        seed: Of the draw of sequences.
+        device: Where to calibrate: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        MoeqError: Values that do not go together, or would have no effect; names them.
+    """
+
+    model: str
+    output: Path | None = None
+    bits: float | None = None
+    bits_per_weight: float | None = None
+    target_size: str | int | None = None
+    levels: tuple[int, ...] | None = None
+    strategy: str | None = None
+    base_router: str | None = None
+    group_size: int | tuple[int, ...] = 128
+    zeta: float = 3.0
+    maxvar: str = "max-row"
+    reorder: str = "stable"
+    ranks: int = 1
+    layer_tolerance: float | None = None
+    widths_per_layer: int | None = None
+    same_width: bool = False
+    method: str | None = None
+    calib: str | None = "default"
+    nsamples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_plan()
+        self._check_text()
+
+    @property
+    def text(self) -> str | None:
+        """Calibration text; None without."""
+        return None if self.calib == NO_TEXT else self.calib
+
+    @property
+    def chosen_strategy(self) -> str:
+        """The strategy, or the default for it."""
+        return self.strategy or ("combined" if self.text is None else "auto")
+
+    @property
+    def chosen_method(self) -> str:
+        """The rounding method, or the default for it."""
+        return self.method or ("rtn" if self.text is None else "gptq")
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes to choose from, in order."""
+        sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
+        return tuple(sorted(set(sizes)))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the plan needs text."""
+        return self.chosen_strategy in MEASURED
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether anything needs text."""
+        return self.is_measured
+
+    def _check_values(self) -> None:
+        from vllm_moeq.format import GROUP_SIZES, WIDTHS
+
+        _check_positive(self, "nsamples", "seqlen")
+        _check_one_of("method", self.method, METHODS)
+        _check_one_of("maxvar", self.maxvar, MAXVARS)
+        _check_one_of("reorder", self.reorder, REORDERS)
+        for size in self.group_sizes:
+            _check_one_of("group_size", size, GROUP_SIZES)
+        for level in self.levels or ():
+            _check_one_of("levels", level, WIDTHS)
+        given = [name for name in _SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise MoeqError("give only one of " + " and ".join(f"`{name}`" for name in given))
+        if self.target_size is not None:
+            parse_size(self.target_size, "target_size")
+        if not self.zeta >= 1:
+            raise MoeqError(f"`zeta` {self.zeta:g} must be at least 1")
+
+    def _check_plan(self) -> None:
+        """Refuse parameters that the strategy would ignore."""
+        strategy = self.chosen_strategy
+        name, _, seed = strategy.partition(":")
+        if name not in _USED or (name == "random") != (":" in strategy):
+            raise MoeqError(f"`strategy` {strategy} is not one of {', '.join(STRATEGIES)}")
+        if name == "random" and not (seed.isdecimal() and int(seed) < 2**63):
+            raise MoeqError(f"`strategy` {strategy}: SEED must be a whole number, as in random:0")
+        if strategy in MEASURED and self.text is None:
+            raise MoeqError(
+                f"`strategy` {strategy} needs calibration text: give `calib` a file, or default"
+            )
+        if len(self.group_sizes) > 1 and strategy not in MEASURED:
+            sizes = ",".join(map(str, self.group_sizes))
+            raise MoeqError(
+                f"`group_size` {sizes} is a choice that `strategy` {strategy} cannot make; give "
+                "one of them, or `strategy` sensitivity"
+            )
+        unused = {name for used in _USED.values() for name in used} - _USED[name]
+        _refuse(self, unused, f"has no effect with `strategy` {strategy}")
+
+    def _check_text(self) -> None:
+        """Refuse parameters of text that nothing needs."""
+        if self.uses_text:
+            return
+        why = f"has no effect with `strategy` {self.chosen_strategy}"
+        _refuse(self, ("method",), f"{why}, which rounds nothing")
+        _refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
+        _refuse_text(self, why)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRequest(PlanRequest):
+    """A packed checkpoint; what is not said here is as in :class:`PlanRequest`.
+
+    Attributes:
+        output: Folder to create.
+        plan: Use this ``plan.json`` instead of making a plan.
+        route_all_experts: Round each expert by all tokens, not only by those that the router gives
+            to it.
+        max_shard_size: Largest file of the result, which is also held in memory.
+        resume: Go on with what an interrupted run has finished.
+        dry_run: Estimate sizes, memory and time; write nothing.
+
+    Raises:
+        MoeqError: Values that do not go together, or would have no effect; names them.
+    """
+
+    output: Path = field()  # unlike that of a plan, needed
+    plan: Path | None = None
+    route_all_experts: bool = False
+    max_shard_size: str | int = "2GB"
+    resume: bool = False
+    dry_run: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the plan needs text."""
+        return self.plan is None and self.chosen_strategy in MEASURED
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether rounding needs text."""
+        return self.chosen_method == "gptq"
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether anything needs text."""
+        return self.is_measured or self.is_calibrated
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        parse_size(self.max_shard_size, "max_shard_size")
+
+    def _check_plan(self) -> None:
+        if self.plan is not None:
+            _refuse(self, (*_PLAN, *_SIDE), "has no effect with `plan`; give only one of them")
+            return
+        super()._check_plan()
+
+    def _check_text(self) -> None:
+        method = self.chosen_method
+        if self.is_calibrated and self.text is None:
+            raise MoeqError("`method` gptq needs calibration text: give `calib` a file, or default")
+        why = f"has no effect with `method` {method}"
+        if not self.is_calibrated:
+            _refuse(self, ("route_all_experts",), why)
+        if self.uses_text:
+            return
+        _refuse(self, _TEXT, why)
+        _refuse_text(self, why)
+        _refuse(self, ("resume",), f"{why}, which starts anew")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest:
+    """A comparison of strategies at equal bytes.
+
+    Attributes:
+        model: Folder or hub id of the model.
+        output: Folder to create.
+        text: Held-out text, in the forms of ``calib``.
+        calib: Calibration text, as in :class:`PlanRequest`.
+        bits: Average widths.
+        methods: Of rounding, each of :data:`METHODS`.
+        strategies: Those to compare; None takes all. Uniform and random plans are always in.
+        base_router: As in :class:`PlanRequest`.
+        group_size: Weights of a row that share a scale.
+        random: Random plans of each average.
+        nsamples: Calibration sequences.
+        seqlen: Tokens of a sequence.
+        eval_nsamples: Held-out sequences of a text.
+        seed: Of the draw of sequences.
+        device: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        MoeqError: Values that do not go together; names them.
+    """
+
+    model: str
+    output: Path
+    text: str
+    calib: str = "default"
+    bits: tuple[float, ...] = (2, 2.25, 2.5, 3, 4)
+    methods: tuple[str, ...] = ("gptq",)
+    strategies: tuple[str, ...] | None = None
+    base_router: str | None = None
+    group_size: int = 128
+    random: int = 5
+    nsamples: int = 128
+    seqlen: int = 512
+    eval_nsamples: int = 8
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        from vllm_moeq.format import GROUP_SIZES, WIDTHS
+
+        _check_positive(self, "nsamples", "seqlen", "eval_nsamples")
+        _check_one_of("group_size", self.group_size, GROUP_SIZES)
+        if self.calib == self.text:
+            raise MoeqError(
+                "`text` must be another text than `calib`, or every plan looks too good"
+            )
+        for method in self.methods:
+            _check_one_of("methods", method, METHODS)
+        for name in ("methods", "bits", "strategies"):
+            values = getattr(self, name)
+            if values is not None and (len(set(values)) < len(values) or not values):
+                raise MoeqError(f"`{name}` names the same value twice, or none")
+        if self.random < 2:
+            raise MoeqError(f"`random` {self.random} must be at least 2, for a spread")
+        if not WIDTHS[0] <= min(self.bits) <= max(self.bits) <= WIDTHS[-1]:
+            raise MoeqError(f"`bits` must be between {WIDTHS[0]} and {WIDTHS[-1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """A judgement of a packed checkpoint on held-out text.
+
+    Attributes:
+        packed: Folder of the packed checkpoint.
+        against: Folder or hub id of the original.
+        text: Held-out text, in the forms of ``calib``; each file of a folder is judged by itself.
+        backend: One of :data:`BACKENDS`.
+        dtype: Of vLLM, as in ``vllm serve``.
+        device: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``; not of vLLM.
+        nsamples: Sequences of each text.
+        seqlen: Tokens of each.
+        seed: Of the draw of sequences.
+
+    Raises:
+        MoeqError: Values that do not go together; names them.
+    """
+
+    packed: Path
+    against: str
+    text: str
+    backend: str = "reference"
+    dtype: str = "auto"
+    device: str = "auto"
+    nsamples: int = 16
+    seqlen: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "nsamples", "seqlen")
+        _check_one_of("backend", self.backend, BACKENDS)
+        if self.seqlen < 2:
+            raise MoeqError("`seqlen` 1 leaves no token to predict; give at least 2")
+        if self.backend != "vllm":
+            _refuse(self, ("dtype",), f"has no effect with `backend` {self.backend}")
+
+
+def _check_positive(request: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(request, name)
+        if value < 1:
+            raise MoeqError(f"`{name}` {value} is not a positive number")
+
+
+def _check_one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    if value is not None and value not in choices:
+        raise MoeqError(f"`{name}` {value} is not one of {', '.join(map(str, choices))}")
+
+
+def _refuse(request: Any, names: Iterable[str], why: str) -> None:
+    """Refuse parameters that are not left at their defaults."""
+    for parameter in fields(request):
+        name = parameter.name
+        if name in names and getattr(request, name) != parameter.default:
+            hint = "" if ";" in why else "; leave it out"
+            raise MoeqError(f"`{name}` {why}{hint}")
+
+
+def _refuse_text(request: PlanRequest, why: str) -> None:
+    if request.text not in (None, "default"):
+        raise MoeqError(f"`calib` {why}; leave it out")

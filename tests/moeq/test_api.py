@@ -1,0 +1,160 @@
+"""The Python API: equal to the command line, silent, and its progress told to a callback."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+import moeq
+from support.checkpoints import write_checkpoint
+from support.cli import environment, run_moeq
+
+TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
+MEASURED: dict[str, Any] = {"bits": 2.5, "group_size": 32, "nsamples": 16, "seqlen": 48}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _options(parameters: dict[str, Any]) -> list[object]:
+    return [
+        word
+        for name, value in parameters.items()
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+
+
+@pytest.mark.parametrize("calib", ["none", "text"])
+def test_equal_calls_give_equal_bytes(
+    calib: str, tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    parameters = {**MEASURED, "calib": text} if calib == "text" else {"bits": 3, "calib": "none"}
+    done = run_moeq("quantize", model, "-o", tmp_path / "command", *_options(parameters))
+    assert done.returncode == 0, done.stderr
+    result = moeq.quantize(model, tmp_path / "api", **parameters)
+    assert _files(tmp_path / "api") == _files(tmp_path / "command")
+    assert result.written and result.path == tmp_path / "api"
+    assert moeq.verify(result.path) == []
+
+
+def test_a_result_tells_what_was_done(
+    tiny_model: Callable[[str], Path],
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(stage: str, done: int, total: int, unit: str) -> None:
+        steps.setdefault(f"{stage}, {unit}", []).append((done, total))
+
+    with caplog.at_level(logging.INFO, "moeq"):
+        result = moeq.quantize(
+            tiny_model("mixtral"), tmp_path / "out", calib=text, progress=progress, **MEASURED
+        )
+    assert capsys.readouterr() == ("", "")
+    assert "a plan without text takes seconds: `calib` none" in caplog.text
+
+    assert set(steps) == {
+        "gradients, layer",
+        "round at 4 widths (gptq), expert",
+        "evaluate, layer",
+        "round, expert",
+        "write, B",
+    }
+    for done in steps.values():
+        assert done[0][0] == 0 and done[-1][0] == done[-1][1]
+        assert done == sorted(done)
+
+    size = 0
+    for file in result.path.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            size += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118
+    assert result.plan.provenance.total_bytes == result.estimate.output_bytes == size
+    tried = [plan["divergence"] for plan in result.tried]
+    assert tried == sorted(tried) and len(tried) == 7
+    assert result.plan.provenance.strategy == f"auto: {result.tried[0]['strategy']}"
+    assert result.calibrated is not None
+    assert sum(result.calibrated.token_counts) == 2 * 2 * 16 * 48  # layers, experts of a token
+    assert [path.name for path in result.reports] == ["README.md", "moeq_calibration.json"]
+
+    inspected = moeq.inspect(result.path)
+    assert inspected.plan == result.plan
+    assert inspected.calibration is not None
+    assert inspected.calibration["tokens"] == 16 * 48
+
+
+def test_dry_run_writes_nothing_and_estimates(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("mixtral")
+    result = moeq.quantize(model, tmp_path / "out", calib=text, dry_run=True, **MEASURED)
+    assert not result.written and not result.reports and result.calibrated is None
+    assert result.estimate.measuring is not None and result.estimate.rounding is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+    without = moeq.quantize(model, tmp_path / "out", bits=2.5, calib=None, dry_run=True)
+    assert without.estimate.measuring is None and without.estimate.rounding is None
+
+
+def test_a_plan_is_what_quantize_uses(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model, path = tiny_model("mixtral"), tmp_path / "plan.json"
+    plan = moeq.plan(model, path, calib=text, strategy="sensitivity", **MEASURED)
+    assert moeq.inspect(path).plan == plan and moeq.inspect(path).calibration is None
+    options = {"nsamples": 16, "seqlen": 48, "calib": text}
+    by_plan = moeq.quantize(model, tmp_path / "a", plan=path, **options)
+    at_once = moeq.quantize(
+        model, tmp_path / "b", strategy="sensitivity", bits=2.5, group_size=32, **options
+    )
+    assert by_plan.plan == at_once.plan
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+
+
+def test_evaluate_and_compare(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model, heldout = tiny_model("mixtral"), tmp_path / "heldout.txt"
+    heldout.write_text(TEXT[::-1])
+    packed = moeq.quantize(model, tmp_path / "out", bits=4, group_size=32, calib=None).path
+    short = {"nsamples": 4, "seqlen": 32}
+    evaluation = moeq.evaluate(packed, against=model, text=heldout, **short)
+    assert 0 < evaluation.total.divergence < 1
+    findings = moeq.compare(
+        model, tmp_path / "page", text=heldout, calib=text, bits=[2.5], methods=["rtn"],
+        strategies=["combined"], group_size=32, random=2, **short,
+    )  # fmt: skip
+    assert {point.strategy for point in findings.points} == {"combined", "random:0", "random:1"}
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert str(model) not in page and model.name in page
+
+
+def test_errors_name_parameters(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    small = write_checkpoint(tmp_path / "small")
+    with pytest.raises(moeq.MoeqError, match="`group_size` 128 does not divide the hidden_size 64"):
+        moeq.quantize(small, tmp_path / "out", bits=3, calib=None)
+    with pytest.raises(moeq.MoeqError, match=f"`output` {tmp_path} exists already"):
+        moeq.quantize(tiny_model("mixtral"), tmp_path, calib=None)
+
+
+def test_importing_takes_no_torch() -> None:
+    program = "import moeq, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "False False\n", done.stderr
