@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moeq.api import Inspection, compare, evaluate, inspect, plan, quantize, verify
+from moeq.api import compare, evaluate, inspect, plan, quantize, verify
 from moeq.errors import MoeqError
 from moeq.progress import Progress
 
 if TYPE_CHECKING:
     from moeq.comparison import Findings
     from moeq.evaluation import Evaluation
+    from moeq.inspection import Inspection
     from moeq.pipeline import QuantizedModel
     from moeq.tracker import RouterNormTracker
     from vllm_moeq.format import BitPlan
@@ -35,6 +36,7 @@ _LAZY = {
     "BitPlan": "vllm_moeq.format",
     "Evaluation": "moeq.evaluation",
     "Findings": "moeq.comparison",
+    "Inspection": "moeq.inspection",
     "QuantizedModel": "moeq.pipeline",
     "RouterNormTracker": "moeq.tracker",
 }

@@ -6,10 +6,9 @@ come back. Errors are :class:`moeq.MoeqError`; their messages name parameters in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
@@ -17,6 +16,7 @@ from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, Quantize
 if TYPE_CHECKING:
     from moeq.comparison import Findings
     from moeq.evaluation import Evaluation
+    from moeq.inspection import Inspection
     from moeq.pipeline import QuantizedModel
     from vllm_moeq.format import BitPlan
 
@@ -354,30 +354,19 @@ def verify(path: AnyPath) -> list[str]:
     return verify_checkpoint(Path(path))
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What is inside a packed checkpoint.
-
-    Attributes:
-        plan: Widths of its experts, with sizes and how they came about.
-        calibration: What each expert got of the calibration text, as ``moeq_calibration.json`` has
-            it; None without calibration, and for a plan alone.
-    """
-
-    plan: "BitPlan"
-    calibration: dict[str, Any] | None
-
-
-def inspect(path: AnyPath) -> Inspection:
+def inspect(path: AnyPath, html: AnyPath | None = None) -> "Inspection":
     """Look into a packed checkpoint, or a ``plan.json``.
 
-    Raises:
-        MoeqError: It is neither; names it.
-    """
-    from moeq.calibration import REPORT_NAME
-    from moeq.checkpoint.plan_file import plan_of
-    from moeq.checkpoint.reader import read_json
+    Args:
+        path: Folder or file.
+        html: File to create: the same as one self-contained page.
 
-    report = Path(path) / REPORT_NAME
-    calibration = read_json(report) if report.is_file() else None
-    return Inspection(plan_of(Path(path)), calibration)
+    Raises:
+        MoeqError: It is neither, or the page exists already or cannot be written; names it.
+    """
+    from moeq.inspection import Inspection, write_page
+
+    inspection = Inspection.of(Path(path))
+    if html is not None:
+        write_page(inspection, Path(html))
+    return inspection

@@ -23,7 +23,7 @@ from moeq.evaluation import Evaluation, PackedModel
 from moeq.model.cost import Cost
 from moeq.model.device import torch_device
 from moeq.model.text import calibration_sequences, evaluation_sequences
-from moeq.planning import Measurement, decide, measurement_of, stand_in
+from moeq.planning import MEASUREMENT_NAME, Measurement, decide, measurement_of, stand_in
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.units import duration, parse_size, public_name
@@ -80,8 +80,8 @@ class QuantizedModel:
 
     @property
     def reports(self) -> list[Path]:
-        """Files of the result that are for people: its model card, and what calibration saw."""
-        paths = [self.path / "README.md", self.path / REPORT_NAME]
+        """Files of the result beside its weights: model card, what was measured, and coverage."""
+        paths = [self.path / name for name in ("README.md", MEASUREMENT_NAME, REPORT_NAME)]
         return [path for path in paths if path.exists()]
 
 
@@ -107,13 +107,18 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         plan = _given_plan(request)
         if plan is None and measurement is not None:
             plan = stand_in(source, measurement)
-        conversion = _conversion(request, source, plan or decide(source, request, None), text)
+        plan = plan or decide(source, request, None).plan
+        conversion = _conversion(request, source, plan, text)
         estimate = _estimate(conversion, measurement, _calibration(request, conversion, text))
         return QuantizedModel(request.output, False, conversion.plan, estimate)
     with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
-        plan = _given_plan(request) or decide(
-            source, request, measurement, workspace.plan, progress
-        )
+        _announce(measurement, request)
+        reports: dict[str, Any] = {}
+        plan = _given_plan(request)
+        if plan is None:
+            plan, measured = decide(source, request, measurement, workspace.plan, progress)
+            if measured is not None:
+                reports[MEASUREMENT_NAME] = measured
         conversion = _conversion(request, source, plan, text)
         calibration = _calibration(request, conversion, text)
         estimate = _estimate(conversion, measurement, calibration)
@@ -130,7 +135,8 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
             experts = calibrated = calibrate(
                 calibration, workspace.calibration, request.resume, progress
             )
-        conversion.write(workspace.partial, experts, progress)
+            reports[REPORT_NAME] = calibrated.report()
+        conversion.write(workspace.partial, experts, reports, progress)
         workspace.publish()
     return QuantizedModel(request.output, True, conversion.plan, estimate, calibrated)
 
@@ -144,8 +150,9 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     if request.output is not None:
         check_output_is_free(request.output)
     source = SourceModel.open(request.model)
-    text = _calibration_text(request, source)
-    result = decide(source, request, _measurement(request, source, text), None, progress)
+    measurement = _measurement(request, source, _calibration_text(request, source))
+    _announce(measurement, request)
+    result = decide(source, request, measurement, None, progress).plan
     if request.output is not None:
         write_plan(result, request.output)
     return result
@@ -202,18 +209,23 @@ def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None
 def _measurement(
     request: PlanRequest, source: SourceModel, text: _Text | None
 ) -> Measurement | None:
-    """Return what has to be measured for the plan, and say how long that takes."""
+    """Return what has to be measured for the plan."""
     if text is None or not request.is_measured:
         return None
-    measurement = measurement_of(source, request, text.tokens, text.device)
-    cost = measurement.cost()
-    count, length = text.tokens.shape
+    return measurement_of(source, request, text.tokens, text.device)
+
+
+def _announce(measurement: Measurement | None, request: PlanRequest) -> None:
+    """Say how long a measurement takes, before it starts."""
+    if measurement is None:
+        return
+    count, length = measurement.tokens.shape
     logger.info(
         "measuring the plan on %d x %d tokens of %s, which takes about %s; a plan without text "
         "takes seconds: `calib` none",
-        count, length, public_name(str(request.text)), duration(cost.seconds(text.device)),
+        count, length, public_name(str(request.text)),
+        duration(measurement.cost().seconds(measurement.device)),
     )  # fmt: skip
-    return measurement
 
 
 def _given_plan(request: QuantizeRequest) -> BitPlan | None:

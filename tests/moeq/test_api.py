@@ -91,7 +91,11 @@ def test_a_result_tells_what_was_done(
     assert result.plan.provenance.strategy == f"auto: {result.tried[0]['strategy']}"
     assert result.calibrated is not None
     assert sum(result.calibrated.token_counts) == 2 * 2 * 16 * 48  # layers, experts of a token
-    assert [path.name for path in result.reports] == ["README.md", "moeq_calibration.json"]
+    assert [path.name for path in result.reports] == [
+        "README.md",
+        "moeq_measurement.json",
+        "moeq_calibration.json",
+    ]
 
     inspected = moeq.inspect(result.path)
     assert inspected.plan == result.plan

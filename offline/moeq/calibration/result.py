@@ -41,15 +41,13 @@ class CalibratedExperts:
         """Return the packed tensors of a weight by name; its width is known already."""
         return self.read(weight)
 
-    def reports(self) -> dict[str, Any]:
-        """Return as JSON what each expert got of the calibration text, by the file's name."""
+    def report(self) -> dict[str, Any]:
+        """Return as JSON what each expert got of the calibration text."""
         return {
-            REPORT_NAME: {
-                "tokens": self.config.tokens.numel(),
-                "fewest_tokens": self.config.fewest_tokens,
-                "route_all_experts": self.config.route_all,
-                "experts": {name: layer._asdict() for name, layer in self.coverage.items()},
-            }
+            "tokens": self.config.tokens.numel(),
+            "fewest_tokens": self.config.fewest_tokens,
+            "route_all_experts": self.config.route_all,
+            "experts": {name: layer._asdict() for name, layer in self.coverage.items()},
         }
 
     @property

@@ -1,7 +1,6 @@
 """Rounds experts without any text, while they are written."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -32,7 +31,3 @@ class DataFree:
             folder = self.source.folder
             raise MoeqError(f"{folder}: cannot quantize {weight}: {error}") from error
         return quantized.named(weight)
-
-    def reports(self) -> dict[str, Any]:
-        """Return nothing: there is no text."""
-        return {}

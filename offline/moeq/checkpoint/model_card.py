@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from vllm_moeq.format import BitPlan
+from vllm_moeq.format import WIDTHS, BitPlan
 
 _TEXT = """\
 # {title}
@@ -20,8 +20,15 @@ Routers, attention, norms and embeddings are untouched.
 | bits asked for / achieved | {requested} / {achieved:.4f} |
 | bits per expert weight, all included | {bits_per_weight:.4f} |
 | group size | {group_size} |
+| rounding | {rounding} |
 | packed experts | {expert_bytes:,} bytes |
 | all tensors | {total_bytes:,} bytes |
+{quality}
+## Plan
+
+Experts of each layer at each width, gate and up / down:
+
+{plan}
 
 ## Use
 
@@ -34,7 +41,17 @@ vllm serve PATH_OF_THIS_FOLDER --quantization moeq
 Do not load this checkpoint with plain `transformers`: it does not know the packed tensors, warns,
 and goes on with RANDOM experts.
 
-`moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged.
+`moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged;
+`moeq inspect PATH_OF_THIS_FOLDER --html FILE` shows every expert.
+"""
+_QUALITY = """
+## Quality
+
+On {tokens:,} tokens held back from the calibration text, this plan (before layers made up for each
+other) was {divergence:.5f} nats per token away from the 16-bit model (Kullback-Leibler divergence),
+its loss {loss:+.5f} nats per token. {others} other plans of the same size were tried; the best of
+them had {second:.5f}. Judge it on your own text:
+`moeq eval PATH_OF_THIS_FOLDER --against BASE_MODEL --text TEXT`.
 """
 
 
@@ -47,6 +64,7 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
     name = link = Path(source).resolve().name
     if not Path(source).exists():
         data.base_model = source
+        data.base_model_relation = "quantized"
         link = f"[{source}](https://huggingface.co/{source})"
     provenance = plan.provenance
     text = _TEXT.format(
@@ -57,10 +75,43 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
         achieved=provenance.achieved_bits or float("nan"),
         bits_per_weight=provenance.bits_per_weight or float("nan"),
         group_size=plan.group_size,
+        rounding=provenance.details.get("rounding", "unknown"),
         expert_bytes=provenance.expert_bytes or 0,
         total_bytes=provenance.total_bytes or 0,
+        quality=_quality(plan),
+        plan=_plan(plan),
     )
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _quality(plan: BitPlan) -> str:
+    tried = plan.provenance.details.get("tried", [])
+    if len(tried) < 2:
+        return ""
+    best, second = tried[:2]
+    return _QUALITY.format(
+        tokens=best["tokens"],
+        divergence=best["divergence"],
+        loss=best["loss_increase"],
+        others=len(tried) - 1,
+        second=second["divergence"],
+    )
+
+
+def _plan(plan: BitPlan) -> str:
+    used = [
+        width
+        for width in WIDTHS
+        if any(width in (*bits.w13, *bits.w2) for bits in plan.expert_bits.values())
+    ]
+    lines = [
+        "| layer | " + " | ".join(f"{width} bit" for width in used) + " |",
+        "|---|" + "---:|" * len(used),
+    ]
+    for container, bits in plan.expert_bits.items():
+        cells = (f"{bits.w13.count(width)} / {bits.w2.count(width)}" for width in used)
+        lines.append(f"| `{container}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _source_data(path: Path) -> ModelCardData:

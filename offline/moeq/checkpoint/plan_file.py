@@ -1,11 +1,11 @@
 """``plan.json``: a bit plan in a file of its own."""
 
 import json
-import os
 from pathlib import Path
 
 from moeq.checkpoint.reader import CheckpointReader, read_json
 from moeq.checkpoint.verify import read_plan
+from moeq.checkpoint.workspace import write_new_file
 from moeq.errors import MoeqError
 from vllm_moeq.format import BitPlan, FormatError
 
@@ -37,13 +37,4 @@ def write_plan(plan: BitPlan, path: Path) -> None:
     Raises:
         MoeqError: The file exists or cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.link(partial, path)  # unlike a rename, this never replaces an existing file
-    except FileExistsError:
-        raise MoeqError(f"`output` {path} exists already; remove it or choose another") from None
-    except OSError as error:
-        raise MoeqError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_new_file(path, json.dumps(plan.to_dict(), indent=2) + "\n", "output")

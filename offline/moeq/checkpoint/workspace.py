@@ -191,6 +191,31 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     unfinished.replace(path)
 
 
+def write_new_file(path: Path, text: str, parameter: str) -> None:
+    """Write a file that was not there before, all or nothing.
+
+    Args:
+        path: The file.
+        text: What it holds.
+        parameter: That names it, for errors.
+
+    Raises:
+        MoeqError: The file exists or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.link(partial, path)  # unlike a rename, this never replaces an existing file
+    except FileExistsError:
+        raise MoeqError(
+            f"`{parameter}` {path} exists already; remove it or choose another"
+        ) from None
+    except OSError as error:
+        raise MoeqError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def used_bytes(folder: Path) -> int:
     """Return the bytes that a folder takes on disk; 0 if it is not there."""
     return sum(512 * path.stat().st_blocks for path in folder.rglob("*"))

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,9 +40,6 @@ class PackedSource(Protocol):
         Raises:
             MoeqError: It cannot be quantized; names it.
         """
-
-    def reports(self) -> dict[str, Any]:
-        """Return what there is to know beside the weights: JSON by the name of a file."""
 
 
 class _Job(NamedTuple):
@@ -122,12 +119,19 @@ class Conversion:
         largest_shard = max(sum(job.output_bytes for job in shard) for shard in self.shards)
         return largest_shard + _WORKERS * _WORKING_BYTES_PER_WEIGHT * largest_tensor
 
-    def write(self, folder: Path, experts: PackedSource, progress: Progress = silent) -> None:
+    def write(
+        self,
+        folder: Path,
+        experts: PackedSource,
+        reports: Mapping[str, Any] | None = None,
+        progress: Progress = silent,
+    ) -> None:
         """Write the packed checkpoint into a folder, which is created.
 
         Args:
             folder: What is in it is not complete before this returns.
             experts: Packs the weights of experts.
+            reports: What there is to know beside the weights: JSON by the name of a file.
             progress: Hears of every tensor.
 
         Raises:
@@ -135,7 +139,7 @@ class Conversion:
             OSError, SafetensorError: The disk is full or fails.
         """
         folder.mkdir()
-        for name, report in experts.reports().items():
+        for name, report in (reports or {}).items():
             _write_json(folder / name, report)
         weight_map: dict[str, str] = {}
         reader = self.source.reader

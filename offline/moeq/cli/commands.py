@@ -66,7 +66,7 @@ def inspect(options: Namespace) -> int:
     import moeq
     from moeq.cli import printing
 
-    result = moeq.inspect(options.path).plan
+    result = moeq.inspect(options.path, options.html).plan
     print(
         json.dumps(printing.plan_summary(result))
         if options.json
@@ -174,6 +174,54 @@ def _tune(options: Namespace) -> int:
     return 0
 
 
+def doctor(options: Namespace) -> int:
+    """Say what fits and what does not; fail if something does not."""
+    from moeq.doctor import findings
+
+    with _stdout_to_stderr():  # vLLM logs to the standard output
+        found = list(findings(options.model, options.folder))
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in found]))
+    else:
+        width = max(len(finding.name) for finding in found)
+        for finding in found:
+            print(f"{finding.name:<{width}}  {finding.state:<7}  {finding.text}")
+    return 1 if any(finding.state == "problem" for finding in found) else 0
+
+
+def families(options: Namespace) -> int:
+    """List the families."""
+    from moeq.checkpoint.families import FAMILIES
+
+    rows = [
+        {
+            "model_type": name,
+            "experts": f"model.layers.N.{family.experts}",
+            "router": f"model.layers.N.{family.router}",
+            "projections": f"{family.gate}, {family.up}, {family.down}",
+        }
+        for family in FAMILIES
+        for name in family.model_types
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(f"{row['model_type']:<12} {row['experts']}.E.{{{row['projections']}}}")
+    print("one tensor for each expert, 16 or 32 bits; routed experts are quantized, nothing else")
+    return 0
+
+
+def completion(options: Namespace) -> int:
+    """Print a completion script."""
+    import shtab
+
+    from moeq.cli.options import parser
+
+    print(shtab.complete(parser(), shell=options.shell))
+    return 0
+
+
 def _parameters(options: Namespace) -> dict[str, Any]:
     """Return the parameters of a request: what was given on the command line."""
     ours = ("command", "parser", "json")
@@ -206,5 +254,8 @@ COMMANDS = {
     "eval": evaluate,
     "compare": compare,
     "bench": bench,
+    "doctor": doctor,
+    "families": families,
+    "completion": completion,
 }
 """By the name that the command line takes."""

@@ -90,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
         "inspect", "show the plan of a checkpoint or plan.json", "moeq inspect mixtral-2.5"
     )
     inspect.add_argument("path", metavar="OUT|plan.json", type=Path)
+    inspect.add_argument(
+        "--html", type=Path, default=None, help="also write one self-contained page to this file"
+    )
     _json(inspect)
 
     verify = command(
@@ -128,6 +131,25 @@ def parser() -> argparse.ArgumentParser:
             "(MOEQ_CPU_ACTIVATION: int16, the default, or int8).",
         )
     )
+    doctor = command(
+        "doctor",
+        "look at versions, kernels, memory and disk, and compare them with a model's need",
+        "moeq doctor mistralai/Mixtral-8x7B-v0.1",
+    )
+    doctor.add_argument(
+        "model", metavar="MODEL", nargs="?", default=None, help="folder or hub id (default: none)"
+    )
+    doctor.add_argument(
+        "--folder", type=Path, default=Path(), help="where results would be written (default: here)"
+    )
+    _json(doctor)
+    _json(command("families", "list the model families that moeq reads", "moeq families --json"))
+    completion = command(
+        "completion",
+        "print what makes a shell complete commands and options",
+        'eval "$(moeq completion bash)"',
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return result
 
 

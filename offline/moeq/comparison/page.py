@@ -9,18 +9,10 @@ from typing import Any
 from moeq.comparison.study import GLOBAL, Findings, Point
 from moeq.comparison.summary import RANDOM, Row, rows, verdicts
 from moeq.errors import MoeqError
+from moeq.html import document, table
 from moeq.signals.table import SIGNALS
 from vllm_moeq.format import WIDTHS
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
-       color: #222; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: right; }
-th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
-tr.best td { font-weight: 600; }
-svg { max-width: 100%; height: auto; }
-"""
 # Distinguishable for people who are colour-blind (Okabe and Ito, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"
@@ -40,16 +32,15 @@ def render(findings: Findings, title: str, notes: list[str]) -> str:
     Raises:
         MoeqError: matplotlib is not installed.
     """
-    table = rows(findings.points)
-    methods = list(dict.fromkeys(row.method for row in table))
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    ranked = rows(findings.points)
+    methods = list(dict.fromkeys(row.method for row in ranked))
+    parts = [f"<p>{html.escape(note)}</p>" for note in notes]
     parts.append(
         "<ul>" + "".join(f"<li>{_bold(text)}</li>" for text in verdicts(findings)) + "</ul>"
     )
     parts.append("<h2>Size against divergence</h2>")
     parts.append("<p>Left and down is better. Grey: random plans, each a dot.</p>")
-    parts += [_figure(partial(_pareto, findings, table, method)) for method in methods]
+    parts += [_figure(partial(_pareto, findings, ranked, method)) for method in methods]
     parts.append("<h2>Plans</h2><p>Average width of gate, up and down of every expert.</p>")
     chosen = _points_to_show(findings)
     parts.append(_figure(lambda figure: _plans(figure, chosen), height=2.2 * -(-len(chosen) // 2)))
@@ -62,12 +53,8 @@ def render(findings: Findings, title: str, notes: list[str]) -> str:
         _figure(lambda figure: _signals(figure, findings), height=2 * -(-len(SIGNALS) // 3))
     )
     parts.append("<h2>All figures</h2>")
-    parts.append(_table(table))
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
-    )
+    parts.append(_table(ranked))
+    return document(title, parts)
 
 
 def _bold(text: str) -> str:
@@ -90,10 +77,11 @@ def _figure(draw: Callable[[Any], None], height: float = 5) -> str:
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata={"Date": None})
     text = target.getvalue()
-    return text[text.index("<svg") :]
+    # Drawn for white paper, in dark mode, too.
+    return f'<div class="paper">{text[text.index("<svg") :]}</div>'
 
 
-def _pareto(findings: Findings, table: list[Row], method: str, figure: Any) -> None:
+def _pareto(findings: Findings, ranked: list[Row], method: str, figure: Any) -> None:
     axes = figure.subplots()
     random = [
         point for point in findings.points
@@ -105,7 +93,7 @@ def _pareto(findings: Findings, table: list[Row], method: str, figure: Any) -> N
         s=18, color="#aaa", label=RANDOM, zorder=2,
     )  # fmt: skip
     for number, strategy in enumerate(_shown(findings)):
-        line = [row for row in table if (row.method, row.strategy) == (method, strategy)]
+        line = [row for row in ranked if (row.method, row.strategy) == (method, strategy)]
         line.sort(key=lambda row: row.total_bytes)
         axes.plot(
             [row.total_bytes / 1e6 for row in line],
@@ -180,18 +168,18 @@ def _signals(figure: Any, findings: Findings) -> None:
         axes.set_axis_off()
 
 
-def _table(table: list[Row]) -> str:
+def _table(rows: list[Row]) -> str:
     header = ["method", "bits", "strategy", "MB", "KL", "of random", "loss", "perplexity"]
-    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in header) + "</tr>"]
-    before = None
-    for row in table:
+    cells = []
+    for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.5f}"
-        cells = [
-            row.method, f"{row.bits:g}", row.strategy, f"{row.total_bytes / 1e6:.2f}",
-            f"{row.divergence:.5f}{spread}", "" if row.share is None else f"{row.share:.0%}",
-            f"{row.loss:+.5f}", f"{row.perplexity:.3f}",
-        ]  # fmt: skip
-        best = ' class="best"' if (row.method, row.bits) != before else ""
-        before = row.method, row.bits
-        lines.append(f"<tr{best}>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+        cells.append(
+            [
+                row.method, f"{row.bits:g}", row.strategy, f"{row.total_bytes / 1e6:.2f}",
+                f"{row.divergence:.5f}{spread}", "" if row.share is None else f"{row.share:.0%}",
+                f"{row.loss:+.5f}", f"{row.perplexity:.3f}",
+            ]
+        )  # fmt: skip
+    # The first of each method and average.
+    best = {(row.method, row.bits): number for number, row in reversed([*enumerate(rows)])}
+    return table(header, cells, best.values(), text=3)

@@ -3,11 +3,13 @@
 from moeq.planning.candidates import Candidate
 from moeq.planning.decide import decide, measurement_of, stand_in
 from moeq.planning.judge import judge
-from moeq.planning.measurement import Measurement
-from moeq.planning.planner import check, measured_plan
+from moeq.planning.measurement import MEASUREMENT_NAME, Measurement
+from moeq.planning.planner import Decision, check, measured_plan
 
 __all__ = [
+    "MEASUREMENT_NAME",
     "Candidate",
+    "Decision",
     "Measurement",
     "check",
     "decide",

@@ -16,7 +16,7 @@ from moeq.checkpoint import SourceModel
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.errors import MoeqError
 from moeq.planning.measurement import Measurement
-from moeq.planning.planner import check, measured_plan, resumable_plan
+from moeq.planning.planner import Decision, check, measured_plan, resumable_plan
 from moeq.progress import Progress, silent
 from moeq.requests import DEFAULT_BITS, PlanRequest
 from moeq.units import parse_size
@@ -53,7 +53,7 @@ def decide(
     measurement: Measurement | None,
     folder: Path | None = None,
     progress: Progress = silent,
-) -> BitPlan:
+) -> Decision:
     """Decide the width of every expert.
 
     Args:
@@ -69,13 +69,13 @@ def decide(
     """
     bits, budget = _size(source, request)
     if measurement is None:
-        plan = make_plan(source, _options(request, bits))
+        decision = Decision(make_plan(source, _options(request, bits)), None)
     elif folder is None:
-        plan = measured_plan(measurement, progress)
+        decision = measured_plan(measurement, progress)
     else:
-        plan = resumable_plan(measurement, folder, progress)
-    _check_size(plan, source, request, budget)
-    return plan
+        decision = resumable_plan(measurement, folder, progress)
+    _check_size(decision.plan, source, request, budget)
+    return decision
 
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:

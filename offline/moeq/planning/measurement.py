@@ -24,6 +24,8 @@ from moeq.rounding import DATA_FREE
 from moeq.signals import load_base_routers, router_norms
 from vllm_moeq.format import WIDTHS
 
+MEASUREMENT_NAME = "moeq_measurement.json"
+"""What was measured of each expert; beside the packed weights."""
 _ALGORITHM_VERSION = 3
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from moeq.allocation import allocate, possible_group_sizes
+from moeq.checkpoint import MoELayer
 from moeq.checkpoint.families import check_group_size
 from moeq.checkpoint.sizes import plan_sizes, with_sizes
 from moeq.checkpoint.workspace import begin, check_space, clear, replace_file
@@ -21,9 +22,9 @@ from moeq.planning.candidates import Candidate, routing_plans, unmeasured_plans
 from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
 from moeq.progress import Progress, silent
-from moeq.sensitivity import Bank, build, gradients
+from moeq.sensitivity import Bank, Choice, QuantizationError, build, gradients
 from vllm_moeq._version import __version__
-from vllm_moeq.format import BitPlan, Provenance
+from vllm_moeq.format import PROJECTIONS, BitPlan, Projection, Provenance
 
 
 class Checked(NamedTuple):
@@ -61,8 +62,20 @@ def check(measurement: Measurement) -> Checked:
     return Checked(others, budget, possible)
 
 
-def measured_plan(measurement: Measurement, progress: Progress = silent) -> BitPlan:
-    """Return the plan; its provenance lists what ``auto`` tried, the best first.
+class Decision(NamedTuple):
+    """A plan, and what is known about it.
+
+    Attributes:
+        plan: Widths of the experts; its provenance lists what ``auto`` tried, the best first.
+        report: As JSON: what was measured of each expert at its width; None if nothing was.
+    """
+
+    plan: BitPlan
+    report: dict[str, Any] | None
+
+
+def measured_plan(measurement: Measurement, progress: Progress = silent) -> Decision:
+    """Return the plan that was measured.
 
     Raises:
         MoeqError: As :func:`check`; weights or activations that are not finite; or a full disk.
@@ -71,7 +84,7 @@ def measured_plan(measurement: Measurement, progress: Progress = silent) -> BitP
         return _measure(measurement, Path(name), progress)
 
 
-def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = silent) -> BitPlan:
+def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = silent) -> Decision:
     """Do the same in a folder that outlives a kill, and go on with what is there.
 
     Args:
@@ -87,21 +100,22 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
         folder.mkdir(exist_ok=True)
         begin(folder / "fingerprint.json", measurement.fingerprint())
         if kept.exists():
-            return BitPlan.from_dict(json.loads(kept.read_text()))
+            stored = json.loads(kept.read_text())
+            return Decision(BitPlan.from_dict(stored["plan"]), stored["report"])
         unfinished.mkdir(exist_ok=True)
         try:
-            plan = _measure(measurement, unfinished, progress)
+            decision = _measure(measurement, unfinished, progress)
         except BaseException:  # Ctrl-C, too
             if not any(unfinished.glob("*/*.json")):  # nothing to go on with
                 clear(folder)
             raise
-        text = json.dumps(plan.to_dict())
+        text = json.dumps({"plan": decision.plan.to_dict(), "report": decision.report})
         replace_file(kept, lambda target: target.write_text(text))
     shutil.rmtree(unfinished, ignore_errors=True)
-    return plan
+    return decision
 
 
-def _measure(measurement: Measurement, folder: Path, progress: Progress) -> BitPlan:
+def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Decision:
     """Measure, choose and judge."""
     others, budget, group_sizes = check(measurement)
     for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
@@ -119,7 +133,7 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> BitP
         )  # fmt: skip
     best = _least_loss(measurement, banks, budget)
     if not len(measurement.held_back):
-        return best
+        return Decision(best, _report(best, banks, measurement))
     plans = [best, *others, *routing_plans(measurement, model, banks[max(banks)])]
     sources = [banks[plan.group_size].source(plan, measurement.device) for plan in plans]
     judged = judge(model, sources, {"held back": measurement.held_back}, progress)
@@ -136,7 +150,34 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> BitP
             "tried": [candidate.summary() for candidate in tried],
         },
     )
-    return replace(winner, provenance=provenance)
+    winner = replace(winner, provenance=provenance)
+    return Decision(winner, _report(winner, banks, measurement))
+
+
+def _report(plan: BitPlan, banks: Mapping[int, Bank], measurement: Measurement) -> dict[str, Any]:
+    """Return as JSON what was measured of each expert at the widths of a plan."""
+    bank = banks[plan.group_size]
+
+    def errors(layer: MoELayer, projection: Projection) -> dict[str, list[float]]:
+        bits = plan.expert_bits[layer.container]
+        of_experts = [
+            bank.errors[Choice(layer.container, expert, projection, bits.width(projection, expert))]
+            for expert in range(layer.num_experts)
+        ]
+        return {name: [getattr(e, name) for e in of_experts] for name in QuantizationError._fields}
+
+    return {
+        "tokens": measurement.measured.numel(),
+        "method": measurement.method,
+        "experts": {
+            layer.container: {
+                "errors": {projection: errors(layer, projection) for projection in PROJECTIONS},
+                "frequency": [expert.frequency for expert in bank.routing[layer.container]],
+                "router_weight": [expert.weight for expert in bank.routing[layer.container]],
+            }
+            for layer in bank.layers
+        },
+    }
 
 
 def _least_loss(measurement: Measurement, banks: Mapping[int, Bank], budget: int) -> BitPlan:

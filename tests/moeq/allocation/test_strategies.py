@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _plan(folder: Path, **options: object) -> BitPlan:
     asked = {"bits": 2.5, "group_size": 64, "calib": None, **options}
     request = PlanRequest(model=str(folder), **asked)  # type: ignore[arg-type]
-    return decide(SourceModel.open(folder), request, None)
+    return decide(SourceModel.open(folder), request, None).plan
 
 
 def _widths(plan: BitPlan) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.verify import verify_checkpoint
 from moeq.checkpoint.writer import Conversion
 from moeq.errors import MoeqError
@@ -169,6 +171,32 @@ def test_model_card_keeps_the_licence_and_tags(tmp_path: Path) -> None:
     assert card.data.license == "mit"
     assert set(card.data.tags) == {"chat", "moe", "moeq", "quantized"}
     assert "Old text" not in card.text
+
+
+def test_the_card_of_a_hub_model_names_it_and_shows_plan_and_quality(
+    source: Path, tmp_path: Path
+) -> None:
+    model = replace(SourceModel.open(source), name="someone/a-model")
+    tried = [
+        {
+            "strategy": name,
+            "expert_bytes": 1,
+            "divergence": value,
+            "loss_increase": 0.5,
+            "tokens": 7,
+        }
+        for name, kl in (("sensitivity", 0.125), ("pmq", 0.25), ("random:0", 0.75))
+    ]
+    plan = BitPlan.from_dict(plan_dict(WIDTHS, provenance={"details": {"tried": tried}}))
+    Conversion.prepare(model, plan).write(tmp_path / "out", DataFree(model, "rtn", 64))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "someone/a-model"
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert {"moe", "moeq", "quantized"} <= set(card.data.tags)
+    # Layer 0 has widths 1, 2, 3, 4, layer 1 has 8, 1, 4, 2.
+    assert f"| `{CONTAINERS[1]}` | 1 / 1 | 1 / 1 | 0 / 0 | 1 / 1 | 1 / 1 |" in card.text
+    for words in ("0.12500 nats per token", "2 other plans", "had 0.25000", "plain `transformers`"):
+        assert words in card.text.replace("\n", " ")
 
 
 @pytest.mark.filterwarnings("ignore:the header of README.md is unreadable")

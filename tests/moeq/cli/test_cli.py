@@ -1,13 +1,19 @@
 """The ``moeq`` command: what it prints and writes when all is well, and its usage errors."""
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from moeq.checkpoint.families import FAMILIES
 from moeq.cli import main
+from moeq.cli.commands import COMMANDS
+from moeq.cli.options import parser
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
 from support.cli import run_moeq
+from vllm_moeq._version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +166,78 @@ def test_a_plan_with_a_broken_provenance_is_named(
     path.write_text(json.dumps(plan_dict(provenance=provenance)))
     assert main(["inspect", str(path)]) == 1
     assert f"{path}: provenance" in capsys.readouterr().err
+
+
+def test_alone_it_shows_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    for command in ("moeq quantize MODEL", "moeq eval OUT", "vllm serve OUT", "moeq --help"):
+        assert any(line.strip().startswith(command) for line in lines)
+
+
+def test_every_help_has_an_example_that_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        example = capsys.readouterr().out.split("example:\n")[1].strip()
+        words = shlex.split(example.replace('eval "$(', "").replace(')"', ""))
+        assert words[:2] == ["moeq", command]
+        assert parser().parse_args(words[1:]).command == command
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"moeq {__version__}\n"
+
+
+def test_commands_that_are_printed_can_be_pasted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out of the way; rm -rf"
+    options = ["--bits", "2", "--group_size", "64", "--calib", "none"]
+    assert main(["quantize", str(source), "-o", str(output), *options]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("serve it with: ")
+    assert shlex.split(line) == ["vllm", "serve", str(output), "--quantization", "moeq"]
+
+
+def test_json_for_scripts(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    options = ["--bits=2", "--group-size=64", "--calib=none", "--json"]
+    assert main(["quantize", str(source), "-o", str(output), *options]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["written"] and made["path"] == str(output)
+    assert made["plan"]["provenance"]["total_bytes"] == made["estimate"]["output_bytes"]
+    assert main(["verify", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(output), "problems": []}
+    (output / "tokenizer.json").write_text("new")
+    (output / "config.json").unlink()
+    assert main(["verify", str(output), "--json"]) == 1
+    assert "config.json" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert main(["families", "--json"]) == 0
+    assert {row["model_type"] for row in json.loads(capsys.readouterr().out)} == {
+        name for family in FAMILIES for name in family.model_types
+    }
+
+
+def test_without_text_the_rule_is_not_praised(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(source), "--group-size=64", "--calib=none"]) == 0
+    assert "this rule was not clearly better than random plans" in capsys.readouterr().out
+    options = ["--group-size=64", "--calib=none", "--strategy=random:1"]
+    assert main(["plan", str(source), *options]) == 0
+    assert "not clearly better" not in capsys.readouterr().out
+
+
+def test_a_shell_completes_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = (
+        f"source {script}; COMP_WORDS=(moeq quantize --group); COMP_CWORD=2; "
+        "_shtab_moeq; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--group-size"], done.stderr

@@ -1,0 +1,148 @@
+"""``moeq doctor``: does what is installed fit together, and what can this machine do?"""
+
+import logging
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from moeq.errors import MoeqError
+
+State = Literal["ok", "note", "problem"]
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        state: ``problem`` keeps something from working; ``note`` is worth knowing.
+        text: What was found, and what to do about it.
+    """
+
+    name: str
+    state: State
+    text: str
+
+
+def findings(model: str | None, folder: Path) -> Iterator[Finding]:
+    """Look at versions, kernels and memory.
+
+    Args:
+        model: Folder or hub id whose needs to compare with what there is, or None.
+        folder: Where a packed checkpoint would be written.
+
+    Raises:
+        MoeqError: The model cannot be read.
+    """
+    yield from _versions()
+    yield _vllm()
+    yield from _kernels()
+    yield from _space(folder)
+    if model is not None:
+        yield from _needs(model, folder)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("Python", "ok", platform.python_version())
+    for package in ("vllm-moeq", "torch", "transformers", "safetensors"):
+        try:
+            yield Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            state: State = "note" if package == "vllm-moeq" else "problem"
+            yield Finding(package, state, "not installed")
+
+
+def _vllm() -> Finding:
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        import vllm
+
+        from vllm_moeq.versions import unsupported_reason
+
+        reason = unsupported_reason()
+    except ImportError as error:
+        return Finding(
+            "vLLM", "note", f"{error}; to serve: pip install 'vllm-moeq[cpu]' or '[cuda]'"
+        )
+    if reason is not None:
+        return Finding("vLLM", "problem", f"the plugin is not active: {reason}")
+    return Finding("vLLM", "ok", vllm.__version__)
+
+
+def _kernels() -> Iterator[Finding]:
+    import torch
+
+    from moeq.bench import Machine
+    from vllm_moeq.kernels import KERNELS, select_kernel
+    from vllm_moeq.kernels.cpu.build import BuildError, find_compiler
+
+    try:
+        yield Finding("C++ compiler", "ok", " ".join(find_compiler()))
+    except BuildError as error:
+        yield Finding("C++ compiler", "note", f"{error}; the CPU kernel must come with the wheel")
+    try:
+        machine = Machine.detect()
+    except MoeqError as error:
+        yield Finding("CPU kernel", "problem", str(error))
+        return
+    name = KERNELS[machine.kernel].name
+    cpu = f"{machine.processor}, {machine.cores} cores: kernel {name}, {machine.isa}"
+    yield Finding("CPU", "ok" if machine.functions else "note", cpu)
+    if not torch.cuda.is_available():
+        yield Finding("GPU", "note", "none that torch can use")
+        return
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        gpu = torch.cuda.get_device_properties(device)
+        try:
+            kernel, state = KERNELS[select_kernel(device)].name, "ok"
+        except ValueError as error:
+            kernel, state = str(error), "problem"
+        text = f"{gpu.name}, {_gb(gpu.total_memory)}, sm_{gpu.major}{gpu.minor}: kernel {kernel}"
+        yield Finding(f"GPU {number}", "ok" if state == "ok" else "problem", text)
+
+
+def _space(folder: Path) -> Iterator[Finding]:
+    from moeq.bench.machine import available_bytes
+
+    yield Finding("memory", "ok", f"{_gb(available_bytes())} free")
+    yield Finding("disk", "ok", f"{_gb(shutil.disk_usage(folder).free)} free in {folder}")
+
+
+def _needs(model: str, folder: Path) -> Iterator[Finding]:
+    """Compare what a model needs to be quantized and served at 2.5 bits with what there is."""
+    from moeq import pipeline
+    from moeq.bench.machine import available_bytes
+    from moeq.requests import QuantizeRequest
+
+    output = folder / ".moeq-doctor"  # never written
+    free = available_bytes()
+    for text, calib in (("without text", "none"), ("with text", "default")):
+        request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
+        estimate = pipeline.quantize(request).estimate
+        needed = estimate.memory_bytes
+        yield Finding(
+            f"quantize, {text}",
+            "ok" if needed < free else "problem",
+            f"{_gb(needed)} of memory, {_gb(free)} free",
+        )
+    costs = [cost.disk_bytes for cost in (estimate.measuring, estimate.rounding) if cost]
+    disk = estimate.output_bytes + max(costs, default=0)
+    room = shutil.disk_usage(folder).free
+    yield Finding(
+        "write", "ok" if disk < room else "problem", f"{_gb(disk)} of disk, {_gb(room)} free"
+    )
+    size = estimate.output_bytes
+    yield Finding(
+        "serve on the CPU",
+        "ok" if size < free else "problem",
+        f"{_gb(size)} of weights at 2.5 bits (16 bits: {_gb(estimate.source_bytes)}), "
+        f"{_gb(free)} of memory free",
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
