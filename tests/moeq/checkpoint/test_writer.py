@@ -181,7 +181,7 @@ def test_the_card_of_a_hub_model_names_it_and_shows_plan_and_quality(
         {
             "strategy": name,
             "expert_bytes": 1,
-            "divergence": value,
+            "divergence": kl,
             "loss_increase": 0.5,
             "tokens": 7,
         }
