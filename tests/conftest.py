@@ -16,7 +16,6 @@ from support.models import make_model
 from vllm_moeq.kernels import cpu
 from vllm_moeq.kernels.cpu import library
 
-
 # A shell that starts a job in the background lets it ignore SIGINT, and children inherit that;
 # with a handler here, they start with the default action, which tests of Ctrl-C need.
 signal.signal(signal.SIGINT, signal.default_int_handler)
