@@ -15,11 +15,16 @@ _SHORTEST = 200
 """Characters below which a docstring is not worth training on."""
 
 
-def documents() -> list[str]:
-    """Return all documents in a fixed order: manual topics first, then docstrings by file."""
+def manual() -> list[str]:
+    """Return the topics of the manual, which `moeq quantize` calibrates with by default."""
     from pydoc_data.topics import topics
 
-    texts = [topics[name] for name in sorted(topics)]
+    return [topics[name] for name in sorted(topics)]
+
+
+def docstrings() -> list[str]:
+    """Return the docstrings of the standard library in a fixed order, by file."""
+    texts = []
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -34,27 +39,19 @@ def documents() -> list[str]:
                 text = ast.get_docstring(node)
                 if text and len(text) >= _SHORTEST:
                     texts.append(text)
-    return list(dict.fromkeys(texts))
-
-
-def source_code() -> str:
-    """Return the modules at the top of Python's library, in a fixed order."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
-
-
-def c_headers() -> str:
-    """Return the headers of Python's C interface, in a fixed order; empty if there are none."""
-    paths = sorted(Path(sysconfig.get_path("include")).rglob("*.h"))
-    return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+    return texts
 
 
 def split() -> tuple[list[str], list[str]]:
-    """Return (training documents, held-out documents)."""
-    texts = documents()
-    held_out = texts[::_HELD_OUT_EVERY]
+    """Return (training documents, held-out documents), in a fixed order.
+
+    Nothing of the manual is held out: what judges a model must not be what it was calibrated with.
+    """
+    topics = manual()
+    others = [text for text in dict.fromkeys(docstrings()) if text not in set(topics)]
+    held_out = others[::_HELD_OUT_EVERY]
     kept = set(held_out)
-    return [text for text in texts if text not in kept], held_out
+    return [text for text in (*topics, *others) if text not in kept], held_out
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def compare(
 ) -> "Findings":
     """Try every strategy at every average, at equal bytes, and judge the plans on held-out text.
 
-    Writes ``compare.html``, ``compare.md`` and ``compare.json``; needs matplotlib.
+    Writes ``compare.html``, ``.svg``, ``.md`` and ``.json``; needs matplotlib.
 
     Args:
         model: Folder or hub id of the model.

@@ -117,7 +117,7 @@ def compare(options: Namespace) -> int:
         print(json.dumps(as_json(findings)))
         return 0
     print(as_markdown(findings))
-    print(f"wrote {request.output}: compare.html, compare.md, compare.json")
+    print(f"wrote {request.output}: compare.html, .svg, .md and .json")
     return 0
 
 

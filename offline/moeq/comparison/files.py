@@ -1,4 +1,4 @@
-"""Writes a comparison: a page, Markdown and JSON, all or nothing."""
+"""Writes a comparison: a page, a picture, Markdown and JSON, all or nothing."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from moeq.comparison.figures import overview
 from moeq.comparison.page import render
 from moeq.comparison.study import Findings
 from moeq.comparison.summary import as_json, as_markdown
@@ -44,6 +45,7 @@ def write_comparison(
     ]
     files = {
         "compare.html": render(findings, title, notes),
+        "compare.svg": overview(findings),
         "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
         "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
     }
