@@ -25,13 +25,13 @@ import time
 from pathlib import Path
 
 import torch
+from moeq.calibration.calibration import STREAMS
 from results import RESULTS, table, write_section
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moeq.bench import GB
-from moeq.calibration.calibration import STREAMS
 from moeq.checkpoint.writer import CALIBRATION_NAME
 
 INDEX = "model.safetensors.index.json"
@@ -227,6 +227,7 @@ def main() -> None:
         )
     write_section(
         options.results,
+        "Cost of calibration",
         f"cost of calibration: {options.layers} × {options.experts} experts of "
         f"{options.hidden_size} / {options.intermediate_size}"
         + (f", {options.used} used" if options.used < options.experts else ""),

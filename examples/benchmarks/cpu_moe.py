@@ -267,6 +267,7 @@ def main() -> None:
     cases = [case for settings in shapes for case in measure_shape(settings, machine)]
     write_section(
         options.results,
+        "Speed on a CPU",
         "CPU kernel",
         [
             f"How fast is one fused MoE layer on a CPU? Our kernel with {machine.isa}, group size "

@@ -348,6 +348,7 @@ def write_report(report: Report, name: str, facts: list[str], options: argparse.
     )
     write_section(
         options.results,
+        "Speed on a CPU",
         name,
         [*facts, method, table(header, rows)],
         packages=("torch", "vllm", "vllm-moeq"),

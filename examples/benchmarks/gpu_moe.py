@@ -189,6 +189,7 @@ def write(found: Table, path: Path, bandwidth: float, runs: int) -> None:
         parts += [f"{routing.capitalize()} routing:", found.render(routing, bandwidth)]
     write_section(
         path,
+        "Speed on a GPU",
         f"GPU kernel: {shape.name}",
         parts,
         packages=("torch", "triton", "vllm-moeq", "vllm", "humming-kernels"),

@@ -56,6 +56,7 @@ def main() -> None:
     verdict = "meets" if slowest_pack >= REQUIRED else "MISSES"
     write_section(
         options.results,
+        "Speed on a CPU",
         "packing",
         [
             "How fast does one core pack? Packing at the slowest width takes in "

@@ -111,6 +111,7 @@ def main() -> None:
         )
     write_section(
         options.results,
+        "Quality of plans",
         f"quality: {options.title or Path(options.model).resolve().name}",
         [
             f"Increase of the held-out loss and divergence (KL) from the original in nats per "

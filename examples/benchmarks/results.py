@@ -22,12 +22,17 @@ Every section is written by the command that it names; no figure is edited by ha
 
 
 def write_section(
-    path: Path, name: str, parts: Iterable[str], packages: Sequence[str] = ("torch", "vllm-moeq")
+    path: Path,
+    topic: str,
+    name: str,
+    parts: Iterable[str],
+    packages: Sequence[str] = ("torch", "vllm-moeq"),
 ) -> None:
-    """Replace section ``name`` of a results file, or append it; create the file if need be.
+    """Replace section ``name`` of a results file, or add it to its topic; make both if need be.
 
     Args:
         path: The results file.
+        topic: Heading above the section.
         name: Heading of the section, which also identifies it.
         parts: Markdown paragraphs: first what the figures show, then tables and notes.
         packages: Packages whose versions matter; one that is missing is said to be.
@@ -36,9 +41,19 @@ def write_section(
     section = "\n\n".join((begin, f"## {name}", *parts, _origin(packages), end))
     text = path.read_text(encoding="utf-8") if path.exists() else _PREAMBLE
     before, found, rest = text.partition(begin)
-    section = before + section + rest.partition(end)[2] if found else f"{text}\n{section}\n"
-    path.write_text(section, encoding="utf-8")
+    text = before + section + rest.partition(end)[2] if found else _added(text, topic, section)
+    path.write_text(text, encoding="utf-8")
     print(f"wrote section {name!r} of {path}")
+
+
+def _added(text: str, topic: str, section: str) -> str:
+    """Return a file with a section more, at the end of its topic."""
+    heading = f"\n# {topic}\n"
+    if heading not in text:
+        text = f"{text.rstrip()}\n{heading}"
+    place = text.find("\n# ", text.index(heading) + len(heading))
+    place = len(text) if place < 0 else place
+    return f"{text[:place].rstrip()}\n\n{section}\n{text[place:]}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -227,6 +227,7 @@ def main() -> None:
     write_figure(figure, learning, by_background)
     write_section(
         options.folder / "README.md",
+        "The theory lab: when does the router norm say which expert needs bits?",
         "Measured",
         [*learning_parts(learning), *plan_parts(by_background), *regimes],
         packages=("torch", "matplotlib", "vllm-moeq"),
