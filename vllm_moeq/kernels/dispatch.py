@@ -1,35 +1,57 @@
 """The table of kernels and the choice among them."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from vllm_moeq.kernels import cpu, reference, triton
+from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 KERNEL_VARIABLE = "MOEQ_KERNEL"
 """Environment variable that chooses a kernel by name; ``auto`` or unset takes the fastest."""
 
 
+class Unavailable(Protocol):
+    """Returns why a kernel cannot run on the device of the weights, or None if it can."""
+
+    def __call__(self, device: torch.device, /) -> str | None:
+        """Look at what is installed, at the device and at the environment."""
+
+
+class Prepare(Protocol):
+    """Repacks canonical weights once after loading; returns as many tensors."""
+
+    def __call__(
+        self, weights: ExpertWeights, layout: ExpertLayout, activation: str, /
+    ) -> ExpertWeights:
+        """Take the layout of the weights, and the activation, which may decide their order."""
+
+
+class Run(Protocol):
+    """Runs the experts of a call whose weights the same kernel prepared."""
+
+    def __call__(self, call: FusedExpertsCall, /) -> torch.Tensor:
+        """Return a new contiguous tensor of the type and shape of the tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of the fused experts.
+    """One implementation of the fused experts: a row of the dispatch table.
 
     Attributes:
         name: Value of ``MOEQ_KERNEL`` that chooses it.
-        unavailable: Takes the device of the weights; returns why the kernel cannot run there, or
-            None if it can.
-        prepare: Repacks canonical weights once after loading; takes their layout and the name of
-            the activation too.
-        run: Takes the arguments of the op, with prepared weights as ``ExpertWeights``.
+        unavailable: Says why it cannot run.
+        prepare: Repacks weights.
+        run: Computes.
     """
 
     name: str
-    unavailable: Callable[[torch.device], str | None]
-    prepare: Callable[[ExpertWeights, ExpertLayout, str], ExpertWeights]
-    run: Callable[..., torch.Tensor]
+    unavailable: Unavailable
+    prepare: Prepare
+    run: Run
 
 
 KERNELS: tuple[Kernel, ...] = (

@@ -32,7 +32,7 @@ from moeq.bench.gpu import (
 )
 from moeq.bench.settings import Settings, Shape, Widths
 from moeq.errors import MoeqError
-from vllm_moeq.kernels import ExpertWeights, select_kernel
+from vllm_moeq.kernels import ExpertWeights, FusedExpertsCall, select_kernel
 from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.triton.tiles import Table, Tiles, choose_tiles
 
@@ -90,10 +90,11 @@ class Layer:
         from vllm_moeq.kernels.triton import layer
 
         def run(copy: int, x: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> Any:
-            return layer.run(
+            call = FusedExpertsCall.from_op(
                 x, router, ids, self._copies[copy], None, None, self._layout, None, ACTIVATION,
-                False, tiles,
+                False,
             )  # fmt: skip
+            return layer.run(call, tiles)
 
         return GpuContender("moeq", self._sizes, len(self._copies), run, self._matrices)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support.experts import Experts, expected_output, random_experts
-from vllm_moeq.kernels.reference import ACTIVATIONS, fused_experts
+from vllm_moeq.kernels import FusedExpertsCall
+from vllm_moeq.kernels.reference import ACTIVATIONS, run
 
 E, HIDDEN = 5, 128
 MIXED = ([1, 2, 3, 4, 8], [8, 4, 1, 2, 3])
@@ -43,10 +44,10 @@ def _check(
     bias = case.get("w13_bias"), case.get("w2_bias")
     expert_map, on_input = case.get("expert_map"), case.get("on_input", False)
     moved = x if device == "cpu" else x.as_subclass(_CudaLike)
-    result = fused_experts(
-        moved, topk_weights, topk_ids, experts.weights, *bias, experts.layout, expert_map,
-        activation, on_input,
-    ).as_subclass(torch.Tensor)  # fmt: skip
+    result = run(FusedExpertsCall.from_op(
+        moved, topk_weights, topk_ids, experts.weights, *bias, experts.layout.to_tensor(),
+        expert_map, activation, on_input,
+    )).as_subclass(torch.Tensor)  # fmt: skip
     expected = expected_output(experts, x, topk_weights, topk_ids, activation, **case)
     assert (result.dtype, result.shape) == (x.dtype, x.shape)
     scale = expected.abs().max().item()
@@ -125,9 +126,10 @@ def test_no_tokens_give_no_output(device: str) -> None:
     x, weights, ids = _tokens(tokens=0), torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32)
     moved = x if device == "cpu" else x.as_subclass(_CudaLike)
     experts = random_experts(*MIXED)
-    result = fused_experts(
-        moved, weights, ids, experts.weights, None, None, experts.layout, None, "silu", False
-    )
+    layout = experts.layout.to_tensor()
+    result = run(FusedExpertsCall.from_op(
+        moved, weights, ids, experts.weights, None, None, layout, None, "silu", False
+    ))  # fmt: skip
     assert result.shape == (0, HIDDEN)
 
 
@@ -140,10 +142,11 @@ def test_types_of_the_router(ids: torch.dtype, weights: torch.dtype) -> None:
 
 def test_float64_inside_is_exact() -> None:
     experts, x, (weights, ids) = random_experts(*MIXED), _tokens().double(), _routing()
-    result = fused_experts(
-        x, weights, ids, experts.weights, None, None, experts.layout, None, "silu", False,
-        compute_dtype=torch.float64,
+    call = FusedExpertsCall.from_op(
+        x, weights, ids, experts.weights, None, None, experts.layout.to_tensor(), None, "silu",
+        False,
     )  # fmt: skip
+    result = run(call, torch.float64)
     expected = expected_output(experts, x, weights, ids)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
 
