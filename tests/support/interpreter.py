@@ -64,7 +64,7 @@ def route(
     """
     import triton
 
-    from vllm_moeq.kernels.triton.rows import route_kernel
+    from vllm_moeq.kernels.triton.routing import route_kernel
     from vllm_moeq.kernels.triton.tiles import most_blocks
 
     chosen, experts = topk_ids.numel(), len(turns)
@@ -75,12 +75,12 @@ def route(
     route_kernel[(experts + 1,)](
         ids_ptr=topk_ids,
         map_ptr=expert_map,
-        known=experts if expert_map is None else len(expert_map),
+        num_experts=experts if expert_map is None else len(expert_map),
         table_ptr=turns.int(),
-        order_ptr=order,
-        block_ptr=block_experts,
-        chosen=chosen,
-        experts=experts,
+        sorted_ptr=order,
+        block_experts_ptr=block_experts,
+        num_choices=chosen,
+        local_experts=experts,
         blocks_m=blocks,
         MAPPED=expert_map is not None,
         TABLE_COLUMNS=1,

@@ -43,8 +43,8 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "block_n": (32, 64, 128),
     "num_warps": (2, 4, 8),
     "num_stages": (2, 3, 4, 5, 6),
-    "blocks_together": (1, 4, 8, 16),
-    "programs_per_processor": (1, 2, 4, 8),
+    "group_m": (1, 4, 8, 16),
+    "programs_per_sm": (1, 2, 4, 8),
 }
 """What is tried for each field."""
 FASTER = 0.99
@@ -103,7 +103,7 @@ class Layer:
         from vllm_moeq.kernels.triton import gemm
 
         result = False
-        for kernel in (gemm.up_kernel, gemm.down_kernel):
+        for kernel in (gemm.w13_kernel, gemm.w2_kernel):
             # Where the interpreter runs the kernels, there is no code.
             for cached in getattr(kernel, "device_caches", {}).values():
                 for code in cached[0].values():

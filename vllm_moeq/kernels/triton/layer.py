@@ -14,7 +14,7 @@ from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
 from vllm_moeq.kernels.reference import ACTIVATIONS
 from vllm_moeq.kernels.triton import gemm
 from vllm_moeq.kernels.triton.planes import BLOCK_K, padded
-from vllm_moeq.kernels.triton.rows import combine_kernel, route_kernel, sums_kernel
+from vllm_moeq.kernels.triton.routing import combine_kernel, route_kernel, sums_kernel
 from vllm_moeq.kernels.triton.tiles import (
     Tiles,
     choose_split,
@@ -26,10 +26,10 @@ from vllm_moeq.kernels.triton.tuned import tuned_table
 from vllm_moeq.kernels.triton.weights import PlaneWeights, padded_intermediate
 
 DTYPES = (torch.bfloat16, torch.float16)
-INTERPRETED = not isinstance(gemm.up_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(gemm.w13_kernel, triton.JITFunction)
 """Whether ``TRITON_INTERPRET=1`` runs the kernels with numpy, on tensors of the CPU."""
 _COLUMNS = 1024  # of a program that works row by row
-_INTERPRETED_PROCESSORS = 8
+_INTERPRETED_SMS = 8
 
 
 class _Work(NamedTuple):
@@ -127,7 +127,7 @@ def _prepare(call: FusedExpertsCall, tiles: Tiles | None) -> _Work:
         {
             "ids_ptr": ids,
             "map_ptr": expert_map,
-            "known": experts if expert_map is None else expert_map.numel(),
+            "num_experts": experts if expert_map is None else expert_map.numel(),
             "MAPPED": expert_map is not None,
         },
     )
@@ -143,10 +143,10 @@ def _route(work: _Work) -> dict[str, Any]:
         block_experts = ids.new_empty(work.blocks, dtype=torch.int32)
         route_kernel[(experts + 1,)](
             table_ptr=table,
-            order_ptr=order,
-            block_ptr=block_experts,
-            chosen=work.choices,
-            experts=experts,
+            sorted_ptr=order,
+            block_experts_ptr=block_experts,
+            num_choices=work.choices,
+            local_experts=experts,
             blocks_m=work.blocks,
             TABLE_COLUMNS=table.shape[1],
             BLOCK_M=tiles.block_m,
@@ -156,16 +156,16 @@ def _route(work: _Work) -> dict[str, Any]:
         )
     return {
         "table_ptr": table,
-        "order_ptr": order,
-        "block_ptr": block_experts,
-        "chosen": work.choices,
+        "sorted_ptr": order,
+        "block_experts_ptr": block_experts,
+        "num_choices": work.choices,
         "blocks_m": work.blocks,
         "GROUP_SIZE": layout.group_size,
         "DIRECT": work.direct,
-        "PLAIN": INTERPRETED,
+        "INTERPRETED": INTERPRETED,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "BLOCKS_TOGETHER": tiles.blocks_together,
+        "GROUP_M": tiles.group_m,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **work.routing,
@@ -188,19 +188,19 @@ def _first_product(work: _Work, common: dict[str, Any]) -> _Hidden:
     values = x.new_empty((work.choices, columns))
     hidden_sums = x.new_empty((work.choices, columns // sum_size), dtype=torch.float32)
     rows = planes.w13_scales.shape[-1]
-    gemm.up_kernel[(rows // block_n * work.blocks,)](
+    gemm.w13_kernel[(rows // block_n * work.blocks,)](
         x_ptr=x,
         w_ptr=planes.w13,
         scale_ptr=planes.w13_scales,
         sums_ptr=sums,
         bias_ptr=call.biases.w13,
         router_weight_ptr=call.routing.topk_weights,
-        hidden_ptr=values,
-        hidden_sums_ptr=hidden_sums,
+        intermediate_ptr=values,
+        intermediate_sums_ptr=hidden_sums,
         N=rows,
         K=layout.hidden_size,
-        inner=layout.intermediate_size,
-        padded_inner=columns,
+        intermediate_size=layout.intermediate_size,
+        padded_intermediate=columns,
         top_k=top_k,
         WIDTH_SET=_bits(layout.widths["w13"]),
         SUM_SIZE=sum_size,
@@ -224,8 +224,8 @@ def _second_product(work: _Work, common: dict[str, Any], hidden: _Hidden) -> tor
         (split, work.choices, layout.hidden_size),
         dtype=call.x.dtype if split == 1 else torch.float32,
     )
-    gemm.down_kernel[(rows // tiles.block_n * work.blocks, split)](
-        hidden_ptr=hidden.values,
+    gemm.w2_kernel[(rows // tiles.block_n * work.blocks, split)](
+        intermediate_ptr=hidden.values,
         w_ptr=planes.w2,
         scale_ptr=planes.w2_scales,
         sums_ptr=hidden.sums,
@@ -233,7 +233,7 @@ def _second_product(work: _Work, common: dict[str, Any], hidden: _Hidden) -> tor
         out_ptr=parts,
         N=rows,
         K=columns,
-        outer=layout.hidden_size,
+        hidden_size=layout.hidden_size,
         WIDTH_SET=_bits(layout.widths["w2"]),
         SUM_SIZE=hidden.sum_size,
         BIAS=call.biases.w2 is not None,
@@ -252,8 +252,8 @@ def _combine(work: _Work, parts: torch.Tensor) -> torch.Tensor:
         parts_ptr=parts,
         router_weight_ptr=call.routing.topk_weights,
         out_ptr=out,
-        outer=call.layout.hidden_size,
-        chosen=work.choices,
+        hidden_size=call.layout.hidden_size,
+        num_choices=work.choices,
         top_k=top_k,
         ON_INPUT=call.apply_router_weight_on_input,
         SPLIT_K=parts.shape[0],
@@ -268,7 +268,7 @@ def _split(work: _Work, blocks_n: int, blocks_k: int) -> int:
     choices, block_m, experts = work.choices, work.tiles.block_m, len(work.call.layout.slots)
     # Blocks of choices that have work, about: one for each expert, or full ones.
     busy = min(choices, work.blocks, max(experts, choices // block_m))
-    wanted = work.tiles.programs_per_processor * _processors(work.call.x.device)
+    wanted = work.tiles.programs_per_sm * _sm_count(work.call.x.device)
     return choose_split(blocks_n * busy, blocks_k, wanted)
 
 
@@ -282,7 +282,7 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
+        return _INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -16,8 +16,8 @@ WIDTHS = [1, 2, 3, 4, 8]
 KERNELS = (
     (layer, "route_kernel"),
     (layer, "sums_kernel"),
-    (gemm, "up_kernel"),
-    (gemm, "down_kernel"),
+    (gemm, "w13_kernel"),
+    (gemm, "w2_kernel"),
     (layer, "combine_kernel"),
 )
 
