@@ -1,17 +1,14 @@
 """The table of kernels and the choice among them."""
 
-import os
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from vllm_moeq import envs
 from vllm_moeq.kernels import cpu, reference, triton
 from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
-
-KERNEL_VARIABLE = "MOEQ_KERNEL"
-"""Environment variable that chooses a kernel by name; ``auto`` or unset takes the fastest."""
 
 
 class Unavailable(Protocol):
@@ -79,16 +76,16 @@ def select_kernel(device: torch.device, requested: str | None = None) -> int:
             replaced by another kernel in silence.
     """
     if requested is None:
-        requested = os.environ.get(KERNEL_VARIABLE, "auto")
+        requested = envs.kernel()
     names = [kernel.name for kernel in KERNELS]
     if requested == "auto":
         return next(i for i, kernel in enumerate(KERNELS) if kernel.unavailable(device) is None)
     if requested not in names:
         raise ValueError(
-            f"{KERNEL_VARIABLE}={requested!r} is unknown; choose one of {['auto', *names]}"
+            f"{envs.KERNEL.name}={requested!r} is unknown; choose one of {['auto', *names]}"
         )
     index = names.index(requested)
     reason = KERNELS[index].unavailable(device)
     if reason is not None:
-        raise ValueError(f"{KERNEL_VARIABLE}={requested!r} cannot run on {device}: {reason}")
+        raise ValueError(f"{envs.KERNEL.name}={requested!r} cannot run on {device}: {reason}")
     return index

@@ -6,11 +6,11 @@
 
 import ctypes
 import logging
-import os
 from functools import cache
 
 import torch
 
+from vllm_moeq import envs
 from vllm_moeq.format import Projection
 from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.cpu import library
@@ -18,11 +18,6 @@ from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 logger = logging.getLogger(__name__)
-
-ACTIVATION_VARIABLE = "MOEQ_CPU_ACTIVATION"
-"""Environment variable for the precision of activations inside the kernel: ``int16``, the default,
-or ``int8``."""
-_PRECISIONS = ("int16", "int8")
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -33,7 +28,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"it computes on the CPU and the weights are on {device}"
-    activation_precision()
+    envs.cpu_activation()
     return _why_not_loaded()
 
 
@@ -41,7 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 def _why_not_loaded() -> str | None:
     try:
         library.load()
-    except (BuildError, OSError) as error:  # OSError: the loader of the operating system
+    except (BuildError, OSError) as error:  # OSError: the loader, or no cache folder
         logger.warning("no moeq CPU kernel, only slow torch code: %s", error)
         return str(error)
     return None
@@ -158,7 +153,7 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
         top_k=ids.shape[1],
         dtype=library.DTYPES[tokens.dtype],
         activation=library.ACTIVATIONS[activation],
-        int8=activation_precision() == "int8",
+        int8=envs.cpu_activation() == "int8",
         router_weight_on_input=call.apply_router_weight_on_input,
     )
     status = library.load().moeq_fused_experts(ctypes.byref(arguments))
@@ -183,15 +178,3 @@ def _contiguous(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def activation_precision() -> str:
-    """Return what ``MOEQ_CPU_ACTIVATION`` asks for: ``int16`` or ``int8``.
-
-    Raises:
-        ValueError: It has another value.
-    """
-    precision = os.environ.get(ACTIVATION_VARIABLE) or _PRECISIONS[0]
-    if precision not in _PRECISIONS:
-        raise ValueError(f"{ACTIVATION_VARIABLE}={precision!r} is not one of {list(_PRECISIONS)}")
-    return precision

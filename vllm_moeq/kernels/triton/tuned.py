@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.kernels.cpu.build import BuildError, cache_folder
+from vllm_moeq import envs
 from vllm_moeq.kernels.triton.tiles import TABLE, Table, Tiles
 
-TILES_VARIABLE = "MOEQ_TILES"
-"""Environment variable: the file to read. Unset: the one of this GPU in the cache, if there is."""
 _FORMAT = 2  # 1 had other names for three fields
 _LIMIT = "max_tokens_per_expert"
 _ALLOWED = {
@@ -65,9 +63,9 @@ def default_file(gpu: str) -> Path:
     """Return the file in the cache for a GPU's name; it need not exist.
 
     Raises:
-        BuildError: There is no cache folder.
+        FileNotFoundError: There is no cache folder.
     """
-    return cache_folder() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
+    return envs.cache_dir() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
 
 
 def read_tables(path: Path, gpu: str | None = None) -> dict[str, Table]:
@@ -124,14 +122,14 @@ def _read_once(path: Path | None, gpu: str | None) -> dict[str, Table]:
 
 
 def _file(device: torch.device) -> Path | None:
-    chosen = os.environ.get(TILES_VARIABLE)
+    chosen = envs.tiles()
     if chosen:
-        return Path(chosen)
+        return chosen
     if device.type != "cuda":
         return None
     try:
         path = default_file(torch.cuda.get_device_name(device))
-    except BuildError:  # there is no home folder, so there is no file
+    except FileNotFoundError:  # there is no home folder, so there is no file
         return None
     return path if path.exists() else None
 

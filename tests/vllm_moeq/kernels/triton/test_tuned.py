@@ -82,6 +82,17 @@ def test_without_the_variable_the_file_of_this_gpu_is_read(
     assert tuned.tuned_table(CPU, 128, 128, 2) == TABLE
 
 
+def test_without_a_home_folder_the_built_in_tiles_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MOEQ_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    assert tuned.tuned_table(GPU, 128, 128, 2) == TABLE
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "cannot be read: .*No such file"),
     "cut off": (lambda path: path.write_text('{"format": 2,'), "cannot be read: Expecting"),
