@@ -11,9 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from support.kernels import forget_cpu_kernel
 from support.models import make_model
-from vllm_moeq.kernels import cpu
-from vllm_moeq.kernels.cpu import library
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +31,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture
 def new_cpu_kernel() -> Iterator[None]:
     """Let a test choose the CPU kernel anew; in a process, the first choice holds."""
-    _forget_cpu_kernel()
+    forget_cpu_kernel()
     yield
-    _forget_cpu_kernel()
-
-
-def _forget_cpu_kernel() -> None:
-    library.load.cache_clear()
-    cpu._why_not_loaded.cache_clear()
+    forget_cpu_kernel()
