@@ -1,4 +1,4 @@
-"""Every way in which a row of the dispatch table runs here, and random input for it."""
+"""Runners of the rows of the dispatch table, and random input for them."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -32,8 +32,8 @@ TRITON_ERRORS = {torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run a kernel.
+class Runner:
+    """Runs the op on one kernel, and knows how exact that is.
 
     Attributes:
         row: Its name in the dispatch table.
@@ -87,18 +87,18 @@ def run_op(
     return result
 
 
-def reference_way() -> Way:
+def reference_runner() -> Runner:
     """Return the reference as the CPU runs it."""
-    return Way("reference", REFERENCE_ERRORS, lambda *a, **case: run_op("reference", *a, **case))
+    return Runner("reference", REFERENCE_ERRORS, lambda *a, **case: run_op("reference", *a, **case))
 
 
-def device_reference_way() -> Way:
+def device_reference_runner() -> Runner:
     """Return the reference as devices run it, which must not choose rows."""
-    return Way("reference", REFERENCE_ERRORS, _run_as_on_a_device)
+    return Runner("reference", REFERENCE_ERRORS, _run_as_on_a_device)
 
 
 class _CudaLike(torch.Tensor):
-    """Computes on the CPU, but takes the way of a device."""
+    """Computes on the CPU, but takes the branch of a device."""
 
     is_cuda = True
 
@@ -122,24 +122,24 @@ def _run_as_on_a_device(
 
 
 @contextmanager
-def cpu_way(isa: str) -> Iterator[Way]:
+def cpu_runner(isa: str) -> Iterator[Runner]:
     """Let the CPU kernel be that of an instruction set, with its default activations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEQ_CPU_ISA", isa)
         patch.delenv("MOEQ_CPU_ACTIVATION", raising=False)
         forget_cpu_kernel()
         assert library.load().moeq_isa().decode() == isa
-        yield Way("cpu", CPU_ERRORS, lambda *a, **case: run_op("cpu", *a, **case))
+        yield Runner("cpu", CPU_ERRORS, lambda *a, **case: run_op("cpu", *a, **case))
     forget_cpu_kernel()
 
 
-def triton_way(interpreter: Executor) -> Way:
+def triton_runner(interpreter: Executor) -> Runner:
     """Return the Triton kernel in the process of an interpreter."""
 
     def run(*arguments: Any, **case: Any) -> torch.Tensor:
         return interpreter.submit(run_op, "triton", *arguments, **case).result()
 
-    return Way("triton", TRITON_ERRORS, run)
+    return Runner("triton", TRITON_ERRORS, run)
 
 
 def forget_cpu_kernel() -> None:

@@ -89,3 +89,16 @@ def test_without_a_home_folder_the_error_names_the_variable(
 def test_importing_it_needs_no_torch() -> None:
     code = "import sys; from vllm_moeq import envs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
+
+
+def test_the_readme_has_the_same_table() -> None:
+    rows = [
+        f"| `{v.name}` | {', '.join(v.values)} | {v.default} | {v.meaning} |"
+        for v in envs.VARIABLES
+    ]
+    found = [
+        line
+        for line in (PACKAGE / "README.md").read_text().splitlines()
+        if line.startswith("| `MOEQ_")
+    ]
+    assert found == rows

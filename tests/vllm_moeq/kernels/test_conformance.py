@@ -1,6 +1,6 @@
 """What every kernel of the dispatch table computes, against a float64 loop over tokens and experts.
 
-The rows that no device is needed for run here: the reference in both of its ways, the CPU kernel
+The rows that no device is needed for run here: the reference in both of its branches, the CPU kernel
 at every instruction set that this CPU has, the Triton kernel in its interpreter. What only one of
 them does is tested beside it.
 """
@@ -14,54 +14,54 @@ import torch
 from support.experts import expected_output, random_experts
 from support.kernels import (
     CPU_ISAS,
-    Way,
-    cpu_way,
-    device_reference_way,
+    Runner,
+    cpu_runner,
+    device_reference_runner,
     random_routing,
     random_tokens,
-    reference_way,
+    reference_runner,
     relative_error,
-    triton_way,
+    triton_runner,
 )
 from vllm_moeq.kernels import KERNELS
 from vllm_moeq.kernels.reference import ACTIVATIONS
 
 E = 5
 MIXED = ([1, 2, 3, 4, 8], [8, 4, 1, 2, 3])
-WAYS = ("reference", "reference-on-device", "triton", *(f"cpu-{isa}" for isa in CPU_ISAS))
+RUNNERS = ("reference", "reference-on-device", "triton", *(f"cpu-{isa}" for isa in CPU_ISAS))
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    """Each way to run a kernel, one after another."""
+@pytest.fixture(scope="module", params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Return each in turn."""
     row, _, isa = request.param.partition("-")
     if row == "cpu":
-        with cpu_way(isa) as found:
+        with cpu_runner(isa) as found:
             yield found
     elif row == "triton":
-        yield triton_way(request.getfixturevalue("interpreter"))
+        yield triton_runner(request.getfixturevalue("interpreter"))
     else:
-        yield device_reference_way() if isa else reference_way()
+        yield device_reference_runner() if isa else reference_runner()
 
 
 def test_no_row_of_the_dispatch_table_is_left_out() -> None:
     rows = {kernel.name for kernel in KERNELS}
     if not CPU_ISAS:
         rows.remove("cpu")
-    assert {way.partition("-")[0] for way in WAYS} == rows
+    assert {runner.partition("-")[0] for runner in RUNNERS} == rows
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_every_width_and_group_size(way: Way, bits: int, group_size: int) -> None:
+def test_every_width_and_group_size(runner: Runner, bits: int, group_size: int) -> None:
     experts = random_experts([bits] * 2, [bits] * 2, group_size, 256, 128)
-    way.check(experts, random_tokens(5, dtype=way.dtype), *random_routing(5, experts=2))
+    runner.check(experts, random_tokens(5, dtype=runner.dtype), *random_routing(5, experts=2))
 
 
-def test_mixed_widths_that_differ_between_projections(way: Way) -> None:
+def test_mixed_widths_that_differ_between_projections(runner: Runner) -> None:
     experts = random_experts(*MIXED, 32, 256, 384)
-    for dtype in way.errors:
-        way.check(experts, random_tokens(9, dtype=dtype), *random_routing(9))
+    for dtype in runner.errors:
+        runner.check(experts, random_tokens(9, dtype=dtype), *random_routing(9))
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,16 @@ def test_mixed_widths_that_differ_between_projections(way: Way) -> None:
 )
 @pytest.mark.parametrize("gated", [True, False])
 def test_sizes_that_are_no_multiple_of_a_tile(
-    way: Way, group_size: int, hidden: int, intermediate: int, gated: bool
+    runner: Runner, group_size: int, hidden: int, intermediate: int, gated: bool
 ) -> None:
     experts = random_experts(*MIXED, group_size, hidden, intermediate, gated)
     activation = "silu" if gated else "silu_no_mul"
-    way.check(experts, random_tokens(6, hidden, way.dtype), *random_routing(6), activation)
+    runner.check(experts, random_tokens(6, hidden, runner.dtype), *random_routing(6), activation)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_every_activation(way: Way, activation: str, bias: bool) -> None:
+def test_every_activation(runner: Runner, activation: str, bias: bool) -> None:
     gated = not activation.endswith("_no_mul")
     case = {}
     if bias:
@@ -87,53 +87,57 @@ def test_every_activation(way: Way, activation: str, bias: bool) -> None:
         case["w13_bias"] = torch.randn(E, 96 * (2 if gated else 1), generator=generator)
         case["w2_bias"] = torch.randn(E, 128, generator=generator).bfloat16()
     experts = random_experts(*MIXED, 32, 128, 96, gated)
-    x = 4 * random_tokens(5, 128, way.dtype)
-    way.check(experts, x, *random_routing(5), activation, **case)
+    x = 4 * random_tokens(5, 128, runner.dtype)
+    runner.check(experts, x, *random_routing(5), activation, **case)
 
 
-def test_swigluoai_clamps(way: Way) -> None:
+def test_swigluoai_clamps(runner: Runner) -> None:
     # Large enough that gate and up leave [-7, 7].
-    x = 100 * random_tokens(5, 128, way.dtype)
-    way.check(random_experts(*MIXED), x, *random_routing(5), "swigluoai")
+    x = 100 * random_tokens(5, 128, runner.dtype)
+    runner.check(random_experts(*MIXED), x, *random_routing(5), "swigluoai")
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_experts_of_other_ranks_are_left_out(way: Way, tokens: int) -> None:
+def test_experts_of_other_ranks_are_left_out(runner: Runner, tokens: int) -> None:
     expert_map = torch.tensor([-1, 3, -1, 0, 1, -1, 4, 2], dtype=torch.int32)
     case = {"expert_map": expert_map, "w2_bias": torch.ones(E, 128)}
     weights, ids = random_routing(tokens, experts=8)
     ids[0] = torch.tensor([0, 6])  # of another rank, and local
-    way.check(random_experts(*MIXED), random_tokens(tokens, 128, way.dtype), weights, ids, **case)
+    runner.check(
+        random_experts(*MIXED), random_tokens(tokens, 128, runner.dtype), weights, ids, **case
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_ids_of_minus_one_are_padding(way: Way, mapped: bool, tokens: int) -> None:
+def test_ids_of_minus_one_are_padding(runner: Runner, mapped: bool, tokens: int) -> None:
     weights, ids = random_routing(tokens)
     ids[0, 0] = -1
     ids[3:4] = -1  # all of a token
     # The last expert of the map is local: an index of -1 would take it.
     case = {"expert_map": torch.tensor([1, 0, 3, 2, 4])} if mapped else {}
-    way.check(random_experts(*MIXED), random_tokens(tokens, 128, way.dtype), weights, ids, **case)
+    runner.check(
+        random_experts(*MIXED), random_tokens(tokens, 128, runner.dtype), weights, ids, **case
+    )
 
 
-def test_experts_without_tokens_change_nothing(way: Way) -> None:
+def test_experts_without_tokens_change_nothing(runner: Runner) -> None:
     weights, ids = random_routing(9)
     ids.clamp_(max=1)
-    way.check(random_experts(*MIXED), random_tokens(9, 128, way.dtype), weights, ids)
+    runner.check(random_experts(*MIXED), random_tokens(9, 128, runner.dtype), weights, ids)
 
 
-def test_the_same_expert_twice_counts_twice(way: Way) -> None:
+def test_the_same_expert_twice_counts_twice(runner: Runner) -> None:
     weights, ids = random_routing(9)
     ids[4] = ids[4, 0].item()
-    way.check(random_experts(*MIXED), random_tokens(9, 128, way.dtype), weights, ids)
+    runner.check(random_experts(*MIXED), random_tokens(9, 128, runner.dtype), weights, ids)
 
 
 @pytest.mark.parametrize(
     ("activation", "bias"),
     [("silu", False), ("silu", True), ("swigluoai", True), ("relu2_no_mul", True)],
 )
-def test_router_weight_on_the_input(way: Way, activation: str, bias: bool) -> None:
+def test_router_weight_on_the_input(runner: Runner, activation: str, bias: bool) -> None:
     gated = not activation.endswith("_no_mul")
     case: dict[str, Any] = {"on_input": True}
     if bias:
@@ -142,48 +146,48 @@ def test_router_weight_on_the_input(way: Way, activation: str, bias: bool) -> No
     weights, ids = random_routing(9, top_k=1)
     weights[0] = 0  # the biases of its expert count all the same
     experts = random_experts(*MIXED, gated=gated)
-    way.check(experts, random_tokens(9, 128, way.dtype), weights, ids, activation, **case)
+    runner.check(experts, random_tokens(9, 128, runner.dtype), weights, ids, activation, **case)
 
 
-def test_no_tokens_give_no_output(way: Way) -> None:
-    x, (weights, ids) = random_tokens(1, 128, way.dtype)[:0], random_routing(1)
-    result = way.run(random_experts(*MIXED), x, weights[:0], ids[:0])
+def test_no_tokens_give_no_output(runner: Runner) -> None:
+    x, (weights, ids) = random_tokens(1, 128, runner.dtype)[:0], random_routing(1)
+    result = runner.run(random_experts(*MIXED), x, weights[:0], ids[:0])
     assert (result.dtype, result.shape) == (x.dtype, x.shape)
 
 
-def test_inputs_of_any_strides(way: Way) -> None:
-    x = random_tokens(9, 256, way.dtype)[:, ::2]
+def test_inputs_of_any_strides(runner: Runner) -> None:
+    x = random_tokens(9, 256, runner.dtype)[:, ::2]
     weights, ids = (tensor.t().contiguous().t() for tensor in random_routing(9))
     bias = torch.randn(128, E, generator=torch.Generator().manual_seed(3)).t()
     expert_map = torch.tensor([1, 9, 0, 9, 3, 9, 2, 9, 4, 9])[::2]
     case = {"w2_bias": bias, "expert_map": expert_map}
     assert not any(tensor.is_contiguous() for tensor in (x, weights, ids, bias, expert_map))
-    way.check(random_experts(*MIXED), x, weights, ids, **case)
+    runner.check(random_experts(*MIXED), x, weights, ids, **case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_types_of_the_router(way: Way, dtype: torch.dtype) -> None:
+def test_types_of_the_router(runner: Runner, dtype: torch.dtype) -> None:
     weights, ids = random_routing(9)
-    x = random_tokens(9, 128, way.dtype)
-    way.check(random_experts(*MIXED), x, weights.to(dtype), ids.long())
+    x = random_tokens(9, 128, runner.dtype)
+    runner.check(random_experts(*MIXED), x, weights.to(dtype), ids.long())
 
 
-def test_equal_inputs_give_equal_bits(way: Way) -> None:
-    case = (random_experts(*MIXED), random_tokens(9, 128, way.dtype), *random_routing(9))
-    first, second = way.run(*case), way.run(*case)
+def test_equal_inputs_give_equal_bits(runner: Runner) -> None:
+    case = (random_experts(*MIXED), random_tokens(9, 128, runner.dtype), *random_routing(9))
+    first, second = runner.run(*case), runner.run(*case)
     assert torch.equal(first, second)
-    assert relative_error(first, expected_output(*case)) < way.errors[way.dtype]
+    assert relative_error(first, expected_output(*case)) < runner.errors[runner.dtype]
 
 
-def test_arguments_that_do_not_belong_together_are_refused(way: Way) -> None:
+def test_arguments_that_do_not_belong_together_are_refused(runner: Runner) -> None:
     experts, x, (weights, ids) = random_experts(*MIXED), random_tokens(6, 128), random_routing(6)
-    x = x.to(way.dtype)
+    x = x.to(runner.dtype)
 
     def refused(message: str, *arguments: Any, **case: torch.Tensor) -> None:
         with pytest.raises(ValueError, match=message):
-            way.run(experts, *arguments, **case)
+            runner.run(experts, *arguments, **case)
 
-    wide = random_tokens(6, 256, way.dtype)
+    wide = random_tokens(6, 256, runner.dtype)
     refused(
         r"tokens \[6, 256\] do not fit the layout, whose hidden_size is 128", wide, weights, ids
     )

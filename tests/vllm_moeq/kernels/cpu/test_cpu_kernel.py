@@ -13,8 +13,8 @@ import torch
 from support.experts import expected_output, random_experts
 from support.kernels import (
     CPU_ISAS,
-    Way,
-    cpu_way,
+    Runner,
+    cpu_runner,
     random_routing,
     random_tokens,
     relative_error,
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(not CPU_ISAS, reason="needs x86-64 with AVX2")
 
 
 @pytest.fixture(params=CPU_ISAS, autouse=True, scope="module")
-def way(request: pytest.FixtureRequest) -> Iterator[Way]:
-    with cpu_way(request.param) as found:
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    with cpu_runner(request.param) as found:
         yield found
 
 
@@ -40,22 +40,22 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_every_width_and_group_size(
-    way: Way, bits: int, group_size: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, bits: int, group_size: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOEQ_CPU_ACTIVATION", precision)
     if precision == "int8":
-        way = replace(way, errors={torch.float32: INT8_ERROR})
+        runner = replace(runner, errors={torch.float32: INT8_ERROR})
     experts = random_experts([bits] * 2, [bits] * 2, group_size, HIDDEN, INTERMEDIATE)
     # All numbers of tokens that a micro-kernel handles at once, and their remainders.
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 13):
-        way.check(experts, random_tokens(count), *random_routing(count, experts=2))
+        runner.check(experts, random_tokens(count), *random_routing(count, experts=2))
 
 
 @both_precisions
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_all_codes_at_their_largest(
-    way: Way, bits: int, sign: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, bits: int, sign: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of products at the ends of their range do not overflow."""
     monkeypatch.setenv("MOEQ_CPU_ACTIVATION", precision)
@@ -73,27 +73,27 @@ def test_all_codes_at_their_largest(
     experts.w2.copy_(half * (2**bits - 1 - zero * 2**bits / 256))
     for count in (1, 3, 9):
         x = torch.full((count, HIDDEN), float(sign))
-        way.check(experts, x, torch.ones(count, 1), torch.zeros(count, 1, dtype=torch.int32))
+        runner.check(experts, x, torch.ones(count, 1), torch.zeros(count, 1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_from_zero(way: Way, activation: str) -> None:
+def test_activations_far_from_zero(runner: Runner, activation: str) -> None:
     gated = not activation.endswith("_no_mul")
     experts = random_experts(*MIXED, 32, HIDDEN, 160, gated)
-    way.check(experts, 300 * random_tokens(9), *random_routing(9), activation)
+    runner.check(experts, 300 * random_tokens(9), *random_routing(9), activation)
 
 
-def test_more_tokens_than_one_pass_takes(way: Way) -> None:
+def test_more_tokens_than_one_pass_takes(runner: Runner) -> None:
     experts = random_experts([3, 2], [2, 3], 32, 64, 64)
     count = 1100
     x, (weights, ids) = random_tokens(count, 64), random_routing(count, 2, 2)
-    result = way.run(experts, x, weights, ids)
+    result = runner.run(experts, x, weights, ids)
     call = FusedExpertsCall.from_op(
         x.double(), weights.double(), ids, experts.weights, None, None, experts.layout.to_tensor(),
         None, "silu", False,
     )  # fmt: skip
     expected = reference.run(call, torch.float64)
-    assert relative_error(result, expected) < way.errors[torch.float32]
+    assert relative_error(result, expected) < runner.errors[torch.float32]
 
 
 def _outlier_tokens(count: int, hidden: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _outlier_tokens(count: int, hidden: int) -> torch.Tensor:
     [("int16", 3e-4, 3e-4), ("int8", INT8_ERROR, 6e-2)],
 )
 def test_error_of_the_activation_precision(
-    way: Way,
+    runner: Runner,
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
     gaussian_limit: float,
@@ -122,19 +122,19 @@ def test_error_of_the_activation_precision(
     x = _outlier_tokens(16, 1024) if outliers else random_tokens(16, 1024)
     weights, ids = random_routing(16, experts=3)
     error = relative_error(
-        way.run(experts, x, weights, ids), expected_output(experts, x, weights, ids)
+        runner.run(experts, x, weights, ids), expected_output(experts, x, weights, ids)
     )
     assert error < (outlier_limit if outliers else gaussian_limit)
     if precision == "int8":
         assert error > 1e-3, "int8 activations were not used"
 
 
-def test_bfloat16_error_is_below_the_documented_limit(way: Way) -> None:
+def test_bfloat16_error_is_below_the_documented_limit(runner: Runner) -> None:
     experts = random_experts([4, 3, 2], [4, 3, 2], 128, 1024, 512)
     for x in (random_tokens(16, 1024), _outlier_tokens(16, 1024)):
         x, (weights, ids) = x.bfloat16(), random_routing(16, experts=3)
         error = relative_error(
-            way.run(experts, x, weights, ids), expected_output(experts, x, weights, ids)
+            runner.run(experts, x, weights, ids), expected_output(experts, x, weights, ids)
         )
         assert error < 3e-3
 
@@ -142,7 +142,7 @@ def test_bfloat16_error_is_below_the_documented_limit(way: Way) -> None:
 @both_precisions
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_equal_bits_at_any_number_of_threads(
-    way: Way, monkeypatch: pytest.MonkeyPatch, precision: str, count: int
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, precision: str, count: int
 ) -> None:
     monkeypatch.setenv("MOEQ_CPU_ACTIVATION", precision)
     experts = random_experts(*MIXED, 64, HIDDEN, INTERMEDIATE)
@@ -152,7 +152,7 @@ def test_equal_bits_at_any_number_of_threads(
     try:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            results.append(way.run(experts, x, weights, ids))
+            results.append(runner.run(experts, x, weights, ids))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -176,49 +176,53 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     assert all(map(torch.equal, alone, together))
 
 
-def test_a_token_gets_the_same_bits_alone_and_in_a_batch(way: Way) -> None:
+def test_a_token_gets_the_same_bits_alone_and_in_a_batch(runner: Runner) -> None:
     experts = random_experts(*MIXED, 64, HIDDEN, INTERMEDIATE)
     x, (weights, ids) = random_tokens(40), random_routing(40)
-    together = way.run(experts, x, weights, ids)
-    alone = [way.run(experts, x[i : i + 1], weights[i : i + 1], ids[i : i + 1]) for i in range(40)]
+    together = runner.run(experts, x, weights, ids)
+    alone = [
+        runner.run(experts, x[i : i + 1], weights[i : i + 1], ids[i : i + 1]) for i in range(40)
+    ]
     assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others(way: Way, bad: float) -> None:
+def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others(
+    runner: Runner, bad: float
+) -> None:
     experts = random_experts(*MIXED, 64, HIDDEN, INTERMEDIATE)
     x, (weights, ids) = random_tokens(6), random_routing(6)
-    good = way.run(experts, x, weights, ids)
+    good = runner.run(experts, x, weights, ids)
     broken = x.clone()
     broken[2, 17] = bad
-    result = way.run(experts, broken, weights, ids)
+    result = runner.run(experts, broken, weights, ids)
     assert result[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     assert torch.equal(result[others], good[others])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-37, 1e30])
-def test_tokens_at_the_ends_of_the_range(way: Way, scale: float) -> None:
+def test_tokens_at_the_ends_of_the_range(runner: Runner, scale: float) -> None:
     experts = random_experts(*MIXED, 64, HIDDEN, INTERMEDIATE, gated=False)
     x, (weights, ids) = scale * random_tokens(6), random_routing(6)
-    result = way.run(experts, x, weights, ids, "relu_no_mul")
+    result = runner.run(experts, x, weights, ids, "relu_no_mul")
     expected = expected_output(experts, x, weights, ids, "relu_no_mul")
     assert (result.double() - expected).norm() <= 4e-4 * expected.norm() + 1e-28
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_an_expert_id_that_is_no_expert_is_refused(way: Way, mapped: bool) -> None:
+def test_an_expert_id_that_is_no_expert_is_refused(runner: Runner, mapped: bool) -> None:
     weights, ids = random_routing(6)
     ids[3, 1] = 9
     case = {"expert_map": torch.arange(E)} if mapped else {}
     with pytest.raises(ValueError, match="expert ids reach 9.*5 local experts"):
-        way.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), weights, ids, **case)
+        runner.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), weights, ids, **case)
 
 
-def test_a_map_to_more_experts_than_there_are_is_refused(way: Way) -> None:
+def test_a_map_to_more_experts_than_there_are_is_refused(runner: Runner) -> None:
     case = {"expert_map": torch.arange(1, E + 1)}
     with pytest.raises(ValueError, match="5 local experts"):
-        way.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), *random_routing(6), **case)
+        runner.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), *random_routing(6), **case)
 
 
 def test_weights_that_were_not_prepared_are_refused() -> None:

@@ -7,13 +7,13 @@ import torch
 
 from support.experts import expected_output, random_experts
 from support.interpreter import route
-from support.kernels import Way, random_routing, random_tokens, relative_error, triton_way
+from support.kernels import Runner, random_routing, random_tokens, relative_error, triton_runner
 from vllm_moeq.kernels.triton.tiles import TABLE, choose_tiles, is_direct, most_blocks
 
 
 @pytest.fixture
-def way(interpreter: Executor) -> Way:
-    return triton_way(interpreter)
+def runner(interpreter: Executor) -> Runner:
+    return triton_runner(interpreter)
 
 
 @pytest.mark.parametrize(
@@ -21,36 +21,36 @@ def way(interpreter: Executor) -> Way:
     [(1, 8, 2, 0, True), (7, 5, 2, 0, False), (60, 4, 2, 1, False), (140, 4, 2, 2, False)],
 )
 def test_every_choice_of_tiles(
-    way: Way, tokens: int, experts: int, top_k: int, tiles: int, direct: bool
+    runner: Runner, tokens: int, experts: int, top_k: int, tiles: int, direct: bool
 ) -> None:
     assert choose_tiles(tokens * top_k, experts) == TABLE[tiles][1]
     assert is_direct(tokens * top_k, experts) == direct
     widths = [(1, 2, 3, 4, 8)[i % 5] for i in range(experts)]
-    way.check(
+    runner.check(
         random_experts(widths, widths[::-1], 64, 128, 128),
-        random_tokens(tokens, 128, way.dtype),
+        random_tokens(tokens, 128, runner.dtype),
         *random_routing(tokens, top_k, experts),
     )
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_ids_that_are_no_expert_are_left_out(way: Way, tokens: int) -> None:
+def test_ids_that_are_no_expert_are_left_out(runner: Runner, tokens: int) -> None:
     """Nothing is read from where their weights would be."""
     experts = random_experts([3] * 8, [2] * 8)
     weights, ids = random_routing(tokens, experts=8)
     left_out, wrong = ids.clone(), ids.clone()
     left_out[0, 0], wrong[0, 0] = -1, 99
-    x = random_tokens(tokens, 128, way.dtype)
-    result = way.run(experts, x, weights, wrong)
-    assert torch.equal(result, way.run(experts, x, weights, left_out))
+    x = random_tokens(tokens, 128, runner.dtype)
+    result = runner.run(experts, x, weights, wrong)
+    assert torch.equal(result, runner.run(experts, x, weights, left_out))
     expected = expected_output(experts, x, weights, left_out)
-    assert relative_error(result, expected) < way.errors[x.dtype]
+    assert relative_error(result, expected) < runner.errors[x.dtype]
 
 
-def test_float32_is_refused(way: Way) -> None:
+def test_float32_is_refused(runner: Runner) -> None:
     x = random_tokens(3, 128, torch.float32)
     with pytest.raises(ValueError, match=r"not torch\.float32: choose one of them \(--dtype\)"):
-        way.run(random_experts([2, 3], [3, 2]), x, *random_routing(3, experts=2))
+        runner.run(random_experts([2, 3], [3, 2]), x, *random_routing(3, experts=2))
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 128])
