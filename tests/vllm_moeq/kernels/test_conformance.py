@@ -1,8 +1,8 @@
 """What every kernel of the dispatch table computes, against a float64 loop over tokens and experts.
 
-The rows that no device is needed for run here: the reference in both of its branches, the CPU kernel
-at every instruction set that this CPU has, the Triton kernel in its interpreter. What only one of
-them does is tested beside it.
+All rows run here without a GPU: the reference in both of its branches, the CPU kernel at every
+instruction set that this CPU has, the Triton kernel in its interpreter. What only one of them does
+is tested beside it.
 """
 
 from collections.abc import Iterator
