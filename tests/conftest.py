@@ -12,9 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from support.kernels import forget_cpu_kernel
 from support.models import make_model
-from vllm_moeq.kernels import cpu
-from vllm_moeq.kernels.cpu import library
 
 # A shell that starts a job in the background lets it ignore SIGINT, and children inherit that;
 # with a handler here, they start with the default action, which tests of Ctrl-C need.
@@ -37,11 +36,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture
 def new_cpu_kernel() -> Iterator[None]:
     """Let a test choose the CPU kernel anew; in a process, the first choice holds."""
-    _forget_cpu_kernel()
+    forget_cpu_kernel()
     yield
-    _forget_cpu_kernel()
-
-
-def _forget_cpu_kernel() -> None:
-    library.load.cache_clear()
-    cpu._why_not_loaded.cache_clear()
+    forget_cpu_kernel()

@@ -30,8 +30,8 @@ from moeq.bench import (
     random_weights,
     rows,
 )
+from vllm_moeq import envs
 from vllm_moeq.kernels import KERNELS
-from vllm_moeq.kernels.cpu import ACTIVATION_VARIABLE
 
 BITS, TOKENS, GROUP_SIZE = "2,3,4,8,2/3/4/8", "1,16,256", 128
 PRECISIONS = ("int16", "int8")
@@ -108,7 +108,7 @@ def measure_shape(settings: list[Settings], machine: Machine) -> Iterator[Case]:
     contenders = prepare(settings[0], machine)
     for setting in settings:
         for precision in PRECISIONS:
-            os.environ[ACTIVATION_VARIABLE] = precision
+            os.environ[envs.CPU_ACTIVATION.name] = precision
             measurement = measure(setting, machine, contenders)
             print(describe(measurement), end="\n\n", flush=True)
             # Not the measurement itself, which would keep the weights in memory.

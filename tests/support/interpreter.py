@@ -12,40 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from support.experts import Experts, prepared
-from vllm_moeq.kernels import fused_experts
-
 
 @contextmanager
 def triton_interpreter() -> Iterator[Executor]:
-    """Start the process; give it the functions of this module to run."""
+    """Start the process; give it functions of modules to run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(int).result()  # starts it with this environment
+            pool.submit(_fill_new_memory).result()  # starts it with this environment
             yield pool
 
 
-def run_layer(
-    experts: Experts,
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str = "silu",
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    on_input: bool = False,
-) -> torch.Tensor:
-    """Run the op on the Triton kernel; what it allocates starts as NaN or nonsense."""
+def _fill_new_memory() -> None:
+    """Let what kernels allocate start as NaN or nonsense."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    weights, layout = prepared(experts, "triton", activation)
-    return fused_experts(
-        x, topk_weights, topk_ids, weights, w13_bias, w2_bias, layout, expert_map, activation,
-        on_input,
-    )  # fmt: skip
 
 
 def route(
@@ -64,7 +46,7 @@ def route(
     """
     import triton
 
-    from vllm_moeq.kernels.triton.rows import route_kernel
+    from vllm_moeq.kernels.triton.routing import route_kernel
     from vllm_moeq.kernels.triton.tiles import most_blocks
 
     chosen, experts = topk_ids.numel(), len(turns)
@@ -75,12 +57,12 @@ def route(
     route_kernel[(experts + 1,)](
         ids_ptr=topk_ids,
         map_ptr=expert_map,
-        known=experts if expert_map is None else len(expert_map),
+        num_experts=experts if expert_map is None else len(expert_map),
         table_ptr=turns.int(),
-        order_ptr=order,
-        block_ptr=block_experts,
-        chosen=chosen,
-        experts=experts,
+        sorted_ptr=order,
+        block_experts_ptr=block_experts,
+        num_choices=chosen,
+        local_experts=experts,
         blocks_m=blocks,
         MAPPED=expert_map is not None,
         TABLE_COLUMNS=1,

@@ -4,6 +4,7 @@
 its own module. ``reference.py`` is the torch implementation that all of them are tested against.
 """
 
+from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
 from vllm_moeq.kernels.dispatch import KERNELS, Kernel, select_kernel
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertSlot, ExpertWeights
 from vllm_moeq.kernels.op import fused_experts
@@ -12,10 +13,13 @@ from vllm_moeq.kernels.reference import ACTIVATIONS
 __all__ = [
     "ACTIVATIONS",
     "KERNELS",
+    "Biases",
     "ExpertLayout",
     "ExpertSlot",
     "ExpertWeights",
+    "FusedExpertsCall",
     "Kernel",
+    "Routing",
     "fused_experts",
     "select_kernel",
 ]

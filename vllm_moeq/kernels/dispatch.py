@@ -1,35 +1,54 @@
 """The table of kernels and the choice among them."""
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from vllm_moeq import envs
 from vllm_moeq.kernels import cpu, reference, triton
+from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
-KERNEL_VARIABLE = "MOEQ_KERNEL"
-"""Environment variable that chooses a kernel by name; ``auto`` or unset takes the fastest."""
+
+class Unavailable(Protocol):
+    """Returns why a kernel cannot run on the device of the weights, or None if it can."""
+
+    def __call__(self, device: torch.device, /) -> str | None:
+        """Look at what is installed, at the device and at the environment."""
+
+
+class Prepare(Protocol):
+    """Repacks canonical weights once after loading; returns as many tensors."""
+
+    def __call__(
+        self, weights: ExpertWeights, layout: ExpertLayout, activation: str, /
+    ) -> ExpertWeights:
+        """Take the layout of the weights, and the activation, which may decide their order."""
+
+
+class Run(Protocol):
+    """Runs the experts of a call whose weights the same kernel prepared."""
+
+    def __call__(self, call: FusedExpertsCall, /) -> torch.Tensor:
+        """Return a new contiguous tensor of the type and shape of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of the fused experts.
+    """One implementation of the fused experts: a row of the dispatch table.
 
     Attributes:
         name: Value of ``MOEQ_KERNEL`` that chooses it.
-        unavailable: Takes the device of the weights; returns why the kernel cannot run there, or
-            None if it can.
-        prepare: Repacks canonical weights once after loading; takes their layout and the name of
-            the activation too.
-        run: Takes the arguments of the op, with prepared weights as ``ExpertWeights``.
+        unavailable: Says why it cannot run.
+        prepare: Repacks weights.
+        run: Computes.
     """
 
     name: str
-    unavailable: Callable[[torch.device], str | None]
-    prepare: Callable[[ExpertWeights, ExpertLayout, str], ExpertWeights]
-    run: Callable[..., torch.Tensor]
+    unavailable: Unavailable
+    prepare: Prepare
+    run: Run
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -57,16 +76,16 @@ def select_kernel(device: torch.device, requested: str | None = None) -> int:
             replaced by another kernel in silence.
     """
     if requested is None:
-        requested = os.environ.get(KERNEL_VARIABLE, "auto")
+        requested = envs.kernel()
     names = [kernel.name for kernel in KERNELS]
     if requested == "auto":
         return next(i for i, kernel in enumerate(KERNELS) if kernel.unavailable(device) is None)
     if requested not in names:
         raise ValueError(
-            f"{KERNEL_VARIABLE}={requested!r} is unknown; choose one of {['auto', *names]}"
+            f"{envs.KERNEL.name}={requested!r} is unknown; choose one of {['auto', *names]}"
         )
     index = names.index(requested)
     reason = KERNELS[index].unavailable(device)
     if reason is not None:
-        raise ValueError(f"{KERNEL_VARIABLE}={requested!r} cannot run on {device}: {reason}")
+        raise ValueError(f"{envs.KERNEL.name}={requested!r} cannot run on {device}: {reason}")
     return index

@@ -1,11 +1,13 @@
 """How the experts of one layer lie in memory."""
 
+import struct
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 
-from vllm_moeq.format import PROJECTIONS, Projection, packed_columns
+from vllm_moeq.format import Projection, packed_columns
 
 LAYOUT_HEADER_ROWS = 2
 """Rows of the tensor form before those of the experts."""
@@ -42,7 +44,7 @@ class ExpertWeights(NamedTuple):
     w2_zero_point: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertLayout:
     """Sizes of one layer on this rank.
 
@@ -92,6 +94,14 @@ class ExpertLayout:
         """Whether w13 holds gate and up."""
         return self.w13_rows == 2 * self.intermediate_size
 
+    @cached_property
+    def widths(self) -> dict[Projection, frozenset[int]]:
+        """Widths that the experts have in each projection."""
+        return {
+            "w13": frozenset(slot.w13_bits for slot in self.slots),
+            "w2": frozenset(slot.w2_bits for slot in self.slots),
+        }
+
     def shape(self, projection: Projection) -> tuple[int, int]:
         """Return (rows, columns) of one expert's matrix."""
         if projection == "w13":
@@ -126,37 +136,17 @@ class ExpertLayout:
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> "ExpertLayout":
-        """Read :meth:`to_tensor`."""
-        rows = tensor.tolist()
-        kernel, group_size, hidden_size, intermediate_size = rows[0]
-        slots = tuple(ExpertSlot(*row) for row in rows[LAYOUT_HEADER_ROWS:])
-        return cls(group_size, hidden_size, intermediate_size, rows[1][0], slots, kernel)
+        """Read :meth:`to_tensor`.
+
+        The op does so with every call. What was read is remembered by the content: copies of a
+        tensor share it, and a tensor that was written to is read anew.
+        """
+        return _read_layout(tensor.numpy().tobytes())
 
 
-def check_inputs(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    layout: torch.Tensor,
-) -> None:
-    """Check that arguments of the op belong together: kernels trust their sizes.
-
-    Raises:
-        ValueError: They do not; says which.
-    """
-    if not len(x) == len(topk_ids) == len(topk_weights) or topk_ids.shape != topk_weights.shape:
-        raise ValueError(
-            f"{len(x)} tokens with router weights {list(topk_weights.shape)} and expert ids "
-            f"{list(topk_ids.shape)}"
-        )
-    if w13_bias is None and w2_bias is None:
-        return
-    sizes = ExpertLayout.from_tensor(layout)
-    for projection, bias in zip(PROJECTIONS, (w13_bias, w2_bias), strict=True):
-        rows, _ = sizes.shape(projection)
-        if bias is not None and bias.shape != (len(sizes.slots), rows):
-            raise ValueError(
-                f"{projection}_bias is {list(bias.shape)}, expected {[len(sizes.slots), rows]}"
-            )
+@cache
+def _read_layout(content: bytes) -> ExpertLayout:
+    rows = list(struct.iter_unpack("=4q", content))
+    kernel, group_size, hidden_size, intermediate_size = rows[0]
+    slots = tuple(ExpertSlot(*row) for row in rows[LAYOUT_HEADER_ROWS:])
+    return ExpertLayout(group_size, hidden_size, intermediate_size, rows[1][0], slots, kernel)

@@ -1,13 +1,12 @@
 """The torch reference: slow, correct everywhere, the oracle of every other kernel."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vllm_moeq.format import Projection, dequantize
-from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.call import FusedExpertsCall
 
 
 def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -54,36 +53,18 @@ def activate(hidden: torch.Tensor, activation: str) -> torch.Tensor:
     return _GATED[activation](gate, up)
 
 
-def fused_experts(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    weights: ExpertWeights,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    layout: ExpertLayout,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-    *,
-    compute_dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Run each token through its experts and sum them by router weight.
 
     Args:
-        x: Tokens [M, hidden_size], any floating type; the result has the same type and shape.
-        topk_weights: Router weights [M, top_k].
-        topk_ids: Global expert ids [M, top_k].
-        weights: Canonical weights of the local experts.
-        w13_bias: [E, w13_rows] or None.
-        w2_bias: [E, hidden_size] or None.
-        layout: Sizes, widths and offsets.
-        expert_map: Global expert id to local slot, -1 for an expert of another rank; None if all
-            experts are local.
-        activation: One of :data:`ACTIVATIONS`.
-        apply_router_weight_on_input: Scale the input of an expert instead of its output.
+        call: With canonical weights.
         compute_dtype: Type of weights and sums inside; float64 makes the test oracle.
+
+    Raises:
+        ValueError: Unknown activation.
     """
+    x, layout = call.x, call.layout
+    topk_weights, topk_ids, expert_map = call.routing
     slots = topk_ids.long()
     if expert_map is not None:
         # Ids below zero are padding and stay so.
@@ -102,41 +83,24 @@ def fused_experts(
                 continue
         router_weight = router_weight[rows]
         inputs = tokens[rows]
-        if apply_router_weight_on_input:
+        if call.apply_router_weight_on_input:
             inputs = inputs * router_weight
-        w13 = _expert_weight(weights, layout, "w13", slot, compute_dtype)
-        hidden = F.linear(inputs, w13, _bias(w13_bias, slot, compute_dtype))
-        w2 = _expert_weight(weights, layout, "w2", slot, compute_dtype)
-        result = F.linear(activate(hidden, activation), w2, _bias(w2_bias, slot, compute_dtype))
-        if apply_router_weight_on_input:
+        w13 = _expert_weight(call, "w13", slot, compute_dtype)
+        hidden = F.linear(inputs, w13, _bias(call.biases.w13, slot, compute_dtype))
+        w2 = _expert_weight(call, "w2", slot, compute_dtype)
+        activated = activate(hidden, call.activation)
+        result = F.linear(activated, w2, _bias(call.biases.w2, slot, compute_dtype))
+        if call.apply_router_weight_on_input:
             # Zero for tokens of other experts, whose zeroed input still meets the biases.
             router_weight = chosen.any(-1, keepdim=True)[rows].to(compute_dtype)
         output[rows] += result * router_weight
     return output.to(x.dtype)
 
 
-def run(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    weights: ExpertWeights,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    layout: torch.Tensor,
-    *options: Any,
-) -> torch.Tensor:
-    """Take the arguments of the op."""
-    sizes = ExpertLayout.from_tensor(layout)
-    return fused_experts(x, topk_weights, topk_ids, weights, w13_bias, w2_bias, sizes, *options)
-
-
 def _expert_weight(
-    weights: ExpertWeights,
-    layout: ExpertLayout,
-    projection: Projection,
-    slot: int,
-    dtype: torch.dtype,
+    call: FusedExpertsCall, projection: Projection, slot: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    layout, weights = call.layout, call.weights
     packed, scale, zero_point = weights[:3] if projection == "w13" else weights[3:]
     offset, size = layout.span(projection, slot)
     bits, _ = layout.bits_and_offset(projection, slot)

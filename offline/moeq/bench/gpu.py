@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from moeq.bench.contenders import ACTIVATION, expert_bytes, random_weights
 from moeq.bench.settings import Shape, Widths
 from vllm_moeq.format import PROJECTIONS, dequantize
-from vllm_moeq.kernels import KERNELS, ExpertLayout, ExpertWeights
+from vllm_moeq.kernels import KERNELS, ExpertLayout, ExpertWeights, fused_experts
 
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Tokens bfloat16 [M, hidden_size], router weights float32 and expert ids int32 [M, top_k]."""
@@ -111,9 +111,10 @@ def moeq_contender(
     layers, tensor = prepared_copies(layout, weights, kernel, count)
 
     def run(copy: int, x: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return KERNELS[kernel].run(
+        result: torch.Tensor = fused_experts(
             x, router, ids, layers[copy], None, None, tensor, None, ACTIVATION, False
         )
+        return result
 
     return GpuContender(name, sizes, count, run, matrices(layout, weights))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moeq.errors import MoeqError
+from vllm_moeq import envs
 from vllm_moeq.kernels import KERNELS, cpu, select_kernel
 from vllm_moeq.kernels.cpu import library
 
@@ -69,7 +70,7 @@ class Machine:
         """Precision of activations inside our kernel, as the environment asks for it now."""
         if KERNELS[self.kernel].run is not cpu.run:
             return "float32"
-        return cpu.activation_precision()
+        return envs.cpu_activation()
 
 
 class Memory:

@@ -5,12 +5,10 @@ what is faster. A candidate and the best one so far are timed in turn.
 """
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,8 +30,8 @@ from moeq.bench.gpu import (
 )
 from moeq.bench.settings import Settings, Shape, Widths
 from moeq.errors import MoeqError
-from vllm_moeq.kernels import ExpertWeights, select_kernel
-from vllm_moeq.kernels.cpu.build import BuildError
+from vllm_moeq import envs
+from vllm_moeq.kernels import ExpertWeights, FusedExpertsCall, select_kernel
 from vllm_moeq.kernels.triton.tiles import Table, Tiles, choose_tiles
 
 logger = logging.getLogger(__name__)
@@ -43,8 +41,8 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "block_n": (32, 64, 128),
     "num_warps": (2, 4, 8),
     "num_stages": (2, 3, 4, 5, 6),
-    "blocks_together": (1, 4, 8, 16),
-    "programs_per_processor": (1, 2, 4, 8),
+    "group_m": (1, 4, 8, 16),
+    "programs_per_sm": (1, 2, 4, 8),
 }
 """What is tried for each field."""
 FASTER = 0.99
@@ -90,10 +88,11 @@ class Layer:
         from vllm_moeq.kernels.triton import layer
 
         def run(copy: int, x: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> Any:
-            return layer.run(
+            call = FusedExpertsCall.from_op(
                 x, router, ids, self._copies[copy], None, None, self._layout, None, ACTIVATION,
-                False, tiles,
+                False,
             )  # fmt: skip
+            return layer.run(call, tiles)
 
         return GpuContender("moeq", self._sizes, len(self._copies), run, self._matrices)
 
@@ -102,7 +101,7 @@ class Layer:
         from vllm_moeq.kernels.triton import gemm
 
         result = False
-        for kernel in (gemm.up_kernel, gemm.down_kernel):
+        for kernel in (gemm.w13_kernel, gemm.w2_kernel):
             # Where the interpreter runs the kernels, there is no code.
             for cached in getattr(kernel, "device_caches", {}).values():
                 for code in cached[0].values():
@@ -130,12 +129,12 @@ def tune_and_write(settings: Settings, seconds: float) -> str:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu, shape = torch.cuda.get_device_name(device), settings.shape
     try:
-        path = Path(os.environ.get(tuned.TILES_VARIABLE) or tuned.default_file(gpu))
+        path = envs.tiles() or tuned.default_file(gpu)
         tables = tuned.read_tables(path, gpu) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         layer = Layer(shape, settings.bits[0], settings.group_size, device)
         tuning = tune(layer, settings, deadline)
-    except (ValueError, OSError, BuildError) as error:
+    except (ValueError, OSError) as error:
         raise MoeqError(f"--tune: {error}") from error
     key = tuned.shape_key(shape.hidden_size, shape.intermediate_size, shape.experts)
     tuned.write_tables(path, gpu, tables | {key: tuning.table})

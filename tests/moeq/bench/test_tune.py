@@ -30,7 +30,7 @@ def _settings(tokens: str = "1,64") -> Settings:
 @pytest.fixture
 def cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the time of tiles be how far their fields are from those that are best."""
-    best = {"block_m": 64, "block_n": 64, "num_warps": 8, "num_stages": 3, "blocks_together": 1}
+    best = {"block_m": 64, "block_n": 64, "num_warps": 8, "num_stages": 3, "group_m": 1}
 
     def time(tiles: Tiles) -> float:
         return 1.0 + sum(abs(getattr(tiles, name) / value - 1) for name, value in best.items())
@@ -56,7 +56,7 @@ def test_the_fastest_tiles_are_found_and_bad_ones_counted() -> None:
     found = tune.tune(_NoLayer(), _settings(), float("inf"))  # type: ignore[arg-type]
     assert [most for most, _ in found.table] == [0.5, float("inf")]
     for _, tiles in found.table:
-        assert replace(tiles, programs_per_processor=2) == Tiles(64, 64, 8, 3, 1)
+        assert replace(tiles, programs_per_sm=2) == Tiles(64, 64, 8, 3, 1)
     assert set(found.skipped) == {"spills", "does not compile"}
     assert found.tried > 10
     built_in = choose_tiles(2, 4)
@@ -141,8 +141,8 @@ def judge(tiles: Tiles, damaged: bool) -> str | None:
 @pytest.mark.parametrize(
     ("tiles", "damaged", "reason"),
     [
-        (Tiles(16, 32, programs_per_processor=8), False, None),
-        (Tiles(32, 64, blocks_together=4), False, None),
+        (Tiles(16, 32, programs_per_sm=8), False, None),
+        (Tiles(32, 64, group_m=4), False, None),
         (Tiles(24, 64), False, "does not compile"),
         (Tiles(16, 64), True, "computes something else"),
     ],

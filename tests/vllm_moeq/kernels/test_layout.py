@@ -49,6 +49,28 @@ def test_kernel_index_is_part_of_the_tensor_form() -> None:
     assert ExpertLayout.from_tensor(tensor).kernel == 3
 
 
+def test_a_tensor_that_was_written_to_is_read_anew() -> None:
+    tensor = _layout().to_tensor()
+    before = ExpertLayout.from_tensor(tensor)
+    tensor[2, 0] = 4  # width of the first expert's w13
+    after = ExpertLayout.from_tensor(tensor)
+    assert (before.slots[0].w13_bits, after.slots[0].w13_bits) == (8, 4)
+    assert before.slots[1:] == after.slots[1:]
+
+
+def test_copies_of_a_tensor_are_read_once() -> None:
+    with torch.inference_mode():
+        copies = [_layout().to_tensor() for _ in range(2)]
+    assert ExpertLayout.from_tensor(copies[0]) is ExpertLayout.from_tensor(copies[1])
+
+
+def test_widths_of_a_projection() -> None:
+    layout = ExpertLayout.build(
+        w13_bits=[2, 3, 2], w2_bits=[4, 4, 4], group_size=32, hidden_size=64, intermediate_size=96
+    )
+    assert layout.widths == {"w13": {2, 3}, "w2": {4}}
+
+
 def test_an_unknown_width_is_named() -> None:
     with pytest.raises(FormatError, match="width 7"):
         ExpertLayout.build(

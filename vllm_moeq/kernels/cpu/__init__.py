@@ -6,27 +6,18 @@
 
 import ctypes
 import logging
-import os
 from functools import cache
 
 import torch
 
+from vllm_moeq import envs
 from vllm_moeq.format import Projection
+from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import BuildError
-from vllm_moeq.kernels.layout import (
-    LAYOUT_HEADER_ROWS,
-    ExpertLayout,
-    ExpertWeights,
-    check_inputs,
-)
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 logger = logging.getLogger(__name__)
-
-ACTIVATION_VARIABLE = "MOEQ_CPU_ACTIVATION"
-"""Environment variable for the precision of activations inside the kernel: ``int16``, the default,
-or ``int8``."""
-_PRECISIONS = ("int16", "int8")
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -37,7 +28,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"it computes on the CPU and the weights are on {device}"
-    activation_precision()
+    envs.cpu_activation()
     return _why_not_loaded()
 
 
@@ -45,7 +36,7 @@ def unavailable(device: torch.device) -> str | None:
 def _why_not_loaded() -> str | None:
     try:
         library.load()
-    except (BuildError, OSError) as error:  # OSError: the loader of the operating system
+    except (BuildError, OSError) as error:  # OSError: the loader, or no cache folder
         logger.warning("no moeq CPU kernel, only slow torch code: %s", error)
         return str(error)
     return None
@@ -119,19 +110,8 @@ def _repack(
     return tiles
 
 
-def run(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    weights: ExpertWeights,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    layout: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-) -> torch.Tensor:
-    """Run the experts on prepared weights; arguments as those of the op.
+def run(call: FusedExpertsCall) -> torch.Tensor:
+    """Run the experts on weights from :func:`prepare`.
 
     Inside, activations are integers with a scale per token and group. Relative to float64 on the
     same weights the error of a layer is below 3e-4 (3e-3 in bfloat16, from its own rounding); with
@@ -139,66 +119,62 @@ def run(
     the channels 20 times as large. A token with a NaN or an infinity gives NaN.
 
     Raises:
-        ValueError: Unknown activation, an expert id that is no expert, or tensors whose sizes do
-            not belong together, such as weights that were prepared for another kernel.
+        ValueError: Unknown activation, an expert id that is no expert, or weights that were
+            prepared for another kernel.
+        MemoryError: There is not enough for the activations.
     """
+    x, layout, activation = call.x, call.layout, call.activation
     if activation not in library.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(library.ACTIVATIONS)}")
-    check_inputs(x, topk_weights, topk_ids, w13_bias, w2_bias, layout)
-    dtype = x.dtype
-    tokens = x.contiguous() if dtype in library.DTYPES else x.float().contiguous()
+    tokens = x.contiguous() if x.dtype in library.DTYPES else x.float().contiguous()
     output = torch.empty_like(tokens)
     # Held here until the call is over: the structure has only their addresses.
-    router_weight, ids = topk_weights.float().contiguous(), topk_ids.int().contiguous()
-    local = None if expert_map is None else expert_map.int().contiguous()
-    first_bias = None if w13_bias is None else w13_bias.float().contiguous()
-    second_bias = None if w2_bias is None else w2_bias.float().contiguous()
-    call = library.Call(
+    router_weight = call.routing.topk_weights.float().contiguous()
+    ids = call.routing.topk_ids.int().contiguous()
+    expert_map = _contiguous(call.routing.expert_map, torch.int32)
+    w13_bias, w2_bias = (_contiguous(bias, torch.float32) for bias in call.biases)
+    arguments = library.Call(
         x=tokens.data_ptr(),
         out=output.data_ptr(),
         router_weight=router_weight.data_ptr(),
         expert_ids=ids.data_ptr(),
-        expert_map=None if local is None else local.data_ptr(),
-        w13=weights.w13_packed.data_ptr(),
-        w2=weights.w2_packed.data_ptr(),
-        w13_bias=None if first_bias is None else first_bias.data_ptr(),
-        w2_bias=None if second_bias is None else second_bias.data_ptr(),
-        layout=layout.data_ptr(),
+        expert_map=_address(expert_map),
+        w13=call.weights.w13_packed.data_ptr(),
+        w2=call.weights.w2_packed.data_ptr(),
+        w13_bias=_address(w13_bias),
+        w2_bias=_address(w2_bias),
+        layout=call.layout_tensor.data_ptr(),
         hidden_size=x.shape[-1],
-        w13_bytes=weights.w13_packed.nbytes,
-        w2_bytes=weights.w2_packed.nbytes,
-        map_size=0 if local is None else local.numel(),
-        experts=layout.shape[0] - LAYOUT_HEADER_ROWS,
+        w13_bytes=call.weights.w13_packed.nbytes,
+        w2_bytes=call.weights.w2_packed.nbytes,
+        map_size=0 if expert_map is None else expert_map.numel(),
+        experts=len(layout.slots),
         tokens=ids.shape[0],
         top_k=ids.shape[1],
         dtype=library.DTYPES[tokens.dtype],
         activation=library.ACTIVATIONS[activation],
-        int8=activation_precision() == "int8",
-        router_weight_on_input=apply_router_weight_on_input,
+        int8=envs.cpu_activation() == "int8",
+        router_weight_on_input=call.apply_router_weight_on_input,
     )
-    status = library.load().moeq_fused_experts(ctypes.byref(call))
+    status = library.load().moeq_fused_experts(ctypes.byref(arguments))
     if status == library.BAD_EXPERT_ID:
         raise ValueError(
-            f"expert ids reach {int(topk_ids.max())}, but there are only {call.experts} local "
-            f"experts{'' if local is None else f' and a map of {local.numel()}'}"
+            f"expert ids reach {int(ids.max())}, but there are only {arguments.experts} local "
+            f"experts{'' if expert_map is None else f' and a map of {expert_map.numel()}'}"
         )
     if status == library.BAD_SIZES:
         raise ValueError(
-            f"tokens {list(x.shape)} and {call.w13_bytes} + {call.w2_bytes} bytes of weights do "
-            "not fit the layout; are the weights prepared for this kernel?"
+            f"{arguments.w13_bytes} + {arguments.w2_bytes} bytes of weights do not fit the layout; "
+            "are the weights prepared for this kernel?"
         )
     if status == library.OUT_OF_MEMORY:
-        raise MemoryError(f"not enough memory for the activations of {call.tokens} tokens")
-    return output.to(dtype)
+        raise MemoryError(f"not enough memory for the activations of {arguments.tokens} tokens")
+    return output.to(x.dtype)
 
 
-def activation_precision() -> str:
-    """Return what ``MOEQ_CPU_ACTIVATION`` asks for: ``int16`` or ``int8``.
+def _contiguous(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
 
-    Raises:
-        ValueError: It has another value.
-    """
-    precision = os.environ.get(ACTIVATION_VARIABLE) or _PRECISIONS[0]
-    if precision not in _PRECISIONS:
-        raise ValueError(f"{ACTIVATION_VARIABLE}={precision!r} is not one of {list(_PRECISIONS)}")
-    return precision
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

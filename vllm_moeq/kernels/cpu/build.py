@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
-CACHE_VARIABLE = "MOEQ_CACHE_DIR"
-"""Environment variable: folder of compiled kernels and measured tiles; default ~/.cache/moeq."""
 _TIMEOUT_S = 600
 
 
@@ -77,19 +75,21 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def library_path(isa: InstructionSet, *, packaged: bool = True) -> Path:
-    """Return the compiled kernel for ``isa``; compile it if it is neither packaged nor cached.
+def packaged_library(isa: InstructionSet) -> Path | None:
+    """Return the kernel that a wheel brought along, None if there is none."""
+    library = PREBUILT / _file_name(isa, source_hash())
+    return library if library.exists() else None
+
+
+def cached_library(isa: InstructionSet, folder: Path) -> Path:
+    """Return the kernel compiled for ``isa``; compile it into ``folder`` if it is not there.
 
     Several processes may ask at once: one compiles, the others wait for it. A process killed while
     compiling leaves nothing that hinders the next one.
 
     Raises:
-        BuildError: No compiler, the compiler failed, or the cache cannot be written.
+        BuildError: No compiler, the compiler failed, or the folder cannot be written.
     """
-    prebuilt = PREBUILT / _file_name(isa, source_hash())
-    if packaged and prebuilt.exists():
-        return prebuilt
-    folder = cache_folder()
     try:
         compiler = find_compiler()
     except BuildError:
@@ -117,14 +117,14 @@ def library_path(isa: InstructionSet, *, packaged: bool = True) -> Path:
                 compile_library(isa, library, compiler)
     except OSError as error:
         raise BuildError(
-            f"the compiled kernel cannot be written to {folder}: {error}; set {CACHE_VARIABLE} to "
-            "another folder"
+            f"the compiled kernel cannot be written to {folder}: {error}; set MOEQ_CACHE_DIR "
+            "to another folder"
         ) from error
     return library
 
 
 def compile_packaged() -> None:
-    """Compile the kernel for all instruction sets to where :func:`library_path` looks first.
+    """Compile the kernel for all instruction sets to where :func:`packaged_library` looks.
 
     For the build of a wheel, in a copy of this package.
 
@@ -242,17 +242,3 @@ def _run(*command: str) -> str:
         messages = "\n".join(done.stderr.splitlines()[-10:])
         raise BuildError(f"`{shlex.join(command)}` failed ({done.returncode}):\n{messages}")
     return done.stdout
-
-
-def cache_folder() -> Path:
-    """Return the folder of what this machine compiled or measured; it need not exist.
-
-    Raises:
-        BuildError: No folder is named and there is no home folder.
-    """
-    chosen, parent = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(chosen or Path(parent or Path.home() / ".cache", "moeq"))
-    except RuntimeError as error:  # no home
-        raise BuildError(f"{error} Set {CACHE_VARIABLE} to a folder that can be written") from error
-    return folder.absolute()  # the loader looks for a bare name elsewhere

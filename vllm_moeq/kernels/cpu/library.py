@@ -2,17 +2,21 @@
 
 import ctypes
 import logging
-import os
 from functools import cache
 
 import torch
 
-from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE, BuildError, library_path
+from vllm_moeq import envs
+from vllm_moeq.kernels.cpu.build import (
+    INSTRUCTION_SETS,
+    PORTABLE,
+    BuildError,
+    InstructionSet,
+    cached_library,
+    packaged_library,
+)
 
 logger = logging.getLogger(__name__)
-
-ISA_VARIABLE = "MOEQ_CPU_ISA"
-"""Environment variable that chooses an instruction set by name; unset takes the fastest."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of tokens, numbered as ``DType`` in numeric.h."""
@@ -70,28 +74,38 @@ def load() -> ctypes.CDLL:
 
     Raises:
         BuildError: No instruction set of ours runs on this CPU, or it cannot be compiled.
-        OSError: It cannot be loaded.
+        OSError: It cannot be loaded, or there is no folder to compile it into.
         ValueError: ``MOEQ_CPU_ISA`` is unknown or does not run on this CPU.
     """
-    isa_name = os.environ.get(ISA_VARIABLE)
-    choices = {isa.name: isa for isa in (*INSTRUCTION_SETS, PORTABLE)}
-    if not isa_name:
-        isa = next((isa for isa in INSTRUCTION_SETS if isa.runs_here()), None)
-        if isa is None:
-            raise BuildError("this CPU has neither AVX2 nor AVX-512")
-    elif isa_name not in choices:
-        raise ValueError(f"{ISA_VARIABLE}={isa_name!r} is not one of {list(choices)}")
-    else:
-        isa = choices[isa_name]
-        if not isa.runs_here():
-            lacking = ", ".join(sorted(isa.cpu_flags))
-            raise ValueError(f"{ISA_VARIABLE}={isa_name!r} needs a CPU with {lacking}")
-    try:
-        library = ctypes.CDLL(str(library_path(isa)))
-    except OSError as error:  # a packaged one, made for a newer system
-        logger.info("%s; compiling the kernel here", error)
-        library = ctypes.CDLL(str(library_path(isa, packaged=False)))
+    library = _open(_instruction_set())
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _instruction_set() -> InstructionSet:
+    name, variable = envs.cpu_isa(), envs.CPU_ISA.name
+    if name is None:
+        isa = next((isa for isa in INSTRUCTION_SETS if isa.runs_here()), None)
+        if isa is None:
+            raise BuildError("this CPU has neither AVX2 nor AVX-512")
+        return isa
+    choices = {isa.name: isa for isa in (*INSTRUCTION_SETS, PORTABLE)}
+    if name not in choices:
+        raise ValueError(f"{variable}={name!r} is not one of {list(choices)}")
+    isa = choices[name]
+    if not isa.runs_here():
+        lacking = ", ".join(sorted(isa.cpu_flags))
+        raise ValueError(f"{variable}={name!r} needs a CPU with {lacking}")
+    return isa
+
+
+def _open(isa: InstructionSet) -> ctypes.CDLL:
+    packaged = packaged_library(isa)
+    if packaged:
+        try:
+            return ctypes.CDLL(str(packaged))
+        except OSError as error:  # made for a newer system
+            logger.info("%s; compiling the kernel here", error)
+    return ctypes.CDLL(str(cached_library(isa, envs.cache_dir())))

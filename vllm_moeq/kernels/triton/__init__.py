@@ -7,10 +7,10 @@ the kernel's row in the dispatch table.
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 
+from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 OLDEST_CAPABILITY = (8, 0)
@@ -49,8 +49,8 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Ex
     return ExpertWeights(*plane_weights.prepare(weights, layout, activation))
 
 
-def run(*arguments: Any) -> torch.Tensor:
-    """Run the experts; arguments as those of the op, see :func:`layer.run`."""
+def run(call: FusedExpertsCall) -> torch.Tensor:
+    """Run the experts; see :func:`layer.run`."""
     from vllm_moeq.kernels.triton import layer  # Triton takes long to import
 
-    return layer.run(*arguments)
+    return layer.run(call)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vllm_moeq.format import WIDTHS
 from vllm_moeq.kernels.triton import planes
-from vllm_moeq.kernels.triton.rows import CHANGING, expert_slot
+from vllm_moeq.kernels.triton.routing import CHANGING, expert_slot
 
 BLOCK_K: tl.constexpr = tl.constexpr(planes.BLOCK_K)
 LANES: tl.constexpr = tl.constexpr(planes.LANES)
@@ -87,7 +87,7 @@ def _offset(bits, dtype):
 
 
 @triton.jit
-def _decode_plain(words, BITS: tl.constexpr, OFFSET: tl.constexpr):
+def _decode_interpreted(words, BITS: tl.constexpr, OFFSET: tl.constexpr):
     """Do what the assembly does, for the interpreter, which has neither it nor bfloat16."""
     codes = ()
     for h in tl.static_range(CODES):
@@ -150,7 +150,7 @@ def _accumulate(
     PARTS: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PLAIN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Add the products of blocks [first, last) of columns.
 
@@ -175,8 +175,8 @@ def _accumulate(
         words = (tl.load(w_ptr),)
         for i in tl.static_range(1, BITS):
             words = words + (tl.load(w_ptr + i * plane),)
-        if PLAIN:
-            codes = _decode_plain(words, BITS, OFFSET)
+        if INTERPRETED:
+            codes = _decode_interpreted(words, BITS, OFFSET)
         else:
             codes = tl.inline_asm_elementwise(
                 _assembly(BITS, DTYPE),
@@ -194,7 +194,7 @@ def _accumulate(
             place = block * BLOCK_K + i * GROUP_SIZE + columns
             mask = x_mask & (place < K) if MASK_K else x_mask
             x = tl.load(x_ptr + place, mask=mask, other=0.0)
-            if PLAIN:
+            if INTERPRETED:
                 x = x.to(tl.float32)
             products = tl.dot(_columns(codes, i * PER_GROUP, PER_GROUP, BLOCK_N), x)
             scale = _half(pairs[i])
@@ -226,7 +226,7 @@ def _multiply(
     MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PLAIN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Multiply rows of one expert's matrix with tokens, at the expert's width.
 
@@ -244,38 +244,38 @@ def _multiply(
             if bits == _width(i):
                 acc = _accumulate(
                     acc, x_ptr, x_mask, w_ptr, scale_ptr, sums_ptr, rows, N, K, first, last,
-                    _width(i), GROUP_SIZE, PARTS, MASK_K, BLOCK_N, PLAIN,
+                    _width(i), GROUP_SIZE, PARTS, MASK_K, BLOCK_N, INTERPRETED,
                 )  # fmt: skip
     return acc
 
 
 @triton.jit
-def _program(tiles_n, blocks_m, BLOCKS_TOGETHER: tl.constexpr):
+def _program(tiles_n, blocks_m, GROUP_M: tl.constexpr):
     """Return which rows and which block of tokens this program has: (n, m).
 
-    BLOCKS_TOGETHER blocks take turns on the same rows of weights, which then stay in the cache.
+    GROUP_M blocks take turns on the same rows of weights, which then stay in the cache.
     """
     pid = tl.program_id(0)
-    together = BLOCKS_TOGETHER * tiles_n
-    first = pid // together * BLOCKS_TOGETHER
-    size = tl.minimum(blocks_m - first, BLOCKS_TOGETHER)
-    within = pid % together
+    group_programs = GROUP_M * tiles_n
+    first = pid // group_programs * GROUP_M
+    size = tl.minimum(blocks_m - first, GROUP_M)
+    within = pid % group_programs
     return within // size, first + within % size
 
 
 @triton.jit
 def _block(
-    m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known,
+    m, sorted_ptr, block_experts_ptr, ids_ptr, map_ptr, num_choices, num_experts,
     BLOCK_M: tl.constexpr, DIRECT: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """Return the expert of a block of tokens, -1 for none, and its choices (token and turn)."""
     column = tl.arange(0, BLOCK_M)
     if DIRECT:  # each choice is a block
-        expert = expert_slot(ids_ptr, map_ptr, m, True, known, MAPPED)
-        choices = tl.where(column == 0, m, chosen)
+        expert = expert_slot(ids_ptr, map_ptr, m, True, num_experts, MAPPED)
+        choices = tl.where(column == 0, m, num_choices)
     else:
-        expert = tl.load(block_ptr + m)
-        choices = tl.load(order_ptr + m * BLOCK_M + column)
+        expert = tl.load(block_experts_ptr + m)
+        choices = tl.load(sorted_ptr + m * BLOCK_M + column)
     return expert, choices
 
 
@@ -306,7 +306,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def up_kernel(
+def w13_kernel(
     x_ptr,
     w_ptr,
     scale_ptr,
@@ -314,18 +314,18 @@ def up_kernel(
     table_ptr,
     bias_ptr,
     router_weight_ptr,
-    hidden_ptr,
-    hidden_sums_ptr,
-    order_ptr,
-    block_ptr,
+    intermediate_ptr,
+    intermediate_sums_ptr,
+    sorted_ptr,
+    block_experts_ptr,
     ids_ptr,
     map_ptr,
-    known,
+    num_experts,
     N,
     K,
-    inner,
-    padded_inner,
-    chosen,
+    intermediate_size,
+    padded_intermediate,
+    num_choices,
     top_k,
     blocks_m,
     WIDTH_SET: tl.constexpr,
@@ -340,10 +340,10 @@ def up_kernel(
     DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS_TOGETHER: tl.constexpr,
-    PLAIN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """w13 of every chosen expert, its activation, and the sums that ``down_kernel`` needs.
+    """w13 of the expert of every choice, its activation, and the sums that ``w2_kernel`` needs.
 
     Args:
         x_ptr: Tokens [M, K].
@@ -351,30 +351,39 @@ def up_kernel(
         sums_ptr: float32 [M, groups].
         bias_ptr: [experts, rows of w13] in canonical order, if BIAS.
         router_weight_ptr: [M, top_k], used if ON_INPUT.
-        hidden_ptr: Output [chosen, padded_inner].
-        hidden_sums_ptr: Output float32 [chosen, padded_inner / SUM_SIZE].
-        order_ptr, block_ptr: Choices in the order of experts, and the expert of each block of
-            them; see ``route_kernel``. Not used if DIRECT.
-        ids_ptr, map_ptr, known: Routing as the op has it.
+        intermediate_ptr: Output [num_choices, padded_intermediate].
+        intermediate_sums_ptr: Output float32 [num_choices, padded_intermediate / SUM_SIZE].
+        sorted_ptr, block_experts_ptr: Choices in the order of experts, and the expert of each block
+            of them; see ``route_kernel``. Not used if DIRECT.
+        ids_ptr, map_ptr, num_experts: Routing as the op has it.
         N: Rows of w13, padded.
-        inner, padded_inner: Intermediate size.
-        chosen: Choices of all tokens, M * top_k.
+        intermediate_size, padded_intermediate: Without padded columns, and with them.
+        num_choices: Those of all tokens, M * top_k.
         blocks_m: Blocks of the grid.
     """
-    n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
+    n, m = _program(N // BLOCK_N, blocks_m, GROUP_M)
     expert, choices = _block(
-        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known, BLOCK_M, DIRECT, MAPPED
+        m,
+        sorted_ptr,
+        block_experts_ptr,
+        ids_ptr,
+        map_ptr,
+        num_choices,
+        num_experts,
+        BLOCK_M,
+        DIRECT,
+        MAPPED,
     )
     if expert < 0:
         return
-    exists = choices < chosen
+    exists = choices < num_choices
     token = tl.where(exists, choices, 0) // top_k
     rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
     acc = _multiply(
         x_ptr + (token.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
         sums_ptr + token * (blocks_k * (BLOCK_K // GROUP_SIZE)), table_ptr, expert, rows, N, K,
-        0, blocks_k, 0, WIDTH_SET, GROUP_SIZE, 1, MASK_K, BLOCK_M, BLOCK_N, PLAIN,
+        0, blocks_k, 0, WIDTH_SET, GROUP_SIZE, 1, MASK_K, BLOCK_M, BLOCK_N, INTERPRETED,
     )  # fmt: skip
     if ON_INPUT:  # the projection is linear: the same as scaling its input
         acc *= tl.load(router_weight_ptr + choices, mask=exists, other=0.0)[None, :].to(tl.float32)
@@ -390,27 +399,27 @@ def up_kernel(
         up = None
     columns = n * COLUMNS + tl.arange(0, COLUMNS)
     if BIAS:
-        inside = columns < inner
+        inside = columns < intermediate_size
         if GATED:
-            bias_ptr += expert * (2 * inner)
+            bias_ptr += expert * (2 * intermediate_size)
             if ACTIVATION == "swigluoai":
                 gate_place = 2 * columns
                 up_place = gate_place + 1
             else:
                 gate_place = columns
-                up_place = columns + inner
+                up_place = columns + intermediate_size
             up += tl.load(bias_ptr + up_place, mask=inside, other=0.0).to(tl.float32)[:, None]
         else:
-            bias_ptr += expert * inner
+            bias_ptr += expert * intermediate_size
             gate_place = columns
         gate += tl.load(bias_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)[:, None]
-    result = _activate(gate, up, ACTIVATION).to(hidden_ptr.dtype.element_ty)
-    target = choices.to(tl.int64)[None, :] * padded_inner + columns[:, None]
-    tl.store(hidden_ptr + target, result, mask=exists[None, :])
-    # Of the rounded values, which are what down_kernel multiplies.
+    result = _activate(gate, up, ACTIVATION).to(intermediate_ptr.dtype.element_ty)
+    target = choices.to(tl.int64)[None, :] * padded_intermediate + columns[:, None]
+    tl.store(intermediate_ptr + target, result, mask=exists[None, :])
+    # Of the rounded values, which are what w2_kernel multiplies.
     values = result.to(tl.float32)
     PARTS: tl.constexpr = COLUMNS // SUM_SIZE
-    target = hidden_sums_ptr + choices * (padded_inner // SUM_SIZE) + n * PARTS
+    target = intermediate_sums_ptr + choices * (padded_intermediate // SUM_SIZE) + n * PARTS
     if PARTS == 1:  # Triton 3.6 does not compile a sum within blocks of which there is one
         tl.store(target, tl.sum(values, axis=0), mask=exists)
     else:
@@ -420,23 +429,23 @@ def up_kernel(
 
 
 @triton.jit(do_not_specialize=CHANGING)
-def down_kernel(
-    hidden_ptr,
+def w2_kernel(
+    intermediate_ptr,
     w_ptr,
     scale_ptr,
     sums_ptr,
     table_ptr,
     bias_ptr,
     out_ptr,
-    order_ptr,
-    block_ptr,
+    sorted_ptr,
+    block_experts_ptr,
     ids_ptr,
     map_ptr,
-    known,
+    num_experts,
     N,
     K,
-    outer,
-    chosen,
+    hidden_size,
+    num_choices,
     blocks_m,
     WIDTH_SET: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -446,45 +455,54 @@ def down_kernel(
     DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCKS_TOGETHER: tl.constexpr,
+    GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PLAIN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """w2 of every chosen expert; ``combine_kernel`` adds the choices of a token.
+    """w2 of the expert of every choice; ``combine_kernel`` adds the choices of a token.
 
     Args:
-        hidden_ptr: Output of ``up_kernel`` [chosen, K], padded.
+        intermediate_ptr: Output of ``w13_kernel`` [num_choices, K], padded.
         w_ptr, scale_ptr, table_ptr: Prepared weights.
-        sums_ptr: float32 [chosen, K / SUM_SIZE].
-        bias_ptr: [experts, outer], if BIAS.
-        out_ptr: Output [SPLIT_K, chosen, outer]: parts to be added.
-        order_ptr, block_ptr, ids_ptr, map_ptr, known, blocks_m: As in ``up_kernel``.
-        N: Rows of w2, padded.
-        outer: Hidden size.
+        sums_ptr: float32 [num_choices, K / SUM_SIZE].
+        bias_ptr: [experts, hidden_size], if BIAS.
+        out_ptr: Output [SPLIT_K, num_choices, hidden_size]: parts to be added.
+        sorted_ptr, block_experts_ptr: As in ``w13_kernel``.
+        ids_ptr, map_ptr, num_experts, blocks_m: As in ``w13_kernel``.
+        N: Rows of w2: ``hidden_size``, padded.
     """
-    n, m = _program(N // BLOCK_N, blocks_m, BLOCKS_TOGETHER)
+    n, m = _program(N // BLOCK_N, blocks_m, GROUP_M)
     expert, choices = _block(
-        m, order_ptr, block_ptr, ids_ptr, map_ptr, chosen, known, BLOCK_M, DIRECT, MAPPED
+        m,
+        sorted_ptr,
+        block_experts_ptr,
+        ids_ptr,
+        map_ptr,
+        num_choices,
+        num_experts,
+        BLOCK_M,
+        DIRECT,
+        MAPPED,
     )
     if expert < 0:
         return
-    exists = choices < chosen
+    exists = choices < num_choices
     source = tl.where(exists, choices, 0)
     rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     blocks_k = K // BLOCK_K
     acc = _multiply(
-        hidden_ptr + (source.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
+        intermediate_ptr + (source.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
         sums_ptr + source * (K // SUM_SIZE), table_ptr, expert, rows, N, K,
         part * blocks_k // SPLIT_K, (part + 1) * blocks_k // SPLIT_K, 1, WIDTH_SET, GROUP_SIZE,
-        GROUP_SIZE // SUM_SIZE, False, BLOCK_M, BLOCK_N, PLAIN,
+        GROUP_SIZE // SUM_SIZE, False, BLOCK_M, BLOCK_N, INTERPRETED,
     )  # fmt: skip
-    inside = rows < outer
+    inside = rows < hidden_size
     if BIAS:
         if part == 0:
-            bias = tl.load(bias_ptr + expert * outer + rows, mask=inside, other=0.0)
+            bias = tl.load(bias_ptr + expert * hidden_size + rows, mask=inside, other=0.0)
             acc += bias.to(tl.float32)[:, None]
-    place = (part * chosen + choices).to(tl.int64)[None, :] * outer + rows[:, None]
+    place = (part * num_choices + choices).to(tl.int64)[None, :] * hidden_size + rows[:, None]
     tl.store(
         out_ptr + place,
         acc.to(out_ptr.dtype.element_ty),

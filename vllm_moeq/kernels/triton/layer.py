@@ -1,16 +1,20 @@
-"""One fused MoE layer: five launches, or four where no choices need sorting."""
+"""One fused MoE layer: five launches, or four where no choices need sorting.
 
-from collections.abc import Iterable
+A choice is one of the top-k experts of one token; the choices of a call are numbered by token and
+then by place among the top-k, so that ``topk_ids`` is their list of experts.
+"""
+
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
 
-from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights, check_inputs
+from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
 from vllm_moeq.kernels.reference import ACTIVATIONS
 from vllm_moeq.kernels.triton import gemm
 from vllm_moeq.kernels.triton.planes import BLOCK_K, padded
-from vllm_moeq.kernels.triton.rows import combine_kernel, route_kernel, sums_kernel
+from vllm_moeq.kernels.triton.routing import combine_kernel, route_kernel, sums_kernel
 from vllm_moeq.kernels.triton.tiles import (
     Tiles,
     choose_split,
@@ -22,28 +26,50 @@ from vllm_moeq.kernels.triton.tuned import tuned_table
 from vllm_moeq.kernels.triton.weights import PlaneWeights, padded_intermediate
 
 DTYPES = (torch.bfloat16, torch.float16)
-INTERPRETED = not isinstance(gemm.up_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(gemm.w13_kernel, triton.JITFunction)
 """Whether ``TRITON_INTERPRET=1`` runs the kernels with numpy, on tensors of the CPU."""
 _COLUMNS = 1024  # of a program that works row by row
-_INTERPRETED_PROCESSORS = 8
+_INTERPRETED_SMS = 8
 
 
-def run(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    weights: ExpertWeights,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    layout: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    activation: str,
-    apply_router_weight_on_input: bool,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
-    """Run the experts on prepared weights; arguments as those of the op.
+class _Work(NamedTuple):
+    """A call, ready to be launched.
 
-    ``tiles`` are others than those of the table, in order to compare them.
+    Attributes:
+        call: With contiguous tensors.
+        planes: Its weights.
+        tiles: How the products are cut.
+        choices: Those of all tokens, M * top_k.
+        direct: Each choice is a block of its own, and nothing is sorted.
+        blocks: Blocks of choices; as many as any routing needs.
+        routing: Arguments of kernels that look up the expert of a choice.
+    """
+
+    call: FusedExpertsCall
+    planes: PlaneWeights
+    tiles: Tiles
+    choices: int
+    direct: bool
+    blocks: int
+    routing: dict[str, Any]
+
+
+class _Hidden(NamedTuple):
+    """What the activation gives.
+
+    Attributes:
+        values: [choices, padded intermediate_size], of the type of the tokens.
+        sums: float32 [choices, padded intermediate_size / sum_size], of neighbouring values.
+        sum_size: How many values are added; divides the group size.
+    """
+
+    values: torch.Tensor
+    sums: torch.Tensor
+    sum_size: int
+
+
+def run(call: FusedExpertsCall, tiles: Tiles | None = None) -> torch.Tensor:
+    """Run the experts on weights from ``prepare``.
 
     Never waits for the device, and no size depends on the routing: safe in CUDA graphs. Equal
     inputs give equal bits.
@@ -51,158 +77,204 @@ def run(
     An expert id that is no expert is left out, as padding is: to notice it, the host would have to
     wait.
 
+    Args:
+        call: What to compute.
+        tiles: Others than those of the table, in order to compare them.
+
     Raises:
-        ValueError: Unknown activation, tokens that are neither bfloat16 nor float16, or tensors
-            whose sizes do not belong together.
+        ValueError: Unknown activation, or tokens that are neither bfloat16 nor float16.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {list(ACTIVATIONS)}")
-    if x.dtype not in DTYPES:
+    _check(call)
+    if not call.routing.topk_ids.numel() or not call.layout.slots:
+        return torch.zeros_like(call.x, memory_format=torch.contiguous_format)
+    work = _prepare(call, tiles)
+    common = _route(work)
+    hidden = _first_product(work, common)
+    parts = _second_product(work, common, hidden)
+    return _combine(work, parts)
+
+
+def _check(call: FusedExpertsCall) -> None:
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {call.activation!r} is not one of {list(ACTIVATIONS)}")
+    if call.x.dtype not in DTYPES:
         raise ValueError(
-            f"the triton kernel takes bfloat16 or float16, not {x.dtype}: choose one of them "
+            f"the triton kernel takes bfloat16 or float16, not {call.x.dtype}: choose one of them "
             "(--dtype), or MOEQ_KERNEL=reference"
         )
-    check_inputs(x, topk_weights, topk_ids, w13_bias, w2_bias, layout)
-    sizes = ExpertLayout.from_tensor(layout)
-    if x.shape[-1] != sizes.hidden_size:
-        raise ValueError(
-            f"tokens {list(x.shape)} do not fit the layout, whose hidden_size is "
-            f"{sizes.hidden_size}"
-        )
-    packed = PlaneWeights(*weights)
-    tokens, top_k = topk_ids.shape
-    chosen, experts = tokens * top_k, len(sizes.slots)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if not chosen or not experts:
-        return out.zero_()
-    x, ids, router_weight = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    direct = is_direct(chosen, experts)
+
+
+def _prepare(call: FusedExpertsCall, tiles: Tiles | None) -> _Work:
+    """Decide how the work is cut, from sizes alone."""
+    layout, expert_map = call.layout, _contiguous(call.routing.expert_map)
+    ids = call.routing.topk_ids.contiguous()
+    choices, experts = ids.numel(), len(layout.slots)
     if tiles is None:
-        table = tuned_table(x.device, sizes.hidden_size, sizes.intermediate_size, experts)
-        tiles = choose_tiles(chosen, experts, table)
-    if direct:
-        blocks, order, block_experts = chosen, None, None
-    else:
-        blocks = most_blocks(chosen, experts, tiles.block_m)
-        order = ids.new_empty(blocks * tiles.block_m, dtype=torch.int32)
-        block_experts = ids.new_empty(blocks, dtype=torch.int32)
-    routing = {
-        "ids_ptr": ids,
-        "map_ptr": None if expert_map is None else expert_map.contiguous(),
-        "known": experts if expert_map is None else expert_map.numel(),
-        "MAPPED": expert_map is not None,
-    }
-    if not direct:
+        sizes = (layout.hidden_size, layout.intermediate_size, experts)
+        tiles = choose_tiles(choices, experts, tuned_table(call.x.device, *sizes))
+    direct = is_direct(choices, experts)
+    return _Work(
+        call._replace(
+            x=call.x.contiguous(),
+            routing=Routing(call.routing.topk_weights.contiguous(), ids, expert_map),
+            biases=Biases(*map(_contiguous, call.biases)),
+        ),
+        PlaneWeights(*call.weights),
+        tiles,
+        choices,
+        direct,
+        choices if direct else most_blocks(choices, experts, tiles.block_m),
+        {
+            "ids_ptr": ids,
+            "map_ptr": expert_map,
+            "num_experts": experts if expert_map is None else expert_map.numel(),
+            "MAPPED": expert_map is not None,
+        },
+    )
+
+
+def _route(work: _Work) -> dict[str, Any]:
+    """Sort choices by expert; return the arguments that both products have."""
+    tiles, layout, table = work.tiles, work.call.layout, work.planes.table
+    ids, experts = work.routing["ids_ptr"], len(layout.slots)
+    order = block_experts = None
+    if not work.direct:
+        order = ids.new_empty(work.blocks * tiles.block_m, dtype=torch.int32)
+        block_experts = ids.new_empty(work.blocks, dtype=torch.int32)
         route_kernel[(experts + 1,)](
-            table_ptr=packed.table,
-            order_ptr=order,
-            block_ptr=block_experts,
-            chosen=chosen,
-            experts=experts,
-            blocks_m=blocks,
-            TABLE_COLUMNS=packed.table.shape[1],
+            table_ptr=table,
+            sorted_ptr=order,
+            block_experts_ptr=block_experts,
+            num_choices=work.choices,
+            local_experts=experts,
+            blocks_m=work.blocks,
+            TABLE_COLUMNS=table.shape[1],
             BLOCK_M=tiles.block_m,
             BINS=triton.next_power_of_2(experts + 1),
             BLOCK=_COLUMNS,
-            **routing,
+            **work.routing,
         )
-    groups = padded(sizes.hidden_size, BLOCK_K) // sizes.group_size
-    sums = x.new_empty((tokens, groups), dtype=torch.float32)
-    sums_kernel[(tokens, triton.cdiv(groups * sizes.group_size, _COLUMNS))](
-        x, sums, sizes.hidden_size, groups, GROUP_SIZE=sizes.group_size, BLOCK=_COLUMNS
-    )
-    common = {
-        "table_ptr": packed.table,
-        "order_ptr": order,
-        "block_ptr": block_experts,
-        "chosen": chosen,
-        "blocks_m": blocks,
-        "GROUP_SIZE": sizes.group_size,
-        "DIRECT": direct,
-        "PLAIN": INTERPRETED,
-        **_tile_arguments(tiles),
-        **routing,
+    return {
+        "table_ptr": table,
+        "sorted_ptr": order,
+        "block_experts_ptr": block_experts,
+        "num_choices": work.choices,
+        "blocks_m": work.blocks,
+        "GROUP_SIZE": layout.group_size,
+        "DIRECT": work.direct,
+        "INTERPRETED": INTERPRETED,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "GROUP_M": tiles.group_m,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **work.routing,
     }
-    inner = padded_intermediate(sizes)
-    # What one program of the first product sums, up to a group.
-    sum_size = min(sizes.group_size, tiles.block_n // 2 if sizes.gated else tiles.block_n)
-    hidden = x.new_empty((chosen, inner))
-    hidden_sums = x.new_empty((chosen, inner // sum_size), dtype=torch.float32)
-    rows = packed.w13_scales.shape[-1]
-    gemm.up_kernel[(rows // tiles.block_n * blocks,)](
+
+
+def _first_product(work: _Work, common: dict[str, Any]) -> _Hidden:
+    """Sum the groups of the tokens, then w13 of every choice and its activation."""
+    call, planes, block_n = work.call, work.planes, work.tiles.block_n
+    x, layout = call.x, call.layout
+    tokens, top_k = call.routing.topk_ids.shape
+    groups = padded(layout.hidden_size, BLOCK_K) // layout.group_size
+    sums = x.new_empty((tokens, groups), dtype=torch.float32)
+    sums_kernel[(tokens, triton.cdiv(groups * layout.group_size, _COLUMNS))](
+        x, sums, layout.hidden_size, groups, GROUP_SIZE=layout.group_size, BLOCK=_COLUMNS
+    )
+    columns = padded_intermediate(layout)
+    # What one program sums, up to a group.
+    sum_size = min(layout.group_size, block_n // 2 if layout.gated else block_n)
+    values = x.new_empty((work.choices, columns))
+    hidden_sums = x.new_empty((work.choices, columns // sum_size), dtype=torch.float32)
+    rows = planes.w13_scales.shape[-1]
+    gemm.w13_kernel[(rows // block_n * work.blocks,)](
         x_ptr=x,
-        w_ptr=packed.w13,
-        scale_ptr=packed.w13_scales,
+        w_ptr=planes.w13,
+        scale_ptr=planes.w13_scales,
         sums_ptr=sums,
-        bias_ptr=_contiguous(w13_bias),
-        router_weight_ptr=router_weight,
-        hidden_ptr=hidden,
-        hidden_sums_ptr=hidden_sums,
+        bias_ptr=call.biases.w13,
+        router_weight_ptr=call.routing.topk_weights,
+        intermediate_ptr=values,
+        intermediate_sums_ptr=hidden_sums,
         N=rows,
-        K=sizes.hidden_size,
-        inner=sizes.intermediate_size,
-        padded_inner=inner,
+        K=layout.hidden_size,
+        intermediate_size=layout.intermediate_size,
+        padded_intermediate=columns,
         top_k=top_k,
-        WIDTH_SET=_set(slot.w13_bits for slot in sizes.slots),
+        WIDTH_SET=_bits(layout.widths["w13"]),
         SUM_SIZE=sum_size,
-        MASK_K=sizes.hidden_size % BLOCK_K != 0,
-        ACTIVATION=activation,
-        GATED=sizes.gated,
-        BIAS=w13_bias is not None,
-        ON_INPUT=apply_router_weight_on_input,
+        MASK_K=layout.hidden_size % BLOCK_K != 0,
+        ACTIVATION=call.activation,
+        GATED=layout.gated,
+        BIAS=call.biases.w13 is not None,
+        ON_INPUT=call.apply_router_weight_on_input,
         **common,
     )
-    rows = packed.w2_scales.shape[-1]
-    busy = rows // tiles.block_n * min(chosen, blocks, max(experts, chosen // tiles.block_m))
-    wanted = tiles.programs_per_processor * _processors(x.device)
-    split = choose_split(busy, inner // BLOCK_K, wanted)
-    parts = x.new_empty(
-        (split, chosen, sizes.hidden_size), dtype=x.dtype if split == 1 else torch.float32
+    return _Hidden(values, hidden_sums, sum_size)
+
+
+def _second_product(work: _Work, common: dict[str, Any], hidden: _Hidden) -> torch.Tensor:
+    """Multiply with w2 of every choice; return partial sums [split, choices, hidden_size]."""
+    call, planes, tiles = work.call, work.planes, work.tiles
+    layout, columns = call.layout, hidden.values.shape[1]
+    rows = planes.w2_scales.shape[-1]
+    split = _split(work, rows // tiles.block_n, columns // BLOCK_K)
+    parts = call.x.new_empty(
+        (split, work.choices, layout.hidden_size),
+        dtype=call.x.dtype if split == 1 else torch.float32,
     )
-    gemm.down_kernel[(rows // tiles.block_n * blocks, split)](
-        hidden_ptr=hidden,
-        w_ptr=packed.w2,
-        scale_ptr=packed.w2_scales,
-        sums_ptr=hidden_sums,
-        bias_ptr=_contiguous(w2_bias),
+    gemm.w2_kernel[(rows // tiles.block_n * work.blocks, split)](
+        intermediate_ptr=hidden.values,
+        w_ptr=planes.w2,
+        scale_ptr=planes.w2_scales,
+        sums_ptr=hidden.sums,
+        bias_ptr=call.biases.w2,
         out_ptr=parts,
         N=rows,
-        K=inner,
-        outer=sizes.hidden_size,
-        WIDTH_SET=_set(slot.w2_bits for slot in sizes.slots),
-        SUM_SIZE=sum_size,
-        BIAS=w2_bias is not None,
+        K=columns,
+        hidden_size=layout.hidden_size,
+        WIDTH_SET=_bits(layout.widths["w2"]),
+        SUM_SIZE=hidden.sum_size,
+        BIAS=call.biases.w2 is not None,
         SPLIT_K=split,
         **common,
     )
-    combine_kernel[(tokens, triton.cdiv(sizes.hidden_size, _COLUMNS))](
+    return parts
+
+
+def _combine(work: _Work, parts: torch.Tensor) -> torch.Tensor:
+    """Add partial sums and the choices of each token."""
+    call = work.call
+    out = torch.empty_like(call.x)
+    tokens, top_k = call.routing.topk_ids.shape
+    combine_kernel[(tokens, triton.cdiv(call.layout.hidden_size, _COLUMNS))](
         parts_ptr=parts,
-        router_weight_ptr=router_weight,
+        router_weight_ptr=call.routing.topk_weights,
         out_ptr=out,
-        outer=sizes.hidden_size,
-        chosen=chosen,
+        hidden_size=call.layout.hidden_size,
+        num_choices=work.choices,
         top_k=top_k,
-        ON_INPUT=apply_router_weight_on_input,
-        SPLIT_K=split,
+        ON_INPUT=call.apply_router_weight_on_input,
+        SPLIT_K=parts.shape[0],
         BLOCK=_COLUMNS,
-        **routing,
+        **work.routing,
     )
     return out
 
 
-def _tile_arguments(tiles: Tiles) -> dict[str, int]:
-    return {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCKS_TOGETHER": tiles.blocks_together,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
+def _split(work: _Work, blocks_n: int, blocks_k: int) -> int:
+    """Return how many programs share the columns of a product of this many blocks."""
+    choices, block_m, experts = work.choices, work.tiles.block_m, len(work.call.layout.slots)
+    # Blocks of choices that have work, about: one for each expert, or full ones.
+    busy = min(choices, work.blocks, max(experts, choices // block_m))
+    wanted = work.tiles.programs_per_sm * _sm_count(work.call.x.device)
+    return choose_split(blocks_n * busy, blocks_k, wanted)
 
 
-def _set(widths: Iterable[int]) -> int:
+def _bits(widths: frozenset[int]) -> int:
     """Return widths as a set of bits."""
-    return sum(1 << bits for bits in set(widths))
+    return sum(1 << bits for bits in widths)
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -210,7 +282,7 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
+        return _INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

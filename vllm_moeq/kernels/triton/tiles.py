@@ -12,20 +12,21 @@ class Tiles:
         block_n: Rows of weights of a program.
         num_warps: Warps of a program.
         num_stages: Blocks of columns in flight.
-        blocks_together: Blocks of tokens that take turns on the same weights.
-        programs_per_processor: What split-K of the second product aims at.
+        group_m: Blocks of tokens that take turns on the same weights, which stay in the cache.
+        programs_per_sm: Programs of each streaming multiprocessor that split-K of the second
+            product aims at.
     """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 4
-    blocks_together: int = 1
-    programs_per_processor: int = 2
+    group_m: int = 1
+    programs_per_sm: int = 2
 
 
 Table = tuple[tuple[float, Tiles], ...]
-"""(most choices per expert, tiles), in rising order; the last is for any number."""
+"""(most tokens per expert, tiles), in rising order; the last is for any number."""
 
 # Few tokens: wide tiles of weights, deep pipelines, since memory
 # is the limit. Many: as many tokens as registers hold without spilling, so that each weight is
@@ -33,7 +34,7 @@ Table = tuple[tuple[float, Tiles], ...]
 TABLE: Table = (
     (16, Tiles(16, 128)),
     (32, Tiles(32, 64)),
-    (float("inf"), Tiles(64, 128, num_stages=3, blocks_together=8)),
+    (float("inf"), Tiles(64, 128, num_stages=3, group_m=8)),
 )
 """What is used where nothing was measured; see ``tuned.py``."""
 
@@ -45,7 +46,7 @@ _FEWEST_BLOCKS = 4  # of columns that a part of a split gets
 
 def choose_tiles(choices: int, experts: int, table: Table = TABLE) -> Tiles:
     """Return the tiles for a number of choices (tokens times top-k) of local experts."""
-    return next(tiles for most, tiles in table if choices <= most * experts)
+    return next(tiles for limit, tiles in table if choices <= limit * experts)
 
 
 def is_direct(choices: int, experts: int) -> bool:

@@ -1,7 +1,8 @@
 """Tiles that ``moeq bench --tune`` measured on this GPU, in a JSON file.
 
-``{"format": 1, "gpu": NAME, "shapes": {"HIDDEN,INTERMEDIATE,EXPERTS": [ROW, ...]}}``, where a row
-has the fields of ``Tiles`` and ``most``, the most choices per expert that it is for (null: any).
+``{"format": 2, "gpu": NAME, "shapes": {"HIDDEN,INTERMEDIATE,EXPERTS": [ROW, ...]}}``, where a row
+has the fields of ``Tiles`` and ``max_tokens_per_expert``: the mean number up to which it is used
+(null: any).
 """
 
 import json
@@ -15,19 +16,18 @@ from typing import Any
 
 import torch
 
-from vllm_moeq.kernels.cpu.build import BuildError, cache_folder
+from vllm_moeq import envs
 from vllm_moeq.kernels.triton.tiles import TABLE, Table, Tiles
 
-TILES_VARIABLE = "MOEQ_TILES"
-"""Environment variable: the file to read. Unset: the one of this GPU in the cache, if there is."""
-_FORMAT = 1
+_FORMAT = 2  # 1 had other names for three fields
+_LIMIT = "max_tokens_per_expert"
 _ALLOWED = {
     "block_m": (16, 32, 64, 128, 256),
     "block_n": (32, 64, 128),  # rows of weights are padded to 128
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": tuple(range(1, 9)),
-    "blocks_together": tuple(range(1, 65)),
-    "programs_per_processor": tuple(range(1, 65)),
+    "group_m": tuple(range(1, 65)),
+    "programs_per_sm": tuple(range(1, 65)),
 }
 _NAMES = [field.name for field in fields(Tiles)]
 
@@ -63,9 +63,9 @@ def default_file(gpu: str) -> Path:
     """Return the file in the cache for a GPU's name; it need not exist.
 
     Raises:
-        BuildError: There is no cache folder.
+        FileNotFoundError: There is no cache folder.
     """
-    return cache_folder() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
+    return envs.cache_dir() / f"tiles-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.json"
 
 
 def read_tables(path: Path, gpu: str | None = None) -> dict[str, Table]:
@@ -88,7 +88,7 @@ def read_tables(path: Path, gpu: str | None = None) -> dict[str, Table]:
     try:
         _check_fields(content, ("format", "gpu", "shapes"), "the file")
         if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r} is not {_FORMAT}")
+            raise ValueError(f"is of format {content['format']!r}, this version reads {_FORMAT}")
         if gpu is not None and content["gpu"] != gpu:
             raise ValueError(f"measured on {content['gpu']!r}, this GPU is {gpu!r}")
         if not isinstance(content["shapes"], dict):
@@ -104,8 +104,8 @@ def write_tables(path: Path, gpu: str, tables: Mapping[str, Table]) -> None:
     """Write a file of tiles; whoever reads it meanwhile gets the old one or the new one."""
     shapes = {
         shape: [
-            {"most": None if most == float("inf") else most} | asdict(tiles)
-            for most, tiles in table
+            {_LIMIT: None if limit == float("inf") else limit} | asdict(tiles)
+            for limit, tiles in table
         ]
         for shape, table in tables.items()
     }
@@ -122,14 +122,14 @@ def _read_once(path: Path | None, gpu: str | None) -> dict[str, Table]:
 
 
 def _file(device: torch.device) -> Path | None:
-    chosen = os.environ.get(TILES_VARIABLE)
+    chosen = envs.tiles()
     if chosen:
-        return Path(chosen)
+        return chosen
     if device.type != "cuda":
         return None
     try:
         path = default_file(torch.cuda.get_device_name(device))
-    except BuildError:  # there is no home folder, so there is no file
+    except FileNotFoundError:  # there is no home folder, so there is no file
         return None
     return path if path.exists() else None
 
@@ -142,17 +142,17 @@ def _table(shape: str, rows: Any) -> Table:
     table = []
     for number, row in enumerate(rows):
         place = f"shape {shape}, row {number}"
-        _check_fields(row, ("most", *_NAMES), place)
+        _check_fields(row, (_LIMIT, *_NAMES), place)
         for name in _NAMES:
             if type(row[name]) is not int or row[name] not in _ALLOWED[name]:
                 raise ValueError(f"{place}: {name} {row[name]!r} is not one of {_ALLOWED[name]}")
-        most = float("inf") if row["most"] is None else row["most"]
-        if type(most) not in (int, float):
-            raise ValueError(f"{place}: most {most!r} is no number")
-        table.append((float(most), Tiles(**{name: row[name] for name in _NAMES})))
-    limits = [most for most, _ in table]
+        limit = float("inf") if row[_LIMIT] is None else row[_LIMIT]
+        if type(limit) not in (int, float):
+            raise ValueError(f"{place}: {_LIMIT} {limit!r} is no number")
+        table.append((float(limit), Tiles(**{name: row[name] for name in _NAMES})))
+    limits = [limit for limit, _ in table]
     if limits != sorted(set(limits)) or limits[-1] != float("inf"):
-        raise ValueError(f"shape {shape}: most must rise, and be null in the last row only")
+        raise ValueError(f"shape {shape}: {_LIMIT} must rise, and be null in the last row only")
     return tuple(table)
 
 

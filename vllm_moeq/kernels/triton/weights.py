@@ -50,7 +50,7 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Pl
     """
     device = weights.w13_packed.device
     orders = {
-        "w13": _up_row_order(layout, activation == "swigluoai").to(device),
+        "w13": _w13_row_order(layout, activation == "swigluoai").to(device),
         "w2": _row_order(layout.hidden_size, padded(layout.hidden_size, BLOCK_N)).to(device),
     }
     w13, w13_scales = _repack(*weights[:3], layout, "w13", orders["w13"])
@@ -71,7 +71,7 @@ def _row_order(rows: int, size: int) -> torch.Tensor:
     return torch.arange(size, device="cpu").clamp(max=rows)
 
 
-def _up_row_order(layout: ExpertLayout, alternating: bool) -> torch.Tensor:
+def _w13_row_order(layout: ExpertLayout, alternating: bool) -> torch.Tensor:
     size, rows = padded_intermediate(layout), layout.w13_rows
     if not layout.gated:
         return _row_order(rows, size)

@@ -32,8 +32,9 @@ ASK = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[1])
 import build
+from vllm_moeq import envs
 isas = {isa.name: isa for isa in (*build.INSTRUCTION_SETS, build.PORTABLE)}
-path = build.library_path(isas[sys.argv[2]])
+path = build.cached_library(isas[sys.argv[2]], envs.cache_dir())
 assert ctypes.CDLL(str(path)).answer() == 42
 print(path)
 """
@@ -96,9 +97,12 @@ class Project:
 
     def start(self, cxx: object, isa: str = "avx2", **variables: str) -> subprocess.Popen[str]:
         """Start a process that wants the library."""
+        own = {
+            "CXX": str(cxx), "MOEQ_CACHE_DIR": str(self.cache), "PYTHONPATH": str(REPOSITORY),
+        }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-c", ASK, str(self.folder), isa],
-            env=CLEAN | {"CXX": str(cxx), "MOEQ_CACHE_DIR": str(self.cache)} | variables,
+            env=CLEAN | own | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

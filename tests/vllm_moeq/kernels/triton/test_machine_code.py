@@ -6,7 +6,7 @@ import pytest
 
 from support.gpu_code import GpuCode, compile_kernel
 from vllm_moeq.format import WIDTHS
-from vllm_moeq.kernels.triton import gemm, rows
+from vllm_moeq.kernels.triton import gemm, routing
 from vllm_moeq.kernels.triton.planes import BLOCK_K
 from vllm_moeq.kernels.triton.tiles import TABLE, Tiles
 
@@ -22,9 +22,9 @@ POINTERS = {
     "sums_ptr": "*fp32",
     "table_ptr": "*i32",
     "router_weight_ptr": "*fp32",
-    "hidden_sums_ptr": "*fp32",
-    "order_ptr": "*i32",
-    "block_ptr": "*i32",
+    "intermediate_sums_ptr": "*fp32",
+    "sorted_ptr": "*i32",
+    "block_experts_ptr": "*i32",
     "ids_ptr": "*i32",
 }
 
@@ -41,14 +41,14 @@ def _compile(name: str, arch: int, tiles: Tiles, dtype: str = "*bf16", **changes
         "DIRECT": False,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "BLOCKS_TOGETHER": tiles.blocks_together,
-        "PLAIN": False,
+        "GROUP_M": tiles.group_m,
+        "INTERPRETED": False,
     }
-    if name == "up_kernel":
+    if name == "w13_kernel":
         constants |= {"MASK_K": False, "ACTIVATION": "silu", "GATED": True, "ON_INPUT": False}
     else:
         constants |= {"SPLIT_K": 1}
-    pointers = POINTERS | {"x_ptr": dtype, "hidden_ptr": dtype, "out_ptr": dtype}
+    pointers = POINTERS | {"x_ptr": dtype, "intermediate_ptr": dtype, "out_ptr": dtype}
     return compile_kernel(
         getattr(gemm, name),
         arch,
@@ -61,7 +61,7 @@ def _compile(name: str, arch: int, tiles: Tiles, dtype: str = "*bf16", **changes
 
 @pytest.mark.parametrize("tiles", [tiles for _, tiles in TABLE], ids=lambda t: f"{t.block_m}")
 @pytest.mark.parametrize("arch", SHARED_BYTES)
-@pytest.mark.parametrize("name", ["up_kernel", "down_kernel"])
+@pytest.mark.parametrize("name", ["w13_kernel", "w2_kernel"])
 def test_products_fit_the_gpu(name: str, arch: int, tiles: Tiles) -> None:
     code = _compile(name, arch, tiles)
     assert code.spilled == 0
@@ -73,7 +73,7 @@ def test_products_fit_the_gpu(name: str, arch: int, tiles: Tiles) -> None:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_few_instructions_for_each_code(bits: int) -> None:
     tiles = TABLE[0][1]
-    code = _compile("up_kernel", 90, tiles, WIDTH_SET=1 << bits)
+    code = _compile("w13_kernel", 90, tiles, WIDTH_SET=1 << bits)
     (loop,) = code.loops
     codes = tiles.block_n * BLOCK_K / (32 * tiles.num_warps)  # of a thread, in one turn
     assert loop.total() / codes <= INSTRUCTIONS_PER_CODE[bits]
@@ -81,7 +81,7 @@ def test_few_instructions_for_each_code(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_weights_are_loaded_16_bytes_at_a_time(bits: int) -> None:
-    code = _compile("up_kernel", 90, TABLE[0][1], WIDTH_SET=1 << bits)
+    code = _compile("w13_kernel", 90, TABLE[0][1], WIDTH_SET=1 << bits)
     (loop,) = code.loops
     loads = [name for name in loop.elements() if name.startswith(("LDGSTS", "LDG"))]
     assert sum("128" in name for name in loads) >= bits
@@ -92,7 +92,7 @@ def test_weights_are_loaded_16_bytes_at_a_time(bits: int) -> None:
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_smaller_groups(group_size: int) -> None:
     code = _compile(
-        "up_kernel", 90, TABLE[0][1], GROUP_SIZE=group_size, SUM_SIZE=min(64, group_size)
+        "w13_kernel", 90, TABLE[0][1], GROUP_SIZE=group_size, SUM_SIZE=min(64, group_size)
     )
     assert code.spilled == 0 and code.count("HGMMA")
 
@@ -109,7 +109,7 @@ def test_smaller_groups(group_size: int) -> None:
     ids=str,
 )
 def test_variants(changes: dict[str, Any]) -> None:
-    code = _compile("up_kernel", 90, TABLE[0][1], **changes)
+    code = _compile("w13_kernel", 90, TABLE[0][1], **changes)
     assert code.spilled == 0 and code.count("HGMMA")
 
 
@@ -121,9 +121,15 @@ def test_kernels_around_the_products(arch: int, mapped: bool) -> None:
         "map_ptr": "*i32", "x_ptr": "*bf16", "parts_ptr": "*bf16", "out_ptr": "*bf16",
     }  # fmt: skip
     cases = {
-        rows.route_kernel: {"TABLE_COLUMNS": 5, "BLOCK_M": 16, "BINS": 256, "BLOCK": 1024, **ids},
-        rows.sums_kernel: {"GROUP_SIZE": 64, "BLOCK": 1024},
-        rows.combine_kernel: {"ON_INPUT": False, "SPLIT_K": 4, "BLOCK": 1024, **ids},
+        routing.route_kernel: {
+            "TABLE_COLUMNS": 5,
+            "BLOCK_M": 16,
+            "BINS": 256,
+            "BLOCK": 1024,
+            **ids,
+        },
+        routing.sums_kernel: {"GROUP_SIZE": 64, "BLOCK": 1024},
+        routing.combine_kernel: {"ON_INPUT": False, "SPLIT_K": 4, "BLOCK": 1024, **ids},
     }
     for kernel, constants in cases.items():
         code = compile_kernel(kernel, arch, pointers, constants, num_warps=4, num_stages=2)

@@ -8,7 +8,7 @@ import torch
 
 from support.experts import random_experts
 from support.no_waiting import DEVICE, HostWaits, Launches, no_waiting
-from vllm_moeq.kernels import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels import ExpertLayout, ExpertWeights, FusedExpertsCall
 from vllm_moeq.kernels.triton import gemm, layer, weights
 
 E, TOP_K, HIDDEN, INTERMEDIATE = 5, 2, 256, 384
@@ -16,8 +16,8 @@ WIDTHS = [1, 2, 3, 4, 8]
 KERNELS = (
     (layer, "route_kernel"),
     (layer, "sums_kernel"),
-    (gemm, "up_kernel"),
-    (gemm, "down_kernel"),
+    (gemm, "w13_kernel"),
+    (gemm, "w2_kernel"),
     (layer, "combine_kernel"),
 )
 
@@ -44,18 +44,20 @@ def _on_device(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _run(prepared: tuple[ExpertWeights, torch.Tensor], tokens: int, **case: Any) -> torch.Tensor:
     planes, layout = prepared
-    arguments = {
-        "w13_bias": None, "w2_bias": None, "expert_map": None, "activation": "silu",
-        "apply_router_weight_on_input": False,
-    } | case  # fmt: skip
     with no_waiting():
         return layer.run(
-            _on_device(tokens, HIDDEN, dtype=torch.bfloat16),
-            _on_device(tokens, TOP_K),
-            _on_device(tokens, TOP_K, dtype=torch.int32),
-            planes,
-            layout=layout,
-            **arguments,
+            FusedExpertsCall.from_op(
+                _on_device(tokens, HIDDEN, dtype=torch.bfloat16),
+                _on_device(tokens, TOP_K),
+                _on_device(tokens, TOP_K, dtype=torch.int32),
+                planes,
+                case.get("w13_bias"),
+                case.get("w2_bias"),
+                layout,
+                case.get("expert_map"),
+                "silu",
+                case.get("apply_router_weight_on_input", False),
+            )
         )
 
 
@@ -115,7 +117,7 @@ def test_planted_reads_are_noticed(
     read: Callable[[torch.Tensor], object],
 ) -> None:
     """In place of a check that the layer makes, so on the path that the test above runs."""
-    monkeypatch.setattr(layer, "check_inputs", lambda x, weights, ids, *_: read(ids))
+    monkeypatch.setattr(layer, "_check", lambda call: read(call.routing.topk_ids))
     with pytest.raises(HostWaits):
         _run(prepared, 7)
     assert not any(kernel.grids for kernel in launches.values())

@@ -15,10 +15,11 @@ from vllm_moeq.kernels.triton.tiles import TABLE, Tiles, choose_split, choose_ti
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROW = {
-    "most": None, "block_m": 32, "block_n": 64, "num_warps": 8, "num_stages": 3,
-    "blocks_together": 2, "programs_per_processor": 4,
+    "max_tokens_per_expert": None, "block_m": 32, "block_n": 64, "num_warps": 8, "num_stages": 3,
+    "group_m": 2, "programs_per_sm": 4,
 }  # fmt: skip
 SHAPE = "128,128,2"
+LIMIT = "max_tokens_per_expert"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def _forget() -> None:
 
 
 def _file(path: Path, shapes: object, **changes: object) -> Path:
-    path.write_text(json.dumps({"format": 1, "gpu": "any", "shapes": shapes} | changes))
+    path.write_text(json.dumps({"format": 2, "gpu": "any", "shapes": shapes} | changes))
     return path
 
 
@@ -81,13 +82,24 @@ def test_without_the_variable_the_file_of_this_gpu_is_read(
     assert tuned.tuned_table(CPU, 128, 128, 2) == TABLE
 
 
+def test_without_a_home_folder_the_built_in_tiles_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MOEQ_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    assert tuned.tuned_table(GPU, 128, 128, 2) == TABLE
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "cannot be read: .*No such file"),
-    "cut off": (lambda path: path.write_text('{"format": 1,'), "cannot be read: Expecting"),
+    "cut off": (lambda path: path.write_text('{"format": 2,'), "cannot be read: Expecting"),
     "a list": (lambda path: path.write_text("[]"), "the file is no object"),
-    "format": (lambda path: _file(path, {}, format=2), "format 2 is not 1"),
+    "format": (lambda path: _file(path, {}, format=1), "is of format 1, this version reads 2"),
     "unknown field": (lambda path: _file(path, {}, note=""), r"unknown fields \['note'\]"),
-    "missing field": (lambda path: path.write_text('{"format": 1}'), r"missing fields \['gpu'"),
+    "missing field": (lambda path: path.write_text('{"format": 2}'), r"missing fields \['gpu'"),
     "shapes": (lambda path: _file(path, []), "shapes is no object"),
     "shape": (lambda path: _file(path, {"mixtral": [ROW]}), "shape 'mixtral' is no HIDDEN"),
     "no rows": (lambda path: _file(path, {SHAPE: []}), f"shape {SHAPE}: no list of rows"),
@@ -101,12 +113,12 @@ def _row(*rows: dict[str, Any]) -> Callable[[Path], object]:
 DAMAGES |= {
     "row": (_row({"warps": 4}), rf"shape {SHAPE}, row 0: .*unknown fields \['warps'\]"),
     "block_n": (_row({"block_n": 256}), r"row 0: block_n 256 is not one of \(32, 64, 128\)"),
-    "block_m": (_row({"most": 1}, {"block_m": 24}), "row 1: block_m 24 is not one of"),
+    "block_m": (_row({LIMIT: 1}, {"block_m": 24}), "row 1: block_m 24 is not one of"),
     "warps": (_row({"num_warps": True}), "num_warps True is not one of"),
     "stages": (_row({"num_stages": 3.0}), r"num_stages 3\.0 is not one of"),
-    "text": (_row({"most": "few"}), "most 'few' is no number"),
-    "order": (_row({"most": 2}, {"most": 1}, {}), "most must rise"),
-    "end": (_row({"most": 2}), "most must rise, and be null in the last row only"),
+    "text": (_row({LIMIT: "few"}), f"{LIMIT} 'few' is no number"),
+    "order": (_row({LIMIT: 2}, {LIMIT: 1}, {}), f"{LIMIT} must rise"),
+    "end": (_row({LIMIT: 2}), f"{LIMIT} must rise, and be null in the last row only"),
 }
 
 

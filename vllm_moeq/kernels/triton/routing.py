@@ -6,18 +6,18 @@
 import triton
 import triton.language as tl
 
-CHANGING = ("chosen", "blocks_m", "known")
+CHANGING = ("num_choices", "blocks_m", "num_experts")
 """Arguments that change from call to call: no variants of a kernel for special values."""
 
 
 @triton.jit
-def expert_slot(ids_ptr, map_ptr, index, mask, known, MAPPED: tl.constexpr):
+def expert_slot(ids_ptr, map_ptr, index, mask, num_experts, MAPPED: tl.constexpr):
     """Return the local expert of choices, -1 for those that are padding or of another rank.
 
-    Ids of ``known`` and more are no experts, and nothing may be read for them: -1, too.
+    Ids of ``num_experts`` and more are no experts, and nothing may be read for them: -1, too.
     """
     expert = tl.load(ids_ptr + index, mask=mask, other=-1).to(tl.int32)
-    exists = (expert >= 0) & (expert < known)
+    exists = (expert >= 0) & (expert < num_experts)
     if MAPPED:
         slot = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32)
     else:
@@ -29,12 +29,12 @@ def expert_slot(ids_ptr, map_ptr, index, mask, known, MAPPED: tl.constexpr):
 def route_kernel(
     ids_ptr,
     map_ptr,
-    known,
+    num_experts,
     table_ptr,
-    order_ptr,
-    block_ptr,
-    chosen,
-    experts,
+    sorted_ptr,
+    block_experts_ptr,
+    num_choices,
+    local_experts,
     blocks_m,
     MAPPED: tl.constexpr,
     TABLE_COLUMNS: tl.constexpr,
@@ -48,42 +48,42 @@ def route_kernel(
     so that none waits for another and the result is the same every time.
 
     Args:
-        ids_ptr, map_ptr, known: Routing as the op has it.
+        ids_ptr, map_ptr, num_experts: Routing as the op has it.
         table_ptr: The last column says in which order experts are worked on.
-        order_ptr: Output int32 [blocks_m * BLOCK_M]: indices of choices; ``chosen`` is none.
-        block_ptr: Output int32 [blocks_m]: expert of each block, -1 for none.
-        chosen: Choices of all tokens.
+        sorted_ptr: Output int32 [blocks_m * BLOCK_M]: indices of choices; ``num_choices`` is none.
+        block_experts_ptr: Output int32 [blocks_m]: expert of each block, -1 for none.
+        num_choices: Those of all tokens, M * top_k.
         blocks_m: At least as many as any routing needs.
-        BINS: A power of two above ``experts``.
+        BINS: A power of two above ``local_experts``.
     """
     expert = tl.program_id(0)
     counts = tl.zeros((BINS,), tl.int32)
-    for start in range(0, chosen, BLOCK):
+    for start in range(0, num_choices, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, known, MAPPED)
+        slot = expert_slot(ids_ptr, map_ptr, index, index < num_choices, num_experts, MAPPED)
         counts += tl.histogram(tl.where(slot >= 0, slot, BINS - 1), BINS)
     bins = tl.arange(0, BINS)
-    local = bins < experts
+    local = bins < local_experts
     blocks = tl.where(local, (counts + (BLOCK_M - 1)) // BLOCK_M, 0)
-    if expert == experts:
+    if expert == local_experts:
         for block in range(tl.sum(blocks), blocks_m):
-            tl.store(block_ptr + block, -1)
+            tl.store(block_experts_ptr + block, -1)
     else:
         turns = tl.load(table_ptr + bins * TABLE_COLUMNS + TABLE_COLUMNS - 1, mask=local, other=0)
         turn = tl.sum(tl.where(bins == expert, turns, 0))
         first = tl.sum(tl.where(turns < turn, blocks, 0))
         last = first + tl.sum(tl.where(bins == expert, blocks, 0))
         for block in range(first, last):
-            tl.store(block_ptr + block, expert)
+            tl.store(block_experts_ptr + block, expert)
         place = first * BLOCK_M
-        for start in range(0, chosen, BLOCK):
+        for start in range(0, num_choices, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            slot = expert_slot(ids_ptr, map_ptr, index, index < chosen, known, MAPPED)
+            slot = expert_slot(ids_ptr, map_ptr, index, index < num_choices, num_experts, MAPPED)
             mine = (slot == expert).to(tl.int32)
-            tl.store(order_ptr + place + tl.cumsum(mine) - 1, index, mask=mine > 0)
+            tl.store(sorted_ptr + place + tl.cumsum(mine) - 1, index, mask=mine > 0)
             place += tl.sum(mine)
         rest = place + tl.arange(0, BLOCK_M)
-        tl.store(order_ptr + rest, chosen, mask=rest < last * BLOCK_M)
+        tl.store(sorted_ptr + rest, num_choices, mask=rest < last * BLOCK_M)
 
 
 @triton.jit
@@ -110,33 +110,34 @@ def combine_kernel(
     router_weight_ptr,
     ids_ptr,
     map_ptr,
-    known,
+    num_experts,
     out_ptr,
-    outer,
-    chosen,
+    hidden_size,
+    num_choices,
     top_k,
     MAPPED: tl.constexpr,
     ON_INPUT: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the experts of each token by router weight: [SPLIT_K, chosen, outer] to [M, outer].
+    """Add the choices of each token by router weight, and the parts of each choice.
 
-    Choices of another rank are left out; nobody wrote their parts.
+    From [SPLIT_K, num_choices, hidden_size] to [M, hidden_size]. Choices of another rank are left
+    out; nobody wrote their parts.
     """
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < outer
+    inside = columns < hidden_size
     total = tl.zeros((BLOCK,), tl.float32)
     for turn in range(top_k):
         choice = token * top_k + turn
-        if expert_slot(ids_ptr, map_ptr, choice, True, known, MAPPED) >= 0:
+        if expert_slot(ids_ptr, map_ptr, choice, True, num_experts, MAPPED) >= 0:
             result = tl.zeros((BLOCK,), tl.float32)
             for part in tl.static_range(SPLIT_K):
-                row = (part * chosen + choice).to(tl.int64)
-                result += tl.load(parts_ptr + row * outer + columns, mask=inside, other=0.0)
+                row = (part * num_choices + choice).to(tl.int64)
+                result += tl.load(parts_ptr + row * hidden_size + columns, mask=inside, other=0.0)
             if not ON_INPUT:
                 result *= tl.load(router_weight_ptr + choice).to(tl.float32)
             total += result
-    place = token.to(tl.int64) * outer + columns
+    place = token.to(tl.int64) * hidden_size + columns
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,106 @@
+"""One call of the fused experts, as every kernel takes it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_moeq.format import PROJECTIONS
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes through, with M tokens.
+
+    Attributes:
+        topk_weights: Router weights [M, top_k].
+        topk_ids: Global expert ids [M, top_k]; below zero is padding.
+        expert_map: Global expert id to local slot, -1 for an expert of another rank; None if all
+            experts are local.
+    """
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None
+
+
+class Biases(NamedTuple):
+    """Biases of the local experts, E of them: w13 [E, w13_rows] and w2 [E, hidden_size]."""
+
+    w13: torch.Tensor | None
+    w2: torch.Tensor | None
+
+
+class FusedExpertsCall(NamedTuple):
+    """Arguments of the op, checked; made by :meth:`from_op`.
+
+    Attributes:
+        x: Tokens [M, hidden_size] of any floating type; the result has the same type and shape.
+        routing: Experts of each token.
+        weights: Those of the local experts, as the kernel's ``prepare`` returned them.
+        biases: Of the local experts.
+        layout: Sizes, widths and offsets of the canonical weights.
+        layout_tensor: The same as int64 [2 + E, 4] on the CPU, for kernels that are not Python.
+        activation: One of ``reference.ACTIVATIONS``.
+        apply_router_weight_on_input: Scale the input of an expert instead of its output.
+    """
+
+    x: torch.Tensor
+    routing: Routing
+    weights: ExpertWeights
+    biases: Biases
+    layout: ExpertLayout
+    layout_tensor: torch.Tensor
+    activation: str
+    apply_router_weight_on_input: bool
+
+    @classmethod
+    def from_op(
+        cls,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        w13_bias: torch.Tensor | None,
+        w2_bias: torch.Tensor | None,
+        layout: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        activation: str,
+        apply_router_weight_on_input: bool,
+    ) -> "FusedExpertsCall":
+        """Take the arguments in the order of the op's schema.
+
+        Raises:
+            ValueError: Sizes that do not belong together; says which. Kernels trust them.
+        """
+        call = cls(
+            x,
+            Routing(topk_weights, topk_ids, expert_map),
+            ExpertWeights(*weights),
+            Biases(w13_bias, w2_bias),
+            ExpertLayout.from_tensor(layout),
+            layout,
+            activation,
+            apply_router_weight_on_input,
+        )
+        call._check()
+        return call
+
+    def _check(self) -> None:
+        x, layout, (router_weight, ids, _) = self.x, self.layout, self.routing
+        if not len(x) == len(ids) == len(router_weight) or ids.shape != router_weight.shape:
+            raise ValueError(
+                f"{len(x)} tokens with router weights {list(router_weight.shape)} and expert ids "
+                f"{list(ids.shape)}"
+            )
+        if x.shape[-1] != layout.hidden_size:
+            raise ValueError(
+                f"tokens {list(x.shape)} do not fit the layout, whose hidden_size is "
+                f"{layout.hidden_size}"
+            )
+        for projection, bias in zip(PROJECTIONS, self.biases, strict=True):
+            if bias is None:
+                continue
+            expected = [len(layout.slots), layout.shape(projection)[0]]
+            if list(bias.shape) != expected:
+                raise ValueError(f"{projection}_bias is {list(bias.shape)}, expected {expected}")
