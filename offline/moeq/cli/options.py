@@ -7,7 +7,7 @@ requests.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from moeq.requests import BACKENDS, MAXVARS, METHODS, REORDERS
 from vllm_moeq._version import __version__
@@ -33,123 +33,18 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--version", action="version", version=f"moeq {__version__}")
     commands = result.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(
-        name: str, summary: str, example: str, description: str | None = None
-    ) -> argparse.ArgumentParser:
+    for command in _COMMANDS:
         added = commands.add_parser(
-            name,
-            help=summary,
-            description=description or f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example:\n  {example}",
+            command.name,
+            help=command.summary,
+            description=command.description
+            or f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
         )
         added.set_defaults(parser=added)
-        return added
-
-    quantize = command(
-        "quantize",
-        "write a packed checkpoint for vLLM",
-        "moeq quantize mistralai/Mixtral-8x7B-v0.1 -o mixtral-2.5 --bits 2.5",
-        "Write a packed checkpoint for vLLM. By default the plan is measured with a built-in text\n"
-        "and experts are rounded with GPTQ, which takes a while: --dry-run says how long. Quick\n"
-        "ways out: --calib none (no text, seconds: the paper's rule and rounding to nearest).",
-    )
-    _model(quantize)
-    quantize.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
-    quantize.add_argument("--plan", type=Path, help="use this plan.json instead of making a plan")
-    _flag(quantize, "--resume", "go on with what an interrupted run has finished")
-    _flag(quantize, "--dry-run", "print plan, sizes, memory and time; write nothing")
-    quantize.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="largest file of the result, which is also held in memory (default 2GB)",
-    )
-    _json(quantize)
-    _plan_options(quantize)
-    _rounding_options(quantize)
-    _flag(
-        quantize,
-        "--route-all-experts",
-        "round each expert by all tokens, not only by those that the router gives to it",
-    )
-
-    plan = command(
-        "plan",
-        "decide the width of every expert; write plan.json",
-        "moeq plan mistralai/Mixtral-8x7B-v0.1 -o plan.json --target-size 16GB",
-    )
-    _model(plan)
-    plan.add_argument("-o", "--output", type=Path, help="file to create; default: only print")
-    _json(plan)
-    _plan_options(plan)
-    _rounding_options(plan)
-
-    inspect = command(
-        "inspect", "show the plan of a checkpoint or plan.json", "moeq inspect mixtral-2.5"
-    )
-    inspect.add_argument("path", metavar="OUT|plan.json", type=Path)
-    inspect.add_argument(
-        "--html", type=Path, default=None, help="also write one self-contained page to this file"
-    )
-    _json(inspect)
-
-    verify = command(
-        "verify", "check that a packed checkpoint is undamaged", "moeq verify mixtral-2.5"
-    )
-    verify.add_argument("path", metavar="OUT", type=Path)
-    _json(verify)
-
-    _eval_options(
-        command(
-            "eval",
-            "compare a packed checkpoint with its original on held-out text",
-            "moeq eval mixtral-2.5 --against mistralai/Mixtral-8x7B-v0.1 --text heldout.txt",
-            "Perplexity, divergence (KL) from the original, how often the likeliest token is the\n"
-            "same, and how often routers choose other experts; for each text, and over all.",
-        )
-    )
-    _compare_options(
-        command(
-            "compare",
-            "try every strategy on a model, at equal bytes; write a page",
-            "moeq compare allenai/OLMoE-1B-7B-0924 -o page --text heldout.txt",
-            "Rounds each expert once for each width, puts plans of every strategy together from\n"
-            "that, and judges them on held-out text: size against divergence, as a page, Markdown\n"
-            "and JSON.",
-        )
-    )
-    _bench_options(
-        command(
-            "bench",
-            "measure the speed of one MoE layer",
-            "moeq bench --shape mixtral --tokens 1,16 --against vllm --threads 2",
-            "Time one MoE layer with random weights on this CPU, or find the fastest tiles for it\n"
-            "on this GPU (--tune). The environment chooses the kernel (MOEQ_KERNEL), its\n"
-            "instruction set (MOEQ_CPU_ISA) and the precision of activations inside it\n"
-            "(MOEQ_CPU_ACTIVATION: int16, the default, or int8).",
-        )
-    )
-    doctor = command(
-        "doctor",
-        "look at versions, kernels, memory and disk, and compare them with a model's need",
-        "moeq doctor mistralai/Mixtral-8x7B-v0.1",
-    )
-    doctor.add_argument(
-        "model", metavar="MODEL", nargs="?", default=None, help="folder or hub id (default: none)"
-    )
-    doctor.add_argument(
-        "--folder", type=Path, default=Path(), help="where results would be written (default: here)"
-    )
-    _json(doctor)
-    _json(command("families", "list the model families that moeq reads", "moeq families --json"))
-    completion = command(
-        "completion",
-        "print what makes a shell complete commands and options",
-        'eval "$(moeq completion bash)"',
-    )
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+        command.add_options(added)
     return result
 
 
@@ -175,7 +70,63 @@ def _flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, 
     parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder to create")
+    parser.add_argument("--plan", type=Path, help="use this plan.json instead of making a plan")
+    _flag(parser, "--resume", "go on with what an interrupted run has finished")
+    _flag(parser, "--dry-run", "print plan, sizes, memory and time; write nothing")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="largest file of the result, which is also held in memory (default 2GB)",
+    )
+    _json(parser)
+    _choice_options(parser)
+    _rounding_options(parser)
+    _flag(
+        parser,
+        "--route-all-experts",
+        "round each expert by all tokens, not only by those that the router gives to it",
+    )
+
+
 def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("-o", "--output", type=Path, help="file to create; default: only print")
+    _json(parser)
+    _choice_options(parser)
+    _rounding_options(parser)
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="OUT|plan.json", type=Path)
+    parser.add_argument(
+        "--html", type=Path, default=None, help="also write one self-contained page to this file"
+    )
+    _json(parser)
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="OUT", type=Path)
+    _json(parser)
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=None, help="folder or hub id (default: none)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="where results would be written (default: here)"
+    )
+    _json(parser)
+
+
+def _completion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
+def _choice_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument(
         "--bits", type=float, help="average width of the expert weights (default 2.5)"
@@ -369,3 +320,85 @@ def _list_of(kind: Callable[[str], T], what: str) -> Callable[[str], tuple[T, ..
             raise argparse.ArgumentTypeError(f"{text!r} is no list of {what}") from None
 
     return parse
+
+
+class _Command(NamedTuple):
+    """One command: what it does in a line, an example, its options, and more words if need be."""
+
+    name: str
+    summary: str
+    example: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    description: str = ""
+
+
+_COMMANDS = (
+    _Command(
+        "quantize",
+        "write a packed checkpoint for vLLM",
+        "moeq quantize mistralai/Mixtral-8x7B-v0.1 -o mixtral-2.5 --bits 2.5",
+        _quantize_options,
+        "Write a packed checkpoint for vLLM. By default the plan is measured with a built-in text\n"
+        "and experts are rounded with GPTQ, which takes a while: --dry-run says how long. Quick\n"
+        "ways out: --calib none (no text, seconds: the paper's rule and rounding to nearest).",
+    ),
+    _Command(
+        "plan",
+        "decide the width of every expert; write plan.json",
+        "moeq plan mistralai/Mixtral-8x7B-v0.1 -o plan.json --target-size 16GB",
+        _plan_options,
+    ),
+    _Command(
+        "inspect",
+        "show the plan of a checkpoint or plan.json",
+        "moeq inspect mixtral-2.5 --html page.html",
+        _inspect_options,
+    ),
+    _Command(
+        "verify",
+        "check that a packed checkpoint is undamaged",
+        "moeq verify mixtral-2.5",
+        _verify_options,
+    ),
+    _Command(
+        "eval",
+        "compare a packed checkpoint with its original on held-out text",
+        "moeq eval mixtral-2.5 --against mistralai/Mixtral-8x7B-v0.1 --text heldout.txt",
+        _eval_options,
+        "Perplexity, divergence (KL) from the original, how often the likeliest token is the\n"
+        "same, and how often routers choose other experts; for each text, and over all.",
+    ),
+    _Command(
+        "compare",
+        "try every strategy on a model, at equal bytes; write a page",
+        "moeq compare allenai/OLMoE-1B-7B-0924 -o page --text heldout.txt",
+        _compare_options,
+        "Rounds each expert once for each width, puts plans of every strategy together from\n"
+        "that, and judges them on held-out text: size against divergence, as a page, a picture,\n"
+        "Markdown and JSON.",
+    ),
+    _Command(
+        "bench",
+        "measure the speed of one MoE layer",
+        "moeq bench --shape mixtral --tokens 1,16 --against vllm --threads 2",
+        _bench_options,
+        "Time one MoE layer with random weights on this CPU, or find the fastest tiles for it\n"
+        "on this GPU (--tune). The environment chooses the kernel (MOEQ_KERNEL), its\n"
+        "instruction set (MOEQ_CPU_ISA) and the precision of activations inside it\n"
+        "(MOEQ_CPU_ACTIVATION: int16, the default, or int8).",
+    ),
+    _Command(
+        "doctor",
+        "look at versions, kernels, memory and disk, and compare them with a model's need",
+        "moeq doctor mistralai/Mixtral-8x7B-v0.1",
+        _doctor_options,
+    ),
+    _Command("families", "list the model families that moeq reads", "moeq families --json", _json),
+    _Command(
+        "completion",
+        "print what makes a shell complete commands and options",
+        'eval "$(moeq completion bash)"',
+        _completion_options,
+    ),
+)
+"""In the order of the help."""
