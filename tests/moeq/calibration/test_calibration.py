@@ -21,6 +21,8 @@ from support.cli import environment, run_moeq, start_moeq
 from support.models import save_tokenizer
 from support.reference import dequantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 OPTIONS = (
     "--bits", 2.5, "--group-size", 32, "--strategy", "combined", "--nsamples", 24, "--seqlen", 48,

@@ -14,6 +14,8 @@ from moeq.checkpoint import SourceModel
 from support.reference import dequantize
 from vllm_moeq.format import BitPlan, LayerBits
 
+pytestmark = pytest.mark.slow
+
 GROUP = 32
 W13, W2 = 2, 8
 """So few bits that much has to be made up for, and so many that rounding hides little of it."""

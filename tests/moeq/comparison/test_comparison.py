@@ -15,6 +15,8 @@ from moeq.signals.table import SIGNALS
 from support.cli import run_moeq
 from support.reference import dequantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 LENGTH = 48
 

@@ -14,6 +14,8 @@ from moeq.model.text import calibration_sequences, evaluation_sequences
 from support.cli import run_moeq
 from support.reference import dequantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {name: f"{name}: " + " ".join(f"{i * k % 89}" for i in range(99)) for name, k in
          {"a": 3, "b": 7}.items()}  # fmt: skip
 LENGTH, COUNT = 40, 3

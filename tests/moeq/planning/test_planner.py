@@ -17,6 +17,8 @@ from moeq.model.text import calibration_sequences
 from support.cli import run_moeq, start_moeq
 from support.reference import dequantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(400))
 CALIBRATION = ("--nsamples", 16, "--seqlen", 48)
 LAYER = "model.layers.0.block_sparse_moe.experts"
