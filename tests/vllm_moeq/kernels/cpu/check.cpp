@@ -1,7 +1,7 @@
 // The CPU kernel without Python: random layers against a double loop over the canonical format.
 //
-// A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a static
-// binary under an emulator of instructions that the machine lacks.
+// A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a
+// static binary under an emulator of instructions that the machine lacks.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,11 +17,15 @@ int below(int n) { return static_cast<int>(random_bits() % n); }
 float gaussian() { return std::normal_distribution<float>()(random_bits); }
 
 // Exactly as large as it says, so that the sanitizers see any step outside.
-template <class T> std::unique_ptr<T[]> exact(size_t count) { return std::make_unique<T[]>(count); }
+template <class T>
+std::unique_ptr<T[]> exact(size_t count) {
+  return std::make_unique<T[]>(count);
+}
 
 double half_to_double(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double value = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  const double value =
+      exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
   return bits >> 15 ? -value : value;
 }
 
@@ -83,11 +87,12 @@ double run(const Case& c) {
   for (int e = 0; e < c.experts; ++e) {
     const Stored &first = w13[e], &second = w2[e];
     for (int s = 0; s < streams; ++s)
-      moeq_repack(first.bits, c.group_size, c.hidden, first.packed.get(), first.scale.get(),
-                  first.zero.get(), c.alternating ? s : s * c.intermediate, c.alternating ? 2 : 1,
-                  c.intermediate,
-                  tiles13.get() + at13 + s * moeq_tiles_bytes(first.bits, c.group_size, 1, c.hidden),
-                  streams);
+      moeq_repack(
+          first.bits, c.group_size, c.hidden, first.packed.get(), first.scale.get(),
+          first.zero.get(), c.alternating ? s : s * c.intermediate, c.alternating ? 2 : 1,
+          c.intermediate,
+          tiles13.get() + at13 + s * moeq_tiles_bytes(first.bits, c.group_size, 1, c.hidden),
+          streams);
     at13 += streams * moeq_tiles_bytes(first.bits, c.group_size, c.intermediate, c.hidden);
     moeq_repack(second.bits, c.group_size, c.intermediate, second.packed.get(), second.scale.get(),
                 second.zero.get(), 0, 1, c.hidden, tiles2.get() + at2, 1);
@@ -198,10 +203,11 @@ int main(int argc, char** argv) {
     worst[c.int8] = std::max(worst[c.int8], error);
     if (!(error < limit)) {
       ++failures;
-      std::printf("case %d: error %g with group %d, hidden %d, intermediate %d, experts %d, tokens %d, "
-                  "top_k %d, gated %d, alternating %d, int8 %d, on_input %d, bias %d, remote %d\n",
-                  i, error, c.group_size, c.hidden, c.intermediate, c.experts, c.tokens, c.top_k,
-                  c.gated, c.alternating, c.int8, c.on_input, c.bias, c.remote);
+      std::printf(
+          "case %d: error %g with group %d, hidden %d, intermediate %d, experts %d, tokens %d, "
+          "top_k %d, gated %d, alternating %d, int8 %d, on_input %d, bias %d, remote %d\n",
+          i, error, c.group_size, c.hidden, c.intermediate, c.experts, c.tokens, c.top_k, c.gated,
+          c.alternating, c.int8, c.on_input, c.bias, c.remote);
     }
   }
   std::printf("%s: %d cases, %d failed; largest error %.1e, with int8 activations %.1e\n",

@@ -2,8 +2,8 @@
 //
 // Codes are widened to 16 bits and multiplied with 16-bit activations by vpmaddwd, which sums pairs
 // in 32 bits: no saturation at any width, unlike vpmaddubsw, and the same number of instructions as
-// two 8-bit planes. A vector of 8 rows x 4 bytes has the codes of k = 0 and 2 of each four in its low
-// bytes and those of k = 1 and 3 in its high bytes, so activations are stored as (0, 2, 1, 3).
+// two 8-bit planes. A vector of 8 rows x 4 bytes has the codes of k = 0 and 2 of each four in its
+// low bytes and those of k = 1 and 3 in its high bytes, so activations are stored as (0, 2, 1, 3).
 #pragma once
 #include <immintrin.h>
 
@@ -27,23 +27,24 @@ MOEQ_INLINE Vector broadcast(const void* x) {  // 2 16-bit or 4 8-bit activation
 // out of registers.
 MOEQ_INLINE void add_dot(Vector& sum, Vector codes, Vector x) {
   Vector product;
-  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sum), "=&x"(product)
-      : "x"(x), "x"(codes));
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(x), "x"(codes));
 }
-template <int count> MOEQ_INLINE Vector shift(Vector v) {
+template <int count>
+MOEQ_INLINE Vector shift(Vector v) {
   return count ? _mm256_srli_epi16(v, count) : v;
 }
 
 // Fetch what the next kilobyte of a tile needs: with this much work per byte the hardware does not
 // run far enough ahead by itself.
-template <int bits> MOEQ_INLINE void prefetch(const uint8_t* p) {
+template <int bits>
+MOEQ_INLINE void prefetch(const uint8_t* p) {
   for (int i = 0; i < kWords<bits>; ++i)
     _mm_prefetch(reinterpret_cast<const char*>(p) + 1024 + 64 * i, _MM_HINT_T0);
 }
 
 // The words of one step for 8 rows; at 3 bits the spare bits make a fourth.
-template <int bits> struct Step {
+template <int bits>
+struct Step {
   Vector word[bits == 3 ? 4 : 1];
 
   explicit __attribute__((always_inline)) Step(const uint8_t* p) {
@@ -51,15 +52,15 @@ template <int bits> struct Step {
     if constexpr (bits == 3) {
       const Vector top2 = _mm256_set1_epi8(static_cast<char>(0xc0));
       const Vector mid2 = _mm256_set1_epi8(0x30), low2 = _mm256_set1_epi8(0x0c);
-      word[3] = _mm256_or_si256(
-          _mm256_and_si256(word[0], top2),
-          _mm256_or_si256(_mm256_and_si256(shift<2>(word[1]), mid2),
-                          _mm256_and_si256(shift<4>(word[2]), low2)));
+      word[3] = _mm256_or_si256(_mm256_and_si256(word[0], top2),
+                                _mm256_or_si256(_mm256_and_si256(shift<2>(word[1]), mid2),
+                                                _mm256_and_si256(shift<4>(word[2]), low2)));
     }
   }
 
   // Codes of field f in 16 bits: of k = 0 and 2 (odd = 0) or of k = 1 and 3 (odd = 1).
-  template <int f, int odd> __attribute__((always_inline)) Vector codes() const {
+  template <int f, int odd>
+  __attribute__((always_inline)) Vector codes() const {
     constexpr Field place = field<bits>(f);
     constexpr int offset = place.shift + 8 * odd;
     if constexpr (offset + bits == 16) return shift<offset>(word[place.word]);
@@ -158,7 +159,8 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x, int
     const Step<bits> half[2] = {Step<bits>(p), Step<bits>(p + 32)};
     repeat<2 * kFields<bits>>(MOEQ_LAMBDA {
       constexpr int f = decltype(index)::value / 2, odd = decltype(index)::value % 2;
-      const Vector first = half[0].template codes<f, odd>(), second = half[1].template codes<f, odd>();
+      const Vector first = half[0].template codes<f, odd>(),
+                   second = half[1].template codes<f, odd>();
       repeat<tokens>([&](auto t) __attribute__((always_inline)) {
         const Vector xs = broadcast(x[t] + step * kStep<bits> + 4 * f + 2 * odd);
         add_dot(sums[t][0], first, xs);
@@ -169,7 +171,8 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int16_t* const* x, int
 }
 
 // Weights of one group as 16-bit codes, [block][G / 2][2 halves][8 rows x 2].
-template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, int16_t* out) {
+template <int bits>
+MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, int16_t* out) {
   for (int block = 0; block < kBlocks; ++block)
     for (int step = 0; step < group_size / kStep<bits>; ++step, payload += kStepBytes<bits>) {
       prefetch<bits>(payload);
@@ -205,8 +208,10 @@ struct Avx2 {
   using Code = int16_t;
   using Unpacked = int16_t;
   static constexpr int kPlanes = 1;
-  template <int bits> static constexpr int kDirectTokens = 4;
-  template <int bits> static constexpr int kUnpacked = 1;
+  template <int bits>
+  static constexpr int kDirectTokens = 4;
+  template <int bits>
+  static constexpr int kUnpacked = 1;
 
   static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     int32_t codes[kMaxGroup];

@@ -13,10 +13,13 @@ namespace avx2_int8 {
 using namespace avx2;
 
 // Weights are used in planes of at most 4 bits: 8-bit codes are low + 16 * high.
-template <int bits> constexpr int kPlaneBits = bits == 8 ? 4 : bits;
-template <int bits> constexpr int kPlanes = bits / kPlaneBits<bits>;
+template <int bits>
+constexpr int kPlaneBits = bits == 8 ? 4 : bits;
+template <int bits>
+constexpr int kPlanes = bits / kPlaneBits<bits>;
 // Products of 4 k that fit in 16 bits, two of them added by the instruction itself.
-template <int bits> constexpr int kWindow = 32767 / (2 * 127 * ((1 << kPlaneBits<bits>)-1));
+template <int bits>
+constexpr int kWindow = 32767 / (2 * 127 * ((1 << kPlaneBits<bits>)-1));
 
 // Inline assembly for the same reason as in avx2.h.
 MOEQ_INLINE void add_dot(Vector& sum, Vector codes, Vector x) {
@@ -30,7 +33,8 @@ MOEQ_INLINE void widen(Vector& sum, Vector window) {
 }
 
 // Plane `plane` of field f: bytes of 4 k of 8 rows.
-template <int bits, int f, int plane> MOEQ_INLINE Vector codes(const Step<bits>& step) {
+template <int bits, int f, int plane>
+MOEQ_INLINE Vector codes(const Step<bits>& step) {
   constexpr Field place = field<bits>(f);
   constexpr int offset = place.shift + plane * kPlaneBits<bits>;
   return _mm256_and_si256(shift<offset>(step.word[place.word]),
@@ -38,7 +42,8 @@ template <int bits, int f, int plane> MOEQ_INLINE Vector codes(const Step<bits>&
 }
 
 // 32-bit sums of a block: [tokens][2 halves][planes].
-template <int bits, int tokens> struct Sums {
+template <int bits, int tokens>
+struct Sums {
   Vector value[tokens][2][kPlanes<bits>];
 
   __attribute__((always_inline)) Sums() {
@@ -82,7 +87,8 @@ MOEQ_INLINE void dot_direct(const uint8_t* payload, const int8_t* const* x, int 
 }
 
 // Weights of one group as bytes, [block][plane][G / 4][2 halves][8 rows x 4].
-template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, uint8_t* out) {
+template <int bits>
+MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, uint8_t* out) {
   const int plane_bytes = group_size * kBlockRows;
   for (int block = 0; block < kBlocks; ++block)
     for (int step = 0; step < group_size / kStep<bits>; ++step, payload += kStepBytes<bits>) {
@@ -131,8 +137,10 @@ struct Avx2Int8 {
   using Code = int8_t;
   using Unpacked = uint8_t;
   static constexpr int kPlanes = 1;
-  template <int bits> static constexpr int kDirectTokens = bits == 8 ? 2 : 4;
-  template <int bits> static constexpr int kUnpacked = avx2_int8::kPlanes<bits>;
+  template <int bits>
+  static constexpr int kDirectTokens = bits == 8 ? 2 : 4;
+  template <int bits>
+  static constexpr int kUnpacked = avx2_int8::kPlanes<bits>;
 
   static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     quantize_int8(x, tokens, group, row);

@@ -14,13 +14,16 @@ namespace avx512 {
 using namespace simd512;
 
 // Bytes to fetch ahead: narrow codes keep the core busier per byte.
-template <int bits> constexpr int kAhead = bits <= 3 ? 8192 : 4096;
-template <int bits> MOEQ_INLINE void prefetch(const uint8_t* p) {
+template <int bits>
+constexpr int kAhead = bits <= 3 ? 8192 : 4096;
+template <int bits>
+MOEQ_INLINE void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead<bits>, _MM_HINT_T0);
 }
 
 // All fields of one step and block as bytes: 4 consecutive k of 16 rows each.
-template <int bits> MOEQ_INLINE void fields(const uint8_t* p, Bytes (&out)[kFields<bits>]) {
+template <int bits>
+MOEQ_INLINE void fields(const uint8_t* p, Bytes (&out)[kFields<bits>]) {
   Bytes words[bits == 3 ? 4 : 1];
   for (int i = 0; i < kWords<bits>; ++i) words[i] = load(p + 64 * i);
   if constexpr (bits == 3) {
@@ -67,7 +70,8 @@ MOEQ_INLINE void dot_unpacked(const uint8_t* codes, const int8_t* const* x, int 
   }
 }
 
-template <int bits> MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, uint8_t* out) {
+template <int bits>
+MOEQ_INLINE void unpack(const uint8_t* payload, int group_size, uint8_t* out) {
   for (int step = 0; step < group_size / kStep<bits>; ++step)
     for (int block = 0; block < kBlocks; ++block, payload += kStepBytes<bits>) {
       for (int i = 0; i < kWords<bits>; ++i) prefetch<bits>(payload + 64 * i);
@@ -84,8 +88,10 @@ struct Avx512Int8 {
   using Code = int8_t;
   using Unpacked = uint8_t;
   static constexpr int kPlanes = 1;
-  template <int bits> static constexpr int kDirectTokens = 6;
-  template <int bits> static constexpr int kUnpacked = 1;
+  template <int bits>
+  static constexpr int kDirectTokens = 6;
+  template <int bits>
+  static constexpr int kUnpacked = 1;
 
   static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
     quantize_int8(x, tokens, group, row);

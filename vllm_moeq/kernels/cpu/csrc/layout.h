@@ -7,8 +7,8 @@
 //
 // and w = scale * (code - zero * 2^bits / 256). The payload is made of steps of kStep<bits>
 // consecutive k. Of each step a row has kWords<bits> words of 32 bits; 16 rows make a block, in
-// which word 0 of all rows is followed by word 1 of all rows: each is one vector of 64 bytes. Byte i
-// of a word holds one code per field, and field f of byte i is the code of k = 4 * f + i of the
+// which word 0 of all rows is followed by word 1 of all rows: each is one vector of 64 bytes. Byte
+// i of a word holds one code per field, and field f of byte i is the code of k = 4 * f + i of the
 // step. So a mask and a shift give 4 consecutive k of 16 rows, ready for a dot product with 4
 // activations, which are the same for all rows.
 //
@@ -27,11 +27,16 @@ constexpr int kHeaderBytes = kTileRows * 3;
 constexpr int kZeroOffset = kTileRows * 2;
 constexpr int kMaxGroup = 128;
 
-template <int bits> constexpr int kFields = bits == 3 ? 8 : 8 / bits;
-template <int bits> constexpr int kWords = bits == 3 ? 3 : 1;
-template <int bits> constexpr int kStep = 4 * kFields<bits>;
-template <int bits> constexpr int kStepBytes = kBlockRows * 4 * kWords<bits>;  // of one block
-template <int bits> constexpr float kZeroUnit = static_cast<float>(1 << bits) / 256;
+template <int bits>
+constexpr int kFields = bits == 3 ? 8 : 8 / bits;
+template <int bits>
+constexpr int kWords = bits == 3 ? 3 : 1;
+template <int bits>
+constexpr int kStep = 4 * kFields<bits>;
+template <int bits>
+constexpr int kStepBytes = kBlockRows * 4 * kWords<bits>;  // of one block
+template <int bits>
+constexpr float kZeroUnit = static_cast<float>(1 << bits) / 256;
 
 struct Field {
   int word;
@@ -39,7 +44,8 @@ struct Field {
 };
 
 // Where field f of a byte is; word 3 at 3 bits is the virtual one.
-template <int bits> constexpr Field field(int f) {
+template <int bits>
+constexpr Field field(int f) {
   if (bits != 3) return {0, f * bits};
   return f < 6 ? Field{f / 2, 3 * (f % 2)} : Field{3, f == 6 ? 2 : 5};
 }
@@ -52,7 +58,8 @@ constexpr bool kBlockMajor = true;
 constexpr bool kBlockMajor = false;
 #endif
 
-template <int bits> constexpr size_t payload_offset(int group_size, int step, int block) {
+template <int bits>
+constexpr size_t payload_offset(int group_size, int step, int block) {
   const int steps = group_size / kStep<bits>;
   const int index = kBlockMajor ? block * steps + step : step * kBlocks + block;
   return static_cast<size_t>(index) * kStepBytes<bits>;

@@ -128,12 +128,14 @@ struct Routing {
 // Memory that grows and stays, one for each calling thread.
 class Scratch {
  public:
-  template <class Code> Tokens<Code> tokens(int rows, int columns, int group_size) {
+  template <class Code>
+  Tokens<Code> tokens(int rows, int columns, int group_size) {
     const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
     return {take<Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
             take<float>(groups), rows, group_size};
   }
-  template <class T> T* take(size_t count) {
+  template <class T>
+  T* take(size_t count) {
     std::vector<char>& buffer = buffers_.at(next_++);
     if (buffer.size() < count * sizeof(T) + 64) buffer.resize(count * sizeof(T) + 64);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
@@ -146,7 +148,8 @@ class Scratch {
 };
 
 // Some tokens through all experts.
-template <class Kernel> class Pass {
+template <class Kernel>
+class Pass {
   using Acts = Tokens<typename Kernel::Code>;
   static constexpr int planes_ = Kernel::kPlanes;
 
@@ -164,8 +167,8 @@ template <class Kernel> class Pass {
         hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()),
                                                       layer.intermediate, layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
-        outputs_(scratch.take<float>(static_cast<size_t>(tokens) * kTileRows *
-                                     omp_get_max_threads())),
+        outputs_(
+            scratch.take<float>(static_cast<size_t>(tokens) * kTileRows * omp_get_max_threads())),
         hidden_rows_(routing.token_row.size()) {
     std::iota(hidden_rows_.begin(), hidden_rows_.end(), 0);
   }
@@ -201,17 +204,22 @@ template <class Kernel> class Pass {
   }
 
   // Run one tile on positions [first, last) of an expert.
-  void run_tile(const Matrix& matrix, int tile, int columns, const Acts& acts,
-                const int* rows, int first, int last, float* sums) const {
+  void run_tile(const Matrix& matrix, int tile, int columns, const Acts& acts, const int* rows,
+                int first, int last, float* sums) const {
     const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
     const int groups = columns / layer_.group_size, count = (last - first) * planes_;
     const int* chosen = rows + static_cast<size_t>(first) * planes_;
     switch (matrix.bits) {
-      case 1: return multiply_tile<Kernel, 1>(weights, groups, acts, chosen, count, sums);
-      case 2: return multiply_tile<Kernel, 2>(weights, groups, acts, chosen, count, sums);
-      case 3: return multiply_tile<Kernel, 3>(weights, groups, acts, chosen, count, sums);
-      case 4: return multiply_tile<Kernel, 4>(weights, groups, acts, chosen, count, sums);
-      default: return multiply_tile<Kernel, 8>(weights, groups, acts, chosen, count, sums);
+      case 1:
+        return multiply_tile<Kernel, 1>(weights, groups, acts, chosen, count, sums);
+      case 2:
+        return multiply_tile<Kernel, 2>(weights, groups, acts, chosen, count, sums);
+      case 3:
+        return multiply_tile<Kernel, 3>(weights, groups, acts, chosen, count, sums);
+      case 4:
+        return multiply_tile<Kernel, 4>(weights, groups, acts, chosen, count, sums);
+      default:
+        return multiply_tile<Kernel, 8>(weights, groups, acts, chosen, count, sums);
     }
   }
 
@@ -328,7 +336,8 @@ template <class Kernel> class Pass {
   std::vector<int> hidden_rows_;  // all rows of hidden_, which are in the order of positions
 };
 
-template <class Kernel> Status run(const Call& call) {
+template <class Kernel>
+Status run(const Call& call) {
   thread_local Scratch scratch;
   thread_local Routing routing;
   const Layer layer(call);
@@ -359,18 +368,24 @@ void moeq_repack(int64_t bits, int64_t group_size, int64_t columns, const uint8_
   const moeq::Canonical source{packed, scale, zero, columns, group_size};
   const moeq::RowRange range{first, stride, rows};
   switch (bits) {
-    case 1: return moeq::repack<1>(source, range, out, every);
-    case 2: return moeq::repack<2>(source, range, out, every);
-    case 3: return moeq::repack<3>(source, range, out, every);
-    case 4: return moeq::repack<4>(source, range, out, every);
-    default: return moeq::repack<8>(source, range, out, every);
+    case 1:
+      return moeq::repack<1>(source, range, out, every);
+    case 2:
+      return moeq::repack<2>(source, range, out, every);
+    case 3:
+      return moeq::repack<3>(source, range, out, every);
+    case 4:
+      return moeq::repack<4>(source, range, out, every);
+    default:
+      return moeq::repack<8>(source, range, out, every);
   }
 }
 
 void moeq_use_huge_pages(void* memory, int64_t bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
   // Advice: where the kernel cannot follow it, small pages do.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }

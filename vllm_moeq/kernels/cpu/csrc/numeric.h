@@ -105,11 +105,16 @@ inline void apply(float* gate, const float* up, int n) {
 // gate = activation(gate) * up, or activation(gate) without a gated pair (up is null).
 inline void activate(Activation activation, float* gate, const float* up, int n) {
   switch (activation) {
-    case Activation::kSilu: return apply<silu>(gate, up, n);
-    case Activation::kGelu: return apply<gelu>(gate, up, n);
-    case Activation::kGeluTanh: return apply<gelu_tanh>(gate, up, n);
-    case Activation::kRelu: return apply<relu>(gate, up, n);
-    case Activation::kRelu2: return apply<relu2>(gate, up, n);
+    case Activation::kSilu:
+      return apply<silu>(gate, up, n);
+    case Activation::kGelu:
+      return apply<gelu>(gate, up, n);
+    case Activation::kGeluTanh:
+      return apply<gelu_tanh>(gate, up, n);
+    case Activation::kRelu:
+      return apply<relu>(gate, up, n);
+    case Activation::kRelu2:
+      return apply<relu2>(gate, up, n);
     case Activation::kSwigluOai:  // gpt-oss: clamped, slope 1.702, shifted linear part
       for (int i = 0; i < n; ++i) {
         const float g = gate[i] > 7.0f ? 7.0f : gate[i];

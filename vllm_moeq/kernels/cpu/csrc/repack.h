@@ -26,7 +26,8 @@ struct RowRange {
 
 // Move codes inside a word: the code at index n goes to the index whose bits low and high are
 // exchanged.
-template <int bits, int low, int high> inline uint32_t swap_index_bits(uint32_t word) {
+template <int bits, int low, int high>
+inline uint32_t swap_index_bits(uint32_t word) {
   constexpr uint32_t mask = [] {  // codes that move up
     uint32_t result = 0;
     for (int n = 0; n < 32 / bits; ++n)
@@ -40,14 +41,15 @@ template <int bits, int low, int high> inline uint32_t swap_index_bits(uint32_t 
 
 // Word with codes 4 * f + i of a step in order, to the word with field f in byte i: the index is
 // rotated left by the two bits of i.
-template <int bits> inline uint32_t to_fields(uint32_t word) {
+template <int bits>
+inline uint32_t to_fields(uint32_t word) {
   if constexpr (bits == 4) {
     word = swap_index_bits<4, 1, 2>(word);
     word = swap_index_bits<4, 0, 1>(word);
   } else if constexpr (bits == 2) {
     word = swap_index_bits<2, 0, 2>(word);
     word = swap_index_bits<2, 1, 3>(word);
-  } else if constexpr (bits == 1) {  // f2 f1 f0 i1 i0 to i1 i0 f2 f1 f0
+  } else if constexpr (bits == 1) {         // f2 f1 f0 i1 i0 to i1 i0 f2 f1 f0
     word = swap_index_bits<1, 1, 4>(word);  // i1 f1 f0 f2 i0
     word = swap_index_bits<1, 0, 3>(word);  // i1 i0 f0 f2 f1
     word = swap_index_bits<1, 1, 2>(word);  // i1 i0 f2 f0 f1
@@ -65,7 +67,8 @@ inline uint32_t spread_field(const uint32_t* words, int row, int f) {
 }
 
 // words: the canonical bytes of one step, [kWords][64 rows]; out: the same step, [kWords][64 rows].
-template <int bits> inline void repack_step(const uint32_t* words, uint32_t* out) {
+template <int bits>
+inline void repack_step(const uint32_t* words, uint32_t* out) {
   for (int row = 0; row < kTileRows; ++row) {  // the compiler vectorizes over rows
     if constexpr (bits != 3) {
       out[row] = to_fields<bits>(words[row]);

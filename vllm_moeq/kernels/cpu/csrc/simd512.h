@@ -23,7 +23,8 @@ MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(bits)));
 }
 // Bits may come in from the neighbour byte: mask afterwards.
-template <int count> MOEQ_INLINE Bytes shift(Bytes v) {
+template <int count>
+MOEQ_INLINE Bytes shift(Bytes v) {
   return count ? _mm512_srli_epi16(v, count) : v;
 }
 // Bits of a where `bits` is set, else of b.
@@ -42,7 +43,9 @@ MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, Ints x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int*>(x)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(codes), "m"(*reinterpret_cast<const int*>(x)));
 }
 MOEQ_INLINE Floats half_to_float(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -65,7 +68,8 @@ using Words = uint16_t __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using Floats = float __attribute__((vector_size(64)));
 
-template <class Vector> MOEQ_INLINE Vector load_vector(const void* p) {
+template <class Vector>
+MOEQ_INLINE Vector load_vector(const void* p) {
   Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -74,7 +78,8 @@ MOEQ_INLINE Ints zero() { return Ints{}; }
 MOEQ_INLINE Bytes load(const uint8_t* p) { return load_vector<Bytes>(p); }
 MOEQ_INLINE void store(uint8_t* p, Bytes v) { std::memcpy(p, &v, sizeof v); }
 MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) { return v & bits; }
-template <int count> MOEQ_INLINE Bytes shift(Bytes v) {
+template <int count>
+MOEQ_INLINE Bytes shift(Bytes v) {
   return reinterpret_cast<Bytes>(reinterpret_cast<Words>(v) >> count);
 }
 MOEQ_INLINE Bytes select(uint8_t bits, Bytes a, Bytes b) {
@@ -96,7 +101,8 @@ MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, const int8_t* x) {
 MOEQ_INLINE Floats half_to_float(const uint8_t* p) {
   Floats result;
   for (int i = 0; i < 16; i += 8) {
-    const __m256 eight = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i)));
+    const __m256 eight =
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i)));
     std::memcpy(reinterpret_cast<float*>(&result) + i, &eight, sizeof eight);
   }
   return result;

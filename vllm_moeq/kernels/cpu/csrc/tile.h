@@ -1,4 +1,5 @@
-// One tile of weights times some token rows: what the kernels of all instruction sets have in common.
+// One tile of weights times some token rows: what the kernels of all instruction sets have in
+// common.
 //
 // A kernel is a struct with
 //   Code          type of an activation
@@ -18,7 +19,7 @@
 
 namespace moeq {
 
-constexpr int kMicroTokens = 6;  // token rows for which the registers can hold sums
+constexpr int kMicroTokens = 6;    // token rows for which the registers can hold sums
 constexpr int kSmallestPiece = 3;  // when more than 2 are cut into about equal pieces of at most 6
 
 // y [count][64] = the tile's 64 rows times the token rows given.
@@ -30,23 +31,25 @@ void multiply_tile(const uint8_t* tile, int groups, const Tokens<typename Kernel
   std::fill_n(y, static_cast<size_t>(count) * kTileRows, 0.0f);
   const size_t stride = group_bytes(bits, tokens.group_size);
   if (count <= direct_tokens) {
-    with_constant<1, direct_tokens>(count, MOEQ_LAMBDA {
-      for (int group = 0; group < groups; ++group)
-        Kernel::template group<bits, decltype(index)::value, true>(
-            tile + group * stride, nullptr, tokens, group, rows, y);
-    });
+    with_constant<1, direct_tokens>(
+        count, MOEQ_LAMBDA {
+          for (int group = 0; group < groups; ++group)
+            Kernel::template group<bits, decltype(index)::value, true>(
+                tile + group * stride, nullptr, tokens, group, rows, y);
+        });
     return;
   }
-  alignas(64) typename Kernel::Unpacked
-      buffer[kTileRows * kMaxGroup * Kernel::template kUnpacked<bits>];
+  alignas(64)
+      typename Kernel::Unpacked buffer[kTileRows * kMaxGroup * Kernel::template kUnpacked<bits>];
   for (int group = 0; group < groups; ++group, tile += stride) {
     const auto* unpacked =
         Kernel::template unpack<bits>(tile + kHeaderBytes, tokens.group_size, buffer);
     pieces(count, kMicroTokens, [&](int first, int size) {
-      with_constant<kSmallestPiece, kMicroTokens>(size, MOEQ_LAMBDA {
-        Kernel::template group<bits, decltype(index)::value, false>(
-            tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
-      });
+      with_constant<kSmallestPiece, kMicroTokens>(
+          size, MOEQ_LAMBDA {
+            Kernel::template group<bits, decltype(index)::value, false>(
+                tile, unpacked, tokens, group, rows + first, y + first * kTileRows);
+          });
     });
   }
 }

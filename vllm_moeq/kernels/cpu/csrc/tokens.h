@@ -14,7 +14,8 @@ namespace moeq {
 
 // codes [group][row][G], scale and sum [group][row]; sum is scale times the sum of the codes. A
 // token has one row, or two when its codes are split into planes.
-template <class Code> struct Tokens {
+template <class Code>
+struct Tokens {
   Code* codes;
   float* scale;
   float* sum;

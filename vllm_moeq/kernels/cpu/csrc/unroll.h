@@ -10,21 +10,24 @@
 namespace moeq {
 
 // Call f(std::integral_constant<int, i>) for i = 0 .. n - 1.
-template <int n, class F> MOEQ_INLINE void repeat(F&& f) {
+template <int n, class F>
+MOEQ_INLINE void repeat(F&& f) {
   [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
     (f(std::integral_constant<int, i>{}), ...);
   }(std::make_integer_sequence<int, n>{});
 }
 
 // Call f(std::integral_constant<int, n>) for n = value, which is one of first .. last.
-template <int first, int last, class F> MOEQ_INLINE void with_constant(int value, F&& f) {
+template <int first, int last, class F>
+MOEQ_INLINE void with_constant(int value, F&& f) {
   if (value == first) return f(std::integral_constant<int, first>{});
   if constexpr (first < last) return with_constant<first + 1, last>(value, f);
   __builtin_unreachable();
 }
 
 // Call f(first, size) for pieces of about equal size, at most `largest`, that make up `count`.
-template <class F> MOEQ_INLINE void pieces(int count, int largest, F&& f) {
+template <class F>
+MOEQ_INLINE void pieces(int count, int largest, F&& f) {
   const int number = (count + largest - 1) / largest;
   for (int piece = 0, first = 0; piece < number; ++piece) {
     const int size = count / number + (piece < count % number);
