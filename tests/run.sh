@@ -10,8 +10,5 @@ cd "$(dirname "$0")/.."
 # More OpenMP threads than free cores collapse.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
-ruff format --check .
-ruff check .
-mypy
-lint-imports
+tests/check.sh
 python -m pytest "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that is checked without running it: format, lint, types, import layers, spelling, shell.
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "$0")/.."
+
+ruff format --check .
+ruff check .
+mypy
+lint-imports
+typos
+mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')
+shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+mapfile -t sources < <(git ls-files '*.cpp' '*.h')
+clang-format --dry-run -Werror "${sources[@]}"
