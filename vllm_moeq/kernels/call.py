@@ -88,7 +88,7 @@ class FusedExpertsCall(NamedTuple):
 
     def _check(self) -> None:
         x, layout, (router_weight, ids, _) = self.x, self.layout, self.routing
-        if not len(x) == len(ids) == len(router_weight) or ids.shape != router_weight.shape:
+        if ids.shape != router_weight.shape or ids.shape[0] != x.shape[0]:
             raise ValueError(
                 f"{len(x)} tokens with router weights {list(router_weight.shape)} and expert ids "
                 f"{list(ids.shape)}"
