@@ -25,14 +25,14 @@ import time
 from pathlib import Path
 
 import torch
-from moeq.calibration.calibration import STREAMS
 from results import RESULTS, table, write_section
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moeq.bench import GB
-from moeq.checkpoint.writer import CALIBRATION_NAME
+from moeq.calibration import REPORT_NAME
+from moeq.calibration.config import STREAMS
 
 INDEX = "model.safetensors.index.json"
 BOUND = 3
@@ -188,7 +188,7 @@ def main() -> None:
         start = time.monotonic()
         output = quantize(model, packed, options, options.kill_after)
         seconds = time.monotonic() - start
-        coverage = json.loads((packed / CALIBRATION_NAME).read_text())
+        coverage = json.loads((packed / REPORT_NAME).read_text())
         counts = [count for found in coverage["experts"].values() for count in found["tokens"]]
         uncalibrated = sum(count < coverage["fewest_tokens"] for count in counts)
         if options.kill_after:

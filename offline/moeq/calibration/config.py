@@ -21,7 +21,7 @@ from moeq.model.cost import (
 from moeq.rounding import FEWEST_TOKENS
 from vllm_moeq.format import BitPlan
 
-_STREAMS, _SAVED = 4, 2
+STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
 _ALGORITHM_VERSION = 3
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
@@ -104,9 +104,9 @@ class CalibrationConfig:
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        return _STREAMS * self._activation_bytes + inputs + one + size * working_bytes(largest)
+        return STREAMS * self._activation_bytes + inputs + one + size * working_bytes(largest)
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.source).expert_bytes
-        return packed + (_STREAMS + 2 * _SAVED) * self._activation_bytes
+        return packed + (STREAMS + 2 * _SAVED) * self._activation_bytes
