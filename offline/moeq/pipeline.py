@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from moeq.calibration import REPORT_NAME, CalibratedExperts, CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
+from moeq.checkpoint.families import check_group_size
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.workspace import Workspace, check_output_is_free
 from moeq.checkpoint.writer import Conversion, PackedSource
@@ -101,6 +102,8 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     output = request.output.absolute()
     check_output_is_free(output)
     source = SourceModel.open(request.model)
+    if request.plan is None:
+        _check_group_sizes(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     if request.dry_run:
@@ -150,6 +153,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     if request.output is not None:
         check_output_is_free(request.output)
     source = SourceModel.open(request.model)
+    _check_group_sizes(request, source)
     measurement = _measurement(request, source, _calibration_text(request, source))
     _announce(measurement, request)
     result = decide(source, request, measurement, None, progress).plan
@@ -194,6 +198,12 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
     findings = Study(source, request, tokens, heldout, device).run(progress)
     write_comparison(request, findings, tokens, heldout)
     return findings
+
+
+def _check_group_sizes(request: PlanRequest, source: SourceModel) -> None:
+    """Refuse what cannot be packed, before any text is read."""
+    for group_size in request.group_sizes:
+        check_group_size(group_size, source.layers)
 
 
 def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None:

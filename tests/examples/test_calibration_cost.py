@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "calibration_cost.py"
 
 
+@pytest.mark.slow
 def test_unused_experts_and_kills(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -32,6 +32,7 @@ def gpu_moe() -> Iterator[ModuleType]:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_the_interpreter(tmp_path: Path) -> None:
     results = tmp_path / "results.md"
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "offline")))

@@ -44,6 +44,7 @@ def test_trains_quantizes_serves_and_answers(tmp_path: Path) -> None:
     assert "2.6875 bits per weight with scales and zero points" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_quantized_ends_it(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model")  # its rows are no multiple of 128
     done = _quickstart(model, "--work", tmp_path / "work")

@@ -17,6 +17,12 @@ from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE
 CPU_ISAS = [isa.name for isa in (*INSTRUCTION_SETS, PORTABLE) if isa.runs_here()]
 """``portable`` is the AVX-512 kernel made of smaller vectors: its code is tested on any x86-64."""
 
+
+def slow_where_portable(name: str) -> object:
+    """Return a parameter of a test; plain C++ takes a minute to compile and is slow to run."""
+    return pytest.param(name, marks=pytest.mark.slow) if PORTABLE.name in name else name
+
+
 # ‖output - float64‖ / ‖float64‖ for each type of tokens that a kernel takes, the simplest first.
 REFERENCE_ERRORS = {
     torch.float32: 2e-6,

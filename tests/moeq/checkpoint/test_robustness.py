@@ -27,6 +27,8 @@ from support.checkpoints import (
 )
 from support.cli import run_moeq, start_moeq
 
+pytestmark = pytest.mark.slow
+
 W1 = f"{CONTAINERS[1]}.2.w1.weight"
 SHARD = "model-00002-of-00002.safetensors"
 PARTIAL = Path(".out.moeq") / "output"

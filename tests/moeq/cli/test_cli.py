@@ -28,6 +28,7 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_quantize_inspect_and_verify_in_real_processes(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = run_moeq(

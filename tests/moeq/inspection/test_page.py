@@ -14,6 +14,8 @@ from support.checkpoints import plan_dict
 from support.cli import run_moeq
 from support.models import NUM_EXPERTS
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"Line {i} of a text whose bytes are tokens, {i * i % 97}.\n" for i in range(300))
 
 

@@ -21,6 +21,7 @@ from support.kernels import (
     random_tokens,
     reference_runner,
     relative_error,
+    slow_where_portable,
     triton_runner,
 )
 from vllm_moeq.kernels import KERNELS
@@ -31,7 +32,7 @@ MIXED = ([1, 2, 3, 4, 8], [8, 4, 1, 2, 3])
 RUNNERS = ("reference", "reference-on-device", "triton", *(f"cpu-{isa}" for isa in CPU_ISAS))
 
 
-@pytest.fixture(scope="module", params=RUNNERS)
+@pytest.fixture(scope="module", params=map(slow_where_portable, RUNNERS))
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """Return each in turn."""
     row, _, isa = request.param.partition("-")
@@ -64,6 +65,7 @@ def test_mixed_widths_that_differ_between_projections(runner: Runner) -> None:
         runner.check(experts, random_tokens(9, dtype=dtype), *random_routing(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group_size", "hidden", "intermediate"),
     [(32, 32, 32), (32, 96, 160), (64, 192, 64), (64, 64, 192), (128, 128, 384), (32, 352, 288)],

@@ -18,6 +18,7 @@ from support.kernels import (
     random_routing,
     random_tokens,
     relative_error,
+    slow_where_portable,
 )
 from vllm_moeq.kernels import FusedExpertsCall, cpu, reference
 from vllm_moeq.kernels.reference import ACTIVATIONS
@@ -30,7 +31,7 @@ both_precisions = pytest.mark.parametrize("precision", ["int16", "int8"])
 pytestmark = pytest.mark.skipif(not CPU_ISAS, reason="needs x86-64 with AVX2")
 
 
-@pytest.fixture(params=CPU_ISAS, autouse=True, scope="module")
+@pytest.fixture(params=map(slow_where_portable, CPU_ISAS), autouse=True, scope="module")
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     with cpu_runner(request.param) as found:
         yield found
