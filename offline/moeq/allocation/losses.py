@@ -113,22 +113,22 @@ def _solutions(
 ) -> dict[int, Solution]:
     """Return the solution of each group size that has one, the largest first."""
     num_experts = tuple(layer.num_experts for layer in layers)
-    found: dict[int, Solution] = {}
+    solutions: dict[int, Solution] = {}
     errors: list[MoeqError] = []
     for group in sorted(arrays, reverse=True):
         size = option_sizes(layers, group, widths)
         try:
             if constraints == NO_CONSTRAINTS:
-                found[group] = solve(arrays[group], size, budget)
+                solutions[group] = solve(arrays[group], size, budget)
             else:
-                found[group] = solve_constrained(
+                solutions[group] = solve_constrained(
                     arrays[group], size, budget, num_experts, constraints
                 )
         except MoeqError as error:
             errors.append(error)
-    if not found:
+    if not solutions:
         raise errors[0]  # of the largest group, which takes least bytes
-    return found
+    return solutions
 
 
 def fulfils(plan: BitPlan, layers: list[MoELayer], constraints: Constraints) -> bool:

@@ -135,12 +135,12 @@ def last_level_cache_bytes() -> int:
 
 def available_bytes() -> int:
     """Return the memory that programs can still take without swapping."""
-    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    if not found:
+    match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    if not match:
         raise MoeqError("/proc/meminfo does not say how much memory is available")
-    return int(found[1]) << 10
+    return int(match[1]) << 10
 
 
 def _processor() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else platform.machine()

@@ -78,13 +78,13 @@ def _layer_problems(
         ):
             for tensor in packed_tensors(rows, columns, width, group_size):
                 name = f"{container}.{expert}.{matrix}.{tensor.suffix}"
-                found = reader.tensors.get(name)
+                stored = reader.tensors.get(name)
                 wanted = (_SAFETENSORS_NAMES[str(tensor.dtype)], tensor.shape)
-                if found is None:
+                if stored is None:
                     problems.append(f"tensor {name} is missing")
-                elif (found.dtype, found.shape) != wanted:
+                elif (stored.dtype, stored.shape) != wanted:
                     problems.append(
-                        f"tensor {name} is {found.dtype} {list(found.shape)}, the plan's width "
+                        f"tensor {name} is {stored.dtype} {list(stored.shape)}, the plan's width "
                         f"{width} needs {wanted[0]} {list(wanted[1])}"
                     )
     return problems

@@ -157,14 +157,14 @@ class Study:
 
     def _signals(self, evidence: Evidence, known: Signals, same_width: Signals) -> Signals:
         """Compute all signals; those that do not change are taken from what is known."""
-        found: Signals = {}
+        signals: Signals = {}
         for signal in SIGNALS:
             earlier = same_width if signal.at_width else known
             if signal.needs == "calibration" or signal.name not in earlier:
-                found[signal.name] = signal.compute(evidence, self.source.layers)
+                signals[signal.name] = signal.compute(evidence, self.source.layers)
             else:
-                found[signal.name] = earlier[signal.name]
-        return found
+                signals[signal.name] = earlier[signal.name]
+        return signals
 
     def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""
@@ -189,7 +189,7 @@ class Study:
         for signal in SIGNALS:
             if signal.name == "final-router-norm" and self.request.base_router is None:
                 continue  # the same as router-norm
-            orders = {key: signal.order(found) for key, found in signals[signal.name].items()}
+            orders = {key: signal.order(values) for key, values in signals[signal.name].items()}
             yield self._ordered(signal.name, bits, levels, orders)
             if signal.name == "router-norm":
                 opposite = {key: order[::-1] for key, order in orders.items()}
@@ -205,8 +205,8 @@ class Study:
     def _ordered(
         self, strategy: str, bits: float, levels: tuple[int, ...], orders: dict[str, list[int]]
     ) -> BitPlan:
-        found = {key: ordered_bits(order, bits, levels) for key, order in orders.items()}
-        return self._plan(strategy, bits, found)
+        widths = {key: ordered_bits(order, bits, levels) for key, order in orders.items()}
+        return self._plan(strategy, bits, widths)
 
     def _plan(self, strategy: str, bits: float, expert_bits: dict[str, LayerBits]) -> BitPlan:
         provenance = Provenance(strategy=strategy, requested_bits=bits, source=self.source.name)
@@ -247,12 +247,12 @@ def correlations(signals: Signals) -> dict[str, float]:
     result = {}
     for signal in SIGNALS:
         sign = 1 if signal.most_bits_to == "large" else -1
-        found = []
+        coefficients = []
         for container, values in signals[signal.name].items():
             wanted = signals["sensitivity"][container]
             if len(set(values)) == 1 or len(set(wanted)) == 1:
-                found.append(0.0)  # no order at all
+                coefficients.append(0.0)  # no order at all
             else:
-                found.append(sign * float(spearmanr(values, wanted).statistic))
-        result[signal.name] = sum(found) / len(found)
+                coefficients.append(sign * float(spearmanr(values, wanted).statistic))
+        result[signal.name] = sum(coefficients) / len(coefficients)
     return result

@@ -51,8 +51,8 @@ def rows(points: list[Point]) -> list[Row]:
             groups.setdefault(name, []).append(point)
         random = groups.get(RANDOM)
         usual = statistics.mean(map(_divergence, random)) if random else None
-        found = [_row(name, group, usual) for name, group in groups.items()]
-        result += sorted(found, key=lambda row: row.divergence)
+        ranked = [_row(name, group, usual) for name, group in groups.items()]
+        result += sorted(ranked, key=lambda row: row.divergence)
     return result
 
 

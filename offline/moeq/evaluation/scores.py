@@ -113,7 +113,7 @@ class Scorer:
         self._shifts: dict[str, list[float]] = {}
 
     def add(
-        self, text: str, tokens: torch.Tensor, original: Output, found: Output | TopOutput
+        self, text: str, tokens: torch.Tensor, original: Output, quantized: Output | TopOutput
     ) -> None:
         """Take what both models say to a sequence.
 
@@ -121,23 +121,23 @@ class Scorer:
             text: Where it comes from.
             tokens: int64 [L].
             original: Of the original model.
-            found: Of the quantized one.
+            quantized: Of the quantized one.
 
         Raises:
             MoeqError: A model gives values that are not finite.
         """
         following = tokens[1:, None].to(original.log_probabilities.device)
         expected = original.log_probabilities[:-1]
-        if isinstance(found, Output):
-            got = found.log_probabilities[:-1]
+        if isinstance(quantized, Output):
+            got = quantized.log_probabilities[:-1]
             chosen = got.gather(1, following)
             divergence = (expected.exp() * (expected - got)).sum(-1)
             agreement = expected.argmax(-1) == got.argmax(-1)
-            self._add_shifts(original.experts, found.experts)
+            self._add_shifts(original.experts, quantized.experts)
         else:
-            chosen = found.next_token
-            divergence = _coarse_divergence(expected, found)
-            agreement = expected.argmax(-1) == found.tokens[:, 0].to(expected.device)
+            chosen = quantized.next_token
+            divergence = _coarse_divergence(expected, quantized)
+            agreement = expected.argmax(-1) == quantized.tokens[:, 0].to(expected.device)
         scores = Scores(
             tokens=len(tokens) - 1,
             loss=-chosen.mean().item(),
@@ -149,9 +149,9 @@ class Scorer:
             raise MoeqError(f"a model gives NaN or infinity on the text {text}")
         self._parts.setdefault(text, []).append(scores)
 
-    def _add_shifts(self, original: Experts, found: Experts) -> None:
+    def _add_shifts(self, original: Experts, quantized: Experts) -> None:
         for container, experts in original.items():
-            same = (experts[:, :, None] == found[container][:, None, :]).any(-1)
+            same = (experts[:, :, None] == quantized[container][:, None, :]).any(-1)
             self._shifts.setdefault(container, []).append(1 - same.float().mean().item())
 
     def result(self) -> Evaluation:
@@ -162,13 +162,13 @@ class Scorer:
         )
 
 
-def _coarse_divergence(expected: torch.Tensor, found: TopOutput) -> torch.Tensor:
+def _coarse_divergence(expected: torch.Tensor, quantized: TopOutput) -> torch.Tensor:
     """Return the divergence between the likeliest tokens and all others taken as one.
 
     At most the full divergence (data processing inequality), and close to it.
     """
-    q = found.log_probabilities.to(expected.device).exp()
-    p = expected.gather(1, found.tokens.to(expected.device)).exp()
+    q = quantized.log_probabilities.to(expected.device).exp()
+    p = expected.gather(1, quantized.tokens.to(expected.device)).exp()
     rest = torch.finfo(torch.float32).eps
     q = torch.cat((q, (1 - q.sum(-1, keepdim=True)).clamp(min=rest)), -1)
     p = torch.cat((p, (1 - p.sum(-1, keepdim=True)).clamp(min=rest)), -1)

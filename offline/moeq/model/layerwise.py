@@ -149,8 +149,8 @@ class LayerwiseModel:
                 inputs = sequence[None].to(self.device, copy=True).requires_grad_()
                 output = layer(inputs, **self._arguments[index])
                 output = output[0] if isinstance(output, tuple) else output
-                (found,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
-                target.copy_(found[0])
+                (of_input,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
+                target.copy_(of_input[0])
         if moe is not None:
             getattr(layer, _MOE_MODULE).experts = _Recorder()
         layer.to("meta")

@@ -79,7 +79,7 @@ def evaluation_sequences(
     Arguments and errors as those of :func:`calibration_sequences`.
     """
     windows = _windows_of_texts(folder, source, length)
-    return {name: _drawn(found, count, seed) for name, found in windows.items()}
+    return {name: _drawn(sequences, count, seed) for name, sequences in windows.items()}
 
 
 def _drawn(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch
         name: tokens[: len(tokens) // length * length].view(-1, length)
         for name, tokens in tokenized(folder, read_texts(source)).items()
     }
-    short = [name for name, found in windows.items() if not len(found)]
+    short = [name for name, sequences in windows.items() if not len(sequences)]
     if len(short) == len(windows):
         raise MoeqError(
             f"{source}: no text in it has the {length} tokens of one sequence; give more text or a "
@@ -129,7 +129,7 @@ def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch
             "%s: %d of %d texts left out, for they have less than the %d tokens of one sequence: "
             "%s", source, len(short), len(windows), length, names,
         )  # fmt: skip
-    return {name: found for name, found in windows.items() if len(found)}
+    return {name: sequences for name, sequences in windows.items() if len(sequences)}
 
 
 def _read(path: Path) -> str:

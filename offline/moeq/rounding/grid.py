@@ -95,11 +95,11 @@ class Grid(NamedTuple):
         Raises:
             ValueError: The weights are not finite, or too large for float16 scales.
         """
-        found = [
+        grids = [
             cls._searched(groups[part], bits, None if importance is None else importance[part])
             for part in chunks(groups)
         ]
-        return cls(*(torch.cat(values) for values in zip(*found, strict=True)))
+        return cls(*(torch.cat(values) for values in zip(*grids, strict=True)))
 
     @classmethod
     def _searched(cls, groups: torch.Tensor, bits: int, importance: torch.Tensor | None) -> "Grid":
