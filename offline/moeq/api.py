@@ -32,7 +32,7 @@ def quantize(
     bits: float | None = None,
     bits_per_weight: float | None = None,
     target_size: str | int | None = None,
-    plan: AnyPath | None = None,
+    plan: "AnyPath | BitPlan | None" = None,
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
     base_router: AnyPath | None = None,
@@ -68,7 +68,7 @@ def quantize(
         bits: Average width of the expert weights in bits; 2.5 if no size is given.
         bits_per_weight: Instead of ``bits``: the same with scales and zero points.
         target_size: Instead of ``bits``: size of all tensors, in bytes or as in ``"14GB"``.
-        plan: A ``plan.json`` to use instead of making a plan.
+        plan: What :func:`plan` returned, or a ``plan.json``, to use instead of making a plan.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`moeq.requests.STRATEGIES`; None takes ``auto`` with text, else
             ``combined``.
@@ -109,7 +109,7 @@ def quantize(
         bits=bits,
         bits_per_weight=bits_per_weight,
         target_size=target_size,
-        plan=None if plan is None else Path(plan),
+        plan=Path(plan) if isinstance(plan, str | PathLike) else plan,
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
         base_router=None if base_router is None else str(base_router),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from moeq.calibration import REPORT_NAME, CalibratedExperts, CalibrationConfig, calibrate
+from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.families import check_group_size
@@ -64,7 +64,7 @@ class QuantizedModel:
         plan: Widths of its experts, with all sizes and how they came about. After ``dry_run`` of a
             measured plan, another one of the same size.
         estimate: What making it takes.
-        calibrated: What each expert got of the calibration text; None without calibration, and
+        calibration: What each expert got of the calibration text; None without calibration, and
             after ``dry_run``.
     """
 
@@ -72,7 +72,7 @@ class QuantizedModel:
     written: bool
     plan: BitPlan
     estimate: Estimate
-    calibrated: CalibratedExperts | None = None
+    calibration: CalibrationReport | None = None
 
     @property
     def tried(self) -> list[Mapping[str, Any]]:
@@ -115,7 +115,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         estimate = _estimate(conversion, measurement, _calibration(request, conversion, text))
         return QuantizedModel(request.output, False, conversion.plan, estimate)
     with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
-        _announce(measurement, request)
+        _announce_text(request, text)
         reports: dict[str, Any] = {}
         plan = _given_plan(request)
         if plan is None:
@@ -130,7 +130,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         if text is not None and estimate.rounding is not None:
             time = duration(estimate.rounding.seconds(text.device))
             logger.info("rounding experts with GPTQ takes about %s", time)
-        calibrated = None
+        report = None
         experts: PackedSource
         if calibration is None:
             experts = DataFree(source, request.chosen_method, plan.group_size)
@@ -138,10 +138,11 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
             experts = calibrated = calibrate(
                 calibration, workspace.calibration, request.resume, progress
             )
-            reports[REPORT_NAME] = calibrated.report()
+            report = calibrated.report
+            reports[REPORT_NAME] = report.to_dict()
         conversion.write(workspace.partial, experts, reports, progress)
         workspace.publish()
-    return QuantizedModel(request.output, True, conversion.plan, estimate, calibrated)
+    return QuantizedModel(request.output, True, conversion.plan, estimate, report)
 
 
 def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
@@ -154,8 +155,9 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
         check_output_is_free(request.output)
     source = SourceModel.open(request.model)
     _check_group_sizes(request, source)
-    measurement = _measurement(request, source, _calibration_text(request, source))
-    _announce(measurement, request)
+    text = _calibration_text(request, source)
+    _announce_text(request, text)
+    measurement = _measurement(request, source, text)
     result = decide(source, request, measurement, None, progress).plan
     if request.output is not None:
         write_plan(result, request.output)
@@ -225,21 +227,18 @@ def _measurement(
     return measurement_of(source, request, text.tokens, text.device)
 
 
-def _announce(measurement: Measurement | None, request: PlanRequest) -> None:
-    """Say how long a measurement takes, before it starts."""
-    if measurement is None:
-        return
-    count, length = measurement.tokens.shape
-    logger.info(
-        "measuring the plan on %d x %d tokens of %s, which takes about %s; a plan without text "
-        "takes seconds: `calib` none",
-        count, length, public_name(str(request.text)),
-        duration(measurement.cost().seconds(measurement.device)),
-    )  # fmt: skip
+def _announce_text(request: PlanRequest, text: _Text | None) -> None:
+    """Say which text is used, since nobody may have asked for one."""
+    if text is not None:
+        count, length = text.tokens.shape
+        name = (
+            "the manual of Python" if request.text == "default" else public_name(str(request.text))
+        )
+        logger.info("calibration text: %d x %d tokens of %s", count, length, name)
 
 
 def _given_plan(request: QuantizeRequest) -> BitPlan | None:
-    return None if request.plan is None else load_plan(request.plan)
+    return load_plan(request.plan) if isinstance(request.plan, Path) else request.plan
 
 
 def _conversion(

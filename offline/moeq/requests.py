@@ -8,10 +8,13 @@ those who do the work.
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeq.errors import MoeqError
 from moeq.units import parse_size
+
+if TYPE_CHECKING:
+    from vllm_moeq.format import BitPlan
 
 METHODS = ("gptq", "hqq", "rtn")
 """Of rounding; only the first needs calibration text."""
@@ -190,7 +193,7 @@ class QuantizeRequest(PlanRequest):
 
     Attributes:
         output: Folder to create.
-        plan: Use this ``plan.json`` instead of making a plan.
+        plan: Use this ``plan.json``, or plan, instead of making one.
         route_all_experts: Round each expert by all tokens, not only by those that the router gives
             to it.
         max_shard_size: Largest file of the result, which is also held in memory.
@@ -202,7 +205,7 @@ class QuantizeRequest(PlanRequest):
     """
 
     output: Path = field()  # unlike that of a plan, needed
-    plan: Path | None = None
+    plan: "Path | BitPlan | None" = None
     route_all_experts: bool = False
     max_shard_size: str | int = "2GB"
     resume: bool = False

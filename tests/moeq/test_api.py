@@ -68,7 +68,8 @@ def test_a_result_tells_what_was_done(
             tiny_model("mixtral"), tmp_path / "out", calib=text, progress=progress, **MEASURED
         )
     assert capsys.readouterr() == ("", "")
-    assert "a plan without text takes seconds: `calib` none" in caplog.text
+    assert "16 x 48 tokens of text.txt" in caplog.text
+    assert "one without text takes seconds: `calib` none" in caplog.text
 
     assert set(steps) == {
         "gradients, layer",
@@ -89,8 +90,8 @@ def test_a_result_tells_what_was_done(
     tried = [plan["divergence"] for plan in result.tried]
     assert tried == sorted(tried) and len(tried) == 7
     assert result.plan.provenance.strategy == f"auto: {result.tried[0]['strategy']}"
-    assert result.calibrated is not None
-    assert sum(result.calibrated.token_counts) == 2 * 2 * 16 * 48  # layers, experts of a token
+    assert result.calibration is not None
+    assert sum(result.calibration.token_counts) == 2 * 2 * 16 * 48  # layers, experts of a token
     assert [path.name for path in result.reports] == [
         "README.md",
         "moeq_measurement.json",
@@ -108,7 +109,7 @@ def test_dry_run_writes_nothing_and_estimates(
 ) -> None:
     model = tiny_model("mixtral")
     result = moeq.quantize(model, tmp_path / "out", calib=text, dry_run=True, **MEASURED)
-    assert not result.written and not result.reports and result.calibrated is None
+    assert not result.written and not result.reports and result.calibration is None
     assert result.estimate.measuring is not None and result.estimate.rounding is not None
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
     without = moeq.quantize(model, tmp_path / "out", bits=2.5, calib=None, dry_run=True)
@@ -123,7 +124,7 @@ def test_a_plan_is_what_quantize_uses(
     plan = moeq.plan(model, path, calib=text, strategy="sensitivity", **MEASURED)
     assert moeq.inspect(path).plan == plan and moeq.inspect(path).calibration is None
     options = {"nsamples": 16, "seqlen": 48, "calib": text}
-    by_plan = moeq.quantize(model, tmp_path / "a", plan=path, **options)
+    by_plan = moeq.quantize(model, tmp_path / "a", plan=plan, **options)
     at_once = moeq.quantize(
         model, tmp_path / "b", strategy="sensitivity", bits=2.5, group_size=32, **options
     )

@@ -1,7 +1,14 @@
 """Rounds the experts of a model with what they get on a text."""
 
 from moeq.calibration.config import CalibrationConfig
-from moeq.calibration.result import REPORT_NAME, CalibratedExperts, Coverage
+from moeq.calibration.result import REPORT_NAME, CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.run import calibrate
 
-__all__ = ["REPORT_NAME", "CalibratedExperts", "CalibrationConfig", "Coverage", "calibrate"]
+__all__ = [
+    "REPORT_NAME",
+    "CalibratedExperts",
+    "CalibrationConfig",
+    "CalibrationReport",
+    "Coverage",
+    "calibrate",
+]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.snapshots import Tensors
 
 REPORT_NAME = "moeq_calibration.json"
@@ -24,29 +23,27 @@ class Coverage(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class CalibratedExperts:
-    """Rounded experts of a whole model, a :class:`moeq.checkpoint.writer.PackedSource`.
+class CalibrationReport:
+    """What each expert got of the calibration text.
 
     Attributes:
-        config: What was asked for.
+        tokens: Of the text.
+        fewest_tokens: Experts with fewer were rounded without them.
+        route_all: Whether each expert was rounded by all tokens.
         coverage: By container of the layer.
-        read: Takes a weight's name; returns its packed tensors by name.
     """
 
-    config: CalibrationConfig
+    tokens: int
+    fewest_tokens: int
+    route_all: bool
     coverage: Mapping[str, Coverage]
-    read: Callable[[str], Tensors]
 
-    def packed(self, weight: str, bits: int) -> Tensors:
-        """Return the packed tensors of a weight by name; its width is known already."""
-        return self.read(weight)
-
-    def report(self) -> dict[str, Any]:
-        """Return as JSON what each expert got of the calibration text."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, as in :data:`REPORT_NAME`."""
         return {
-            "tokens": self.config.tokens.numel(),
-            "fewest_tokens": self.config.fewest_tokens,
-            "route_all_experts": self.config.route_all,
+            "tokens": self.tokens,
+            "fewest_tokens": self.fewest_tokens,
+            "route_all_experts": self.route_all,
             "experts": {name: layer._asdict() for name, layer in self.coverage.items()},
         }
 
@@ -58,4 +55,22 @@ class CalibratedExperts:
     @property
     def uncalibrated(self) -> int:
         """Experts that were rounded without calibration because too few tokens reach them."""
-        return sum(not self.config.is_calibrated(count) for count in self.token_counts)
+        given = [self.tokens if self.route_all else count for count in self.token_counts]
+        return sum(count < self.fewest_tokens for count in given)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedExperts:
+    """Rounded experts of a whole model, a :class:`moeq.checkpoint.writer.PackedSource`.
+
+    Attributes:
+        report: What each expert got.
+        read: Takes a weight's name; returns its packed tensors by name.
+    """
+
+    report: CalibrationReport
+    read: Callable[[str], Tensors]
+
+    def packed(self, weight: str, bits: int) -> Tensors:
+        """Return the packed tensors of a weight by name; its width is known already."""
+        return self.read(weight)

@@ -11,7 +11,7 @@ import torch
 
 from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.layer import round_layer
-from moeq.calibration.result import CalibratedExperts, Coverage
+from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.snapshots import Snapshots, Tensors
 from moeq.model import ExpertSource, LayerwiseModel, Routed, add_experts, run_layer
 from moeq.model.activations import mapped
@@ -77,7 +77,10 @@ def calibrate(
                 snapshots.save_layer(index, tensors)
             snapshots.save(index + 1, streams, coverage)
     read = snapshots.stored(layer.index for layer in source.layers)
-    return CalibratedExperts(config, coverage, read)
+    report = CalibrationReport(
+        config.tokens.numel(), config.fewest_tokens, config.route_all, coverage
+    )
+    return CalibratedExperts(report, read)
 
 
 def _coverage(routed: Routed, num_experts: int) -> Coverage:

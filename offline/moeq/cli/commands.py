@@ -36,8 +36,8 @@ def quantize(options: Namespace) -> int:
         print("the plan is not measured here; this is one of the same size:")
     print(printing.describe_plan(model.plan))
     print(printing.describe_estimate(model.estimate, device))
-    if model.calibrated is not None:
-        print(printing.describe_calibration(model.calibrated))
+    if model.calibration is not None:
+        print(printing.describe_calibration(model.calibration))
     if model.written:
         path = shlex.quote(str(model.path))
         print(f"wrote {model.path}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeq.calibration import REPORT_NAME, CalibratedExperts
+from moeq.calibration import REPORT_NAME, CalibrationReport
 from moeq.evaluation import Evaluation, Scores
 from moeq.model.cost import Cost
 from moeq.pipeline import Estimate, QuantizedModel
@@ -103,22 +103,22 @@ def model_summary(model: QuantizedModel, device: torch.device) -> dict[str, Any]
         "written": model.written,
         "plan": plan_summary(model.plan),
         "estimate": estimate_summary(model.estimate, device),
-        "uncalibrated_experts": model.calibrated and model.calibrated.uncalibrated,
+        "uncalibrated_experts": model.calibration and model.calibration.uncalibrated,
         "reports": [str(path) for path in model.reports],
     }
 
 
-def describe_calibration(calibrated: CalibratedExperts) -> str:
+def describe_calibration(report: CalibrationReport) -> str:
     """Return what the experts got of the calibration text."""
-    counts, config = calibrated.token_counts, calibrated.config
+    counts = report.token_counts
     lines = [
-        f"an expert got {median(counts):,.0f} of {config.tokens.numel():,} calibration tokens "
+        f"an expert got {median(counts):,.0f} of {report.tokens:,} calibration tokens "
         f"(median; fewest {min(counts):,}, most {max(counts):,}; all: {REPORT_NAME})"
     ]
-    if calibrated.uncalibrated:
+    if report.uncalibrated:
         lines.append(
-            f"{calibrated.uncalibrated} of {len(counts)} experts got fewer than "
-            f"{config.fewest_tokens} calibration tokens and were rounded without them (hqq); "
+            f"{report.uncalibrated} of {len(counts)} experts got fewer than "
+            f"{report.fewest_tokens} calibration tokens and were rounded without them (hqq); "
             "more text helps (--nsamples), or --route-all-experts"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Plans that are right on the user's own model: measured, and judged on text held back."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,11 @@ from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
 from moeq.progress import Progress, silent
 from moeq.sensitivity import Bank, Choice, QuantizationError, build, gradients
+from moeq.units import duration
 from vllm_moeq._version import __version__
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection, Provenance
+
+logger = logging.getLogger(__name__)
 
 
 class Checked(NamedTuple):
@@ -100,6 +104,7 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
         folder.mkdir(exist_ok=True)
         begin(folder / "fingerprint.json", measurement.fingerprint())
         if kept.exists():
+            logger.info("going on with the plan that was measured before")
             stored = json.loads(kept.read_text())
             return Decision(BitPlan.from_dict(stored["plan"]), stored["report"])
         unfinished.mkdir(exist_ok=True)
@@ -120,7 +125,12 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     others, budget, group_sizes = check(measurement)
     for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
         path.unlink()
-    check_space(measurement.cost().disk_bytes, folder)
+    cost = measurement.cost()
+    check_space(cost.disk_bytes, folder)
+    logger.info(
+        "measuring the plan takes about %s; one without text takes seconds: `calib` none",
+        duration(cost.seconds(measurement.device)),
+    )
     model = LayerwiseModel(measurement.source, measurement.device)
     tokens = measurement.measured
     of_outputs = gradients(model, tokens, folder, measurement.seed, progress)

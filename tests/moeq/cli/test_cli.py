@@ -89,7 +89,10 @@ def test_inspect_reads_a_plan_file(plan_file: Path, capsys: pytest.CaptureFixtur
         (["--bits", "2.5", "--group-size", "48"], "--group-size 48 is not one of 32, 64, 128"),
         (["--bits", "2.5", "--group-size", "0"], "--group-size 0 is not one of 32, 64, 128"),
         (["--bits", "2.5", "--levels", "7,2"], "--levels 7 is not one of 1, 2, 3, 4, 8"),
-        (["--bits", "7", "--strategy", "uniform", "--method", "rtn"], "--strategy uniform"),
+        (
+            ["--bits=7", "--strategy=uniform", "--method=rtn", "--group-size=64"],
+            "--strategy uniform",
+        ),
         (["--bits", "2.5", "--strategy", "best"], "--strategy best"),
         (["--bits", "2.5", "--zeta", "0.5", "--group-size", "64"], "--zeta 0.5"),
         (["--bits", "2", "--max-shard-size", "lots", "--group-size", "64"], "--max-shard-size"),
