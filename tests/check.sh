@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
+mypy --config-file tests/mypy.ini
 lint-imports
 typos
 mapfile -t scripts < <(git ls-files '*.sh' '.ci/run')

@@ -114,9 +114,9 @@ def cut(model: Path, layers: int, folder: Path) -> None:
     """Write the model's first layers as a model of its own: links to the files of the other."""
     folder.mkdir()
     index = json.loads((model / INDEX).read_text())
-    for file in model.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, folder)
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
     files = {"around.safetensors", *(f"layer-{layer}.safetensors" for layer in range(layers))}
     for file in files:
         (folder / file).symlink_to(model / file)
@@ -148,7 +148,7 @@ def quantize(model: Path, packed: Path, options: argparse.Namespace, kills: list
 
 def expert_tensors(packed: Path, layers: int) -> dict[str, torch.Tensor]:
     """Read what the experts of the first layers have become."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in packed.glob("*.safetensors"):
         found |= {
             name: tensor

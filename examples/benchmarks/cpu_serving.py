@@ -131,8 +131,8 @@ def make_variants(config: OlmoeConfig, work: Path) -> dict[str, Path]:
         print(f"== making {source}", flush=True)
         make_model(config, source)
     if not packed.exists():
-        command = ["moeq", "quantize", source, "-o", packed, "--bits", BITS]
-        subprocess.run([*command, "--strategy", "random:0"], check=True)
+        options = ["--bits", BITS, "--strategy", "random:0", "--calib", "none"]
+        subprocess.run(["moeq", "quantize", source, "-o", packed, *options], check=True)
     return folders
 
 
@@ -213,7 +213,8 @@ def offline(model: Path, dtype: str, log: Path) -> Iterator[Generate]:
         here.close()
         process.join(STOP_SECONDS)
         with suppress(ProcessLookupError):  # its workers form one process group with it
-            os.killpg(process.pid, signal.SIGKILL)
+            if process.pid is not None:
+                os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 

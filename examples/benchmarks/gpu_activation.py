@@ -1,5 +1,7 @@
 """SwiGLU as one Triton kernel, for contenders that would use vLLM's."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul(out_ptr, x_ptr, columns, BLOCK: tl.constexpr):
+def _silu_and_mul(out_ptr: Any, x_ptr: Any, columns: Any, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

@@ -48,8 +48,9 @@ def _draw_auc(panel: Axes, learning: Learning) -> None:
     for index, (rate, (colour, marker)) in enumerate(zip(RATES, _STYLES, strict=False)):
         auc = learning.auc[:, index]
         error = auc.std(1) / math.sqrt(auc.shape[1])
-        style = {"color": colour, "marker": marker, "capsize": 3, "label": f"α = {rate:g}"}
-        panel.errorbar(STOPS, auc.mean(1), error, **style)
+        panel.errorbar(
+            STOPS, auc.mean(1), error, color=colour, marker=marker, capsize=3, label=f"α = {rate:g}"
+        )
     panel.axhline(0.5, color="grey", linewidth=1, linestyle="--")
     panel.set(xscale="log", ylim=(0.3, 1.05), xlabel="steps of training")
     panel.set_ylabel("AUC: a rare expert has the smaller Λ")
@@ -62,9 +63,11 @@ def _draw_auc(panel: Axes, learning: Learning) -> None:
 def _draw_change(panel: Axes, learning: Learning) -> None:
     for index, (rate, (colour, marker)) in enumerate(zip(RATES, _STYLES, strict=False)):
         answer, change = learning.own_answer[:, index], learning.change[:, index]
-        style = {"color": colour, "marker": marker, "s": 8, "alpha": 0.35, "linewidths": 0}
-        style["rasterized"] = True  # thousands of points
-        panel.scatter(answer.flatten(), change.flatten(), label=f"α = {rate:g}", **style)
+        panel.scatter(
+            answer.flatten(), change.flatten(), label=f"α = {rate:g}", color=colour, marker=marker,
+            s=8, alpha=0.35, linewidths=0,
+            rasterized=True,  # thousands of points
+        )  # fmt: skip
     panel.set(xlabel="answer to its own pattern", ylabel="Λ of an expert")
     panel.set_title("Λ: how much was learned, at any α and time")
     for handle in panel.legend(loc="upper left", markerscale=2).legend_handles:

@@ -177,7 +177,7 @@ class Trained:
         for plan, order in orders(self.change, variance, self.setting, self._generator):
             first = torch.tensor(order)[:, : self.setting.experts // 2]
             high = torch.zeros_like(self.change, dtype=torch.bool).scatter_(1, first, True)
-            measure(plan, torch.where(high[..., None, None], *rounded))
+            measure(plan, torch.where(high[..., None, None], rounded[0], rounded[1]))
 
         margin_change = {}
         kinds = {"rare": self.setting.is_rare, "frequent": self.setting.is_frequent}

@@ -24,7 +24,7 @@ def test_every_prompt_is_completed_in_order(
     options = ("--bits", 2.5, "--strategy", "random:1", "--group-size", 32, "--calib", "none")
     assert run_moeq("quantize", tiny_model("mixtral"), "-o", packed, *options).returncode == 0
     prompts.write_text("\n".join(PROMPTS) + "\n\n")
-    command = [sys.executable, EXAMPLE, packed, prompts, output, "--max-tokens=5"]
+    command: list[str | Path] = [sys.executable, EXAMPLE, packed, prompts, output, "--max-tokens=5"]
     done = subprocess.run(
         [*command, "--max-model-len=64"],
         env=engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),

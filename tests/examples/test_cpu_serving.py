@@ -43,9 +43,17 @@ def test_measures_both_models_and_writes_the_section(tmp_path: Path) -> None:
     bin_folder = Path(sys.executable).parent
     results, work = tmp_path / "RESULTS.md", tmp_path / "work"
     short = "--layers 2 --threads 1 --rounds 1 --repeats 1 --prompt-tokens 64 --new-tokens 32"
-    command = [sys.executable, BENCHMARK, "--work", work, "--results", results, *short.split()]
+    command: list[str | Path] = [
+        sys.executable,
+        BENCHMARK,
+        "--work",
+        work,
+        "--results",
+        results,
+        *short.split(),
+    ]
     done = subprocess.run(
-        [*command, "--config", json.dumps(SHAPE)],
+        [*command, *short.split(), "--config", json.dumps(SHAPE)],
         env=environment | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,

@@ -123,7 +123,7 @@ def test_a_plan_is_what_quantize_uses(
     model, path = tiny_model("mixtral"), tmp_path / "plan.json"
     plan = moeq.plan(model, path, calib=text, strategy="sensitivity", **MEASURED)
     assert moeq.inspect(path).plan == plan and moeq.inspect(path).calibration is None
-    options = {"nsamples": 16, "seqlen": 48, "calib": text}
+    options: dict[str, Any] = {"nsamples": 16, "seqlen": 48, "calib": text}
     by_plan = moeq.quantize(model, tmp_path / "a", plan=plan, **options)
     at_once = moeq.quantize(
         model, tmp_path / "b", strategy="sensitivity", bits=2.5, group_size=32, **options
@@ -142,7 +142,7 @@ def test_evaluate_and_compare(
     model, heldout = tiny_model("mixtral"), tmp_path / "heldout.txt"
     heldout.write_text(TEXT[::-1])
     packed = moeq.quantize(model, tmp_path / "out", bits=4, group_size=32, calib=None).path
-    short = {"nsamples": 4, "seqlen": 32}
+    short: dict[str, Any] = {"nsamples": 4, "seqlen": 32}
     evaluation = moeq.evaluate(packed, against=model, text=heldout, **short)
     assert 0 < evaluation.total.divergence < 1
     findings = moeq.compare(

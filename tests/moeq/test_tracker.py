@@ -1,6 +1,7 @@
 """The router tracker in a plain loop and under transformers' own callback handler."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_no_partial_file_stays(model: MixtralForCausalLM, tmp_path: Path) -> Non
 
 
 def test_wrappers_do_not_show_in_names(model: MixtralForCausalLM, tmp_path: Path) -> None:
-    wrapped = torch.nn.Module()
+    wrapped: Any = torch.nn.Module()
     wrapped.module = torch.compile(model)
     RouterNormTracker(tmp_path / "routers.safetensors", wrapped)
     _assert_initial(tmp_path / "routers.safetensors", _routers(model))

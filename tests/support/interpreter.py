@@ -26,7 +26,7 @@ def triton_interpreter() -> Iterator[Executor]:
 
 def _fill_new_memory() -> None:
     """Let what kernels allocate start as NaN or nonsense."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
 
 

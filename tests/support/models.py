@@ -124,7 +124,7 @@ def _deepseek_v3() -> torch.nn.Module:
     )
 
 
-FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
+FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,

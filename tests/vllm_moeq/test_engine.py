@@ -3,18 +3,19 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.cli import run_moeq
-from support.engine import EngineRun, assert_same, launch, run_engine, run_transformers
+from support.engine import Completion, EngineRun, assert_same, launch, run_engine, run_transformers
 from support.packed import W2_BITS, W13_BITS, pack_mixed
 from support.reference import dequantize_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HIDDEN, INTERMEDIATE, GROUP = 128, 256, 32
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 TWO_RANKS_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -24,7 +25,7 @@ def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def expected(packed: Path) -> list[object]:
+def expected(packed: Path) -> list[Completion]:
     plain = dequantize_checkpoint(packed, packed.with_name("plain"))
     return run_transformers(plain)
 
@@ -61,14 +62,14 @@ def _assert_buffers(
             assert found == _experts_bytes(experts, layer, ranks_per_expert)
 
 
-def test_tensor_parallel(packed: Path, expected: list[object]) -> None:
+def test_tensor_parallel(packed: Path, expected: list[Completion]) -> None:
     run = run_engine(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)
 
     assert_same(run.completions[0], expected)
     _assert_buffers(run, [list(range(8))] * 2, ranks_per_expert=2)
 
 
-def test_expert_parallel(packed: Path, expected: list[object]) -> None:
+def test_expert_parallel(packed: Path, expected: list[Completion]) -> None:
     run = run_engine(
         packed, environment=TWO_RANKS_ENVIRONMENT, enable_expert_parallel=True, **TWO_RANKS
     )
@@ -78,7 +79,7 @@ def test_expert_parallel(packed: Path, expected: list[object]) -> None:
 
 
 def test_compiled_cache_is_not_reused_for_another_plan(
-    packed: Path, expected: list[object], tiny_model: Callable[[str], Path], tmp_path: Path
+    packed: Path, expected: list[Completion], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     # vLLM's compile cache goes by the path and config of the model. A second plan at the same
     # path must not run with what the first one left there.
@@ -99,7 +100,7 @@ def test_compiled_cache_is_not_reused_for_another_plan(
     assert_same(second.completions[0], run_transformers(plain))
 
 
-def test_corruption_is_caught(packed: Path, expected: list[object]) -> None:
+def test_corruption_is_caught(packed: Path, expected: list[Completion]) -> None:
     # Rows 2.. of the layout are the experts: w13 bits, w13 offset, w2 bits, w2 offset.
     experts = _layout_rows()
     run = run_engine(
@@ -143,7 +144,7 @@ def test_dummy_weights_need_no_files(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
-def test_kernel_is_chosen_by_name(packed: Path, expected: list[object], kernel: str) -> None:
+def test_kernel_is_chosen_by_name(packed: Path, expected: list[Completion], kernel: str) -> None:
     run = run_engine(packed, environment={"MOEQ_KERNEL": kernel}, quantization="moeq")
 
     assert f"moeq experts run on the {kernel} kernel" in run.log
@@ -179,7 +180,7 @@ def test_group_size_must_divide_the_shard(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_runs(packed: Path, expected: list[object], dtype: str) -> None:
+def test_half_precision_runs(packed: Path, expected: list[Completion], dtype: str) -> None:
     run = run_engine(packed, dtype=dtype)
 
     # Half precision cannot be compared at 1e-3; the first token of each prompt must agree.

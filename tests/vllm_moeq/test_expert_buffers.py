@@ -1,6 +1,7 @@
 """Expert buffers: exact sizes, tensor-parallel slices and complaints about wrong tensors."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_what_was_not_filled_is_missing(left_out: tuple[str, str, int]) -> None:
     ],
 )
 def test_a_wrong_tensor_is_named_and_not_counted(
-    kind: str, shard: str, wrong: torch.Tensor, expected: str
+    kind: Any, shard: Any, wrong: torch.Tensor, expected: str
 ) -> None:
     buffers = _buffers(tp_size=2)
     message = f"layer: the.tensor is {wrong.dtype} {list(wrong.shape)}, expected "

@@ -48,7 +48,7 @@ def _experts(bits: int, group_size: int = GROUP) -> int:
 def test_sizes_are_those_of_packed_tensors(source: SourceModel, group_size: int) -> None:
     widths = (8, 4, 3, 2, 1)
     sizes = option_sizes(source.layers, group_size, widths)
-    assert (sizes.dtype, sizes.shape) == (np.int64, (NUM_LAYERS * NUM_EXPERTS * 2, 5))
+    assert sizes.dtype == np.int64 and sizes.shape == (NUM_LAYERS * NUM_EXPERTS * 2, 5)
     for column, width in enumerate(widths):
         assert sizes[:, column].tolist() == [*_packed(width, group_size)] * 8
 

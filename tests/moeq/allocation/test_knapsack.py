@@ -147,7 +147,7 @@ def test_many_sizes_are_solved_to_a_small_gap() -> None:
 
 
 def test_ties_are_broken_the_same_way_each_time() -> None:
-    loss, size = np.ones((6, 3)) * [3, 2, 1], np.ones((6, 3), np.int64) * [1, 2, 3]
+    loss, size = np.ones((6, 3)) * [3, 2, 1], np.ones((6, 3), np.int64) * np.array([1, 2, 3])
     choice = solve(loss, size, 11).choice
     assert choice.tolist() == solve(loss, size, 11).choice.tolist()
     # Equal items: the first ones get more.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moeq.allocation import Constraints, solve
-from moeq.allocation.budget import bits_budget, option_sizes
+from moeq.allocation.budget import bits_budget
 from moeq.allocation.losses import (
     LossTable,
     allocate,
@@ -17,6 +17,7 @@ from moeq.allocation.losses import (
 )
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, check_plan_fits
+from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import PROJECTIONS, BitPlan
@@ -43,7 +44,7 @@ def _table(factor: float = 1.0) -> LossTable:
 
 def test_losses_are_ordered_by_layer_expert_and_projection(layers: list[MoELayer]) -> None:
     loss = loss_array(_table(), layers, WIDTHS)
-    assert (loss.dtype, loss.shape) == (np.float64, (2 * NUM_EXPERTS * 2, 3))
+    assert loss.dtype == np.float64 and loss.shape == (2 * NUM_EXPERTS * 2, 3)
     assert loss[0].tolist() == [0.25, 0.5, 1.0]
     assert loss[1].tolist() == [10.25, 10.5, 11.0]
     assert loss[2 * NUM_EXPERTS + 2 * 3 + 1].tolist() == [1310.25, 1310.5, 1311.0]

@@ -62,7 +62,7 @@ Holds = Callable[[Ints], Bools]
 CASES: dict[str, tuple[dict[str, Any], Holds]] = {
     "layer_bytes": (
         {"layer_bytes": (100, 150)},
-        lambda taken: (_sums(taken, LAYER) <= [100, 150]).all(axis=1),
+        lambda taken: np.asarray((_sums(taken, LAYER) <= [100, 150]).all(axis=1)),
     ),
     "layers_equal": ({"layer_tolerance": 0.0}, lambda taken: _equal(taken, LAYER, 0.0)),
     "layers_alike": ({"layer_tolerance": 0.1}, lambda taken: _equal(taken, LAYER, 0.1)),

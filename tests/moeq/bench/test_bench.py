@@ -261,8 +261,12 @@ def test_rounds_share_inputs_rotate_the_order_and_flush_before_each_call(
 
         return Contender(name, Widths((2,)), (1,) * 4, "", run)
 
+    def read(memory: Memory) -> list[float]:
+        events.append("read")
+        return [1.0]
+
     monkeypatch.setattr(Memory, "flush", lambda self: events.append("flush"))
-    monkeypatch.setattr(Memory, "bandwidths", lambda self: events.append("read") or [1.0])
+    monkeypatch.setattr(Memory, "bandwidths", read)
     machine = Machine("CPU", 1, len(KERNELS) - 1, None, "none")
     names = "abc"
     measured = measure(tiny_settings(tokens="1,5"), machine, [*map(contender, names)])

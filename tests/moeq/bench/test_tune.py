@@ -1,5 +1,6 @@
 """``moeq bench --tune``: the search, what is skipped, and that candidates compute the same."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -84,7 +85,7 @@ def test_what_is_written_is_added_to_the_file(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(tune, "Layer", lambda *_: _NoLayer())
     table = ((float("inf"), Tiles(32, 64)),)
-    monkeypatch.setattr(tune, "tune", lambda *_: Tuning(table, {1: 1.5}, 1, tune.Counter()))
+    monkeypatch.setattr(tune, "tune", lambda *_: Tuning(table, {1: 1.5}, 1, Counter()))
     other = ((float("inf"), Tiles(16, 64)),)
     write_tables(path, "a GPU", {"8,8,8": other})
     assert main(["bench", "--tune", "--shape", "128,128,4,2"]) == 0

@@ -300,7 +300,7 @@ def _peak_memory(folder: Path, text: Path, layers: int) -> int:
         "import sys; from moeq.cli import main; status = main(sys.argv[1:]); "
         "print(open('/proc/self/status').read()); sys.exit(status)"
     )
-    command = [
+    command: list[str | Path] = [
         sys.executable, "-c", program, "quantize", model, "-o", model / "packed", "--bits", "2",
         "--strategy", "uniform", "--calib", text, "--nsamples", "4", "--seqlen", "64",
     ]  # fmt: skip

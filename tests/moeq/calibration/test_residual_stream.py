@@ -33,7 +33,7 @@ def _plan(source: SourceModel) -> BitPlan:
 class _Seen:
     """What a transformers model does at one of its MoE layers, in float64."""
 
-    def __init__(self, model: torch.nn.Module, index: int, tokens: torch.Tensor) -> None:
+    def __init__(self, model: Any, index: int, tokens: torch.Tensor) -> None:
         layer = model.model.layers[index]
         handles = [
             layer.mlp.experts.register_forward_pre_hook(self._experts),
@@ -77,7 +77,8 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
     read = calibrate(config, tmp_path / "calibration", resume=False).read
 
     def rounded(expert: int, matrix: str, layer: Any) -> torch.Tensor:
-        return dequantize(*read(layer.tensor_name(expert, matrix)).values(), GROUP)
+        packed, scale, zero_point = read(layer.tensor_name(expert, matrix)).values()
+        return dequantize(packed, scale, zero_point, GROUP)
 
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float64, experts_implementation="eager"

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import Matrix, SourceModel
 from moeq.checkpoint.families import FAMILIES, check_plan_fits, family_of
 from moeq.errors import MoeqError
 from support import models
@@ -65,7 +65,8 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
         for expert in range(layer.num_experts):
             gate, up = block.experts.gate_up_proj[expert].chunk(2)
             down = block.experts.down_proj[expert]
-            for matrix, weight in (("gate", gate), ("up", up), ("down", down)):
+            weights: dict[Matrix, torch.Tensor] = {"gate": gate, "up": up, "down": down}
+            for matrix, weight in weights.items():
                 assert layer.shape(matrix) == tuple(weight.shape)
                 assert torch.equal(source.tensor(layer.tensor_name(expert, matrix)), weight)
 

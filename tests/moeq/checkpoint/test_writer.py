@@ -125,7 +125,7 @@ def test_files_keep_to_the_shard_size(source: Path, tmp_path: Path) -> None:
 def test_index_lists_every_tensor_where_it_is(source: Path, tmp_path: Path) -> None:
     output = _convert(source, tmp_path / "out", None, 20_000)
     index = json.loads((output / "model.safetensors.index.json").read_text())
-    where = {}
+    where: dict[str, str] = {}
     for file in output.glob("*.safetensors"):
         with safe_open(file, "pt") as handle:
             where |= dict.fromkeys(handle.keys(), file.name)

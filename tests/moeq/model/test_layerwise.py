@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
-from moeq.evaluation.reference import ExpertSource, run_layer
+from moeq.model import ExpertSource, run_layer
 from moeq.model.layerwise import LayerwiseModel
 from support.models import FAMILIES, VOCABULARY
 

@@ -142,7 +142,9 @@ def test_auto_keeps_to_the_options_of_the_plan(
 
 
 def test_side_constraints_are_fulfilled(tiny_model: Callable[[str], Path], text: Path) -> None:
-    options = ("--bits", 2.5, "--calib", text, *CALIBRATION, "--method", "rtn")
+    options: tuple[object, ...] = (
+        "--bits", 2.5, "--calib", text, *CALIBRATION, "--method", "rtn",
+    )  # fmt: skip
     options += ("--strategy", "sensitivity")
     side = ("--ranks", 4, "--layer-tolerance", 0.02, "--widths-per-layer", 2)
     free = _plan(tiny_model("mixtral"), *options)
@@ -188,7 +190,9 @@ def test_auto_tries_what_fulfils_the_side_constraints(
 def test_the_group_size_can_be_left_to_the_plan(
     tiny_model: Callable[[str], Path], text: Path
 ) -> None:
-    options = ("--calib", text, *CALIBRATION, "--method", "rtn", "--strategy", "sensitivity")
+    options: tuple[object, ...] = (
+        "--calib", text, *CALIBRATION, "--method", "rtn", "--strategy", "sensitivity",
+    )  # fmt: skip
     options += ("--bits-per-weight", 3.3, "--levels", "4,3,2")
     found = {}
     for group_sizes in ("32", "64", "128", "32,64,128"):

@@ -216,4 +216,5 @@ def test_matrices_of_a_batch_are_rounded_as_if_alone(bits: int) -> None:
                 for stored in (found, alone)
             ]
         )
-    np.testing.assert_allclose(*zip(*objectives, strict=True), rtol=0.02)
+    together_all, alone_all = zip(*objectives, strict=True)
+    np.testing.assert_allclose(together_all, alone_all, rtol=0.02)

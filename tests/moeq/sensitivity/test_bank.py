@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def built(
     return get
 
 
-def _moe_outputs(model: torch.nn.Module, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+def _moe_outputs(model: Any, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
     hook = model.model.layers[layer].mlp.register_forward_hook(
         lambda module, args, output: found.append(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_gradients_foretell_the_divergence(
     with torch.no_grad():
         before = whole(sequence).logits.log_softmax(-1)
 
-        def push(module: torch.nn.Module, args: object, output: object) -> object:
+        def push(module: torch.nn.Module, args: object, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             hidden[:, place] += STEP * direction
             return output

@@ -1,6 +1,7 @@
 """Router norm change: values against float64, and every source of an initial router."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,11 +77,11 @@ def test_initial_router_by_its_name_in_memory(
 def test_initial_router_from_the_trackers_file(
     model: SourceModel, initial: Tensors, tmp_path: Path
 ) -> None:
-    trained = nn.Module()
+    trained: Any = nn.Module()
     trained.model = nn.Module()
     trained.model.layers = nn.ModuleList()
     for name in ROUTERS:
-        block = nn.Module()
+        block: Any = nn.Module()
         block.mlp = nn.Module()
         block.mlp.experts = nn.ModuleList()
         block.mlp.gate = nn.Linear(HIDDEN, NUM_EXPERTS, bias=False)

@@ -83,7 +83,7 @@ def test_sizes_that_are_no_multiple_of_a_tile(
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_activation(runner: Runner, activation: str, bias: bool) -> None:
     gated = not activation.endswith("_no_mul")
-    case = {}
+    case: dict[str, Any] = {}
     if bias:
         generator = torch.Generator().manual_seed(3)
         case["w13_bias"] = torch.randn(E, 96 * (2 if gated else 1), generator=generator)
@@ -102,7 +102,7 @@ def test_swigluoai_clamps(runner: Runner) -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts_of_other_ranks_are_left_out(runner: Runner, tokens: int) -> None:
     expert_map = torch.tensor([-1, 3, -1, 0, 1, -1, 4, 2], dtype=torch.int32)
-    case = {"expert_map": expert_map, "w2_bias": torch.ones(E, 128)}
+    case: dict[str, Any] = {"expert_map": expert_map, "w2_bias": torch.ones(E, 128)}
     weights, ids = random_routing(tokens, experts=8)
     ids[0] = torch.tensor([0, 6])  # of another rank, and local
     runner.check(
@@ -117,7 +117,7 @@ def test_ids_of_minus_one_are_padding(runner: Runner, mapped: bool, tokens: int)
     ids[0, 0] = -1
     ids[3:4] = -1  # all of a token
     # The last expert of the map is local: an index of -1 would take it.
-    case = {"expert_map": torch.tensor([1, 0, 3, 2, 4])} if mapped else {}
+    case: dict[str, Any] = {"expert_map": torch.tensor([1, 0, 3, 2, 4])} if mapped else {}
     runner.check(
         random_experts(*MIXED), random_tokens(tokens, 128, runner.dtype), weights, ids, **case
     )
@@ -162,7 +162,7 @@ def test_inputs_of_any_strides(runner: Runner) -> None:
     weights, ids = (tensor.t().contiguous().t() for tensor in random_routing(9))
     bias = torch.randn(128, E, generator=torch.Generator().manual_seed(3)).t()
     expert_map = torch.tensor([1, 9, 0, 9, 3, 9, 2, 9, 4, 9])[::2]
-    case = {"w2_bias": bias, "expert_map": expert_map}
+    case: dict[str, Any] = {"w2_bias": bias, "expert_map": expert_map}
     assert not any(tensor.is_contiguous() for tensor in (x, weights, ids, bias, expert_map))
     runner.check(random_experts(*MIXED), x, weights, ids, **case)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_moeq.format import FormatError
+from vllm_moeq.format import PROJECTIONS, FormatError
 from vllm_moeq.kernels import ExpertLayout
 
 W13, W2 = [8, 1, 3, 2, 4], [1, 2, 8, 4, 3]
@@ -20,7 +20,8 @@ def test_each_expert_takes_its_own_bytes_right_after_the_last_one(
     gated: bool, w13_rows: int
 ) -> None:
     layout = _layout(gated)
-    for projection, widths, rows, columns in (("w13", W13, w13_rows, 64), ("w2", W2, 64, 96)):
+    sizes = ((W13, w13_rows, 64), (W2, 64, 96))
+    for projection, (widths, rows, columns) in zip(PROJECTIONS, sizes, strict=True):
         assert layout.shape(projection) == (rows, columns)
         end = 0
         for slot, bits in enumerate(widths):

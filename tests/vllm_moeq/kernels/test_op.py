@@ -1,5 +1,7 @@
 """The registered op: torch's own checks, and that compiled models call it as it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,7 +16,7 @@ both_kernels = pytest.mark.parametrize("kernel", TOLERANCE)
 
 def _arguments(
     experts: Experts, kernel: str, dtype: torch.dtype = torch.float32, bias: bool = False
-) -> tuple[object, ...]:
+) -> tuple[Any, ...]:
     tokens = 6
     weights, layout = prepared(experts, kernel)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +57,7 @@ def _assert_close(result: torch.Tensor, expected: torch.Tensor, kernel: str) -> 
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=TOLERANCE[kernel] * scale)
 
 
-def _model(x: torch.Tensor, *rest: object) -> torch.Tensor:
+def _model(x: torch.Tensor, *rest: Any) -> Any:
     return fused_experts(x * 2, *rest).sin() + x
 
 

@@ -30,7 +30,7 @@ POINTERS = {
 
 
 def _compile(name: str, arch: int, tiles: Tiles, dtype: str = "*bf16", **changes: Any) -> GpuCode:
-    constants = {
+    constants: dict[str, Any] = {
         "bias_ptr": None,
         "map_ptr": None,
         "WIDTH_SET": sum(1 << bits for bits in WIDTHS),
@@ -120,7 +120,7 @@ def test_kernels_around_the_products(arch: int, mapped: bool) -> None:
     pointers = POINTERS | {
         "map_ptr": "*i32", "x_ptr": "*bf16", "parts_ptr": "*bf16", "out_ptr": "*bf16",
     }  # fmt: skip
-    cases = {
+    cases: dict[Any, dict[str, Any]] = {
         routing.route_kernel: {
             "TABLE_COLUMNS": 5,
             "BLOCK_M": 16,
