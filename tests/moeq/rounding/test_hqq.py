@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.rounding import quantize_hqq, quantize_rtn
+from moeq.rounding import QuantizedWeight, quantize_hqq, quantize_rtn
 from support.reference import dequantize
 
 GROUP = 64
@@ -15,12 +15,10 @@ def _heavy_tailed(rows: int = 64) -> torch.Tensor:
     return torch.from_numpy(source.standard_t(3, size=(rows, 4 * GROUP)) * 0.02)
 
 
-def _error(
-    weight: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], power: float
-) -> float:
+def _error(weight: torch.Tensor, found: QuantizedWeight, power: float) -> float:
     """Return the powers of the errors, each in steps of its group's grid."""
-    difference = (dequantize(*stored, group_size=GROUP) - weight).view(len(weight), -1, GROUP)
-    return float((difference.abs() / stored[1].double()[..., None]).pow(power).sum())
+    difference = (dequantize(*found, group_size=GROUP) - weight).view(len(weight), -1, GROUP)
+    return float((difference.abs() / found[1].double()[..., None]).pow(power).sum())
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
@@ -39,7 +37,7 @@ def test_every_code_is_the_nearest_on_its_grid(bits: int) -> None:
     zero = found.zero_point.double()[..., None] * 2**bits / 256
     points = step[..., None] * (torch.arange(2**bits, dtype=torch.float64) - zero[..., None])
     distances = (weight.view(8, -1, GROUP, 1) - points).abs().amin(-1)
-    chosen = (dequantize(*stored, group_size=GROUP) - weight).abs().view_as(distances)
+    chosen = (dequantize(*found, group_size=GROUP) - weight).abs().view_as(distances)
     assert (chosen <= distances + 1e-4 * step).all()
 
 
