@@ -53,7 +53,7 @@ def test_measures_both_models_and_writes_the_section(tmp_path: Path) -> None:
         *short.split(),
     ]
     done = subprocess.run(
-        [*command, *short.split(), "--config", json.dumps(SHAPE)],
+        [*command, "--config", json.dumps(SHAPE)],
         env=environment | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
