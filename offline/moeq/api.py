@@ -277,7 +277,7 @@ def compare(
     output: AnyPath,
     *,
     text: AnyPath,
-    calib: AnyPath = "default",
+    calib: AnyPath | None = "default",
     bits: Sequence[float] = (2, 2.25, 2.5, 3, 4),
     methods: Sequence[str] = ("gptq",),
     strategies: Sequence[str] | None = None,
@@ -323,7 +323,7 @@ def compare(
         model=str(model),
         output=Path(output),
         text=str(text),
-        calib=str(calib),
+        calib="none" if calib is None else str(calib),
         bits=tuple(bits),
         methods=tuple(methods),
         strategies=None if strategies is None else tuple(strategies),
@@ -347,7 +347,6 @@ def verify(path: AnyPath) -> list[str]:
 
     Raises:
         MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
-        vllm_moeq.format.FormatError: The manifest is missing or unreadable.
     """
     from moeq.checkpoint.verify import verify_checkpoint
 

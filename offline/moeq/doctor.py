@@ -4,9 +4,11 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from packaging.requirements import Requirement
 
 from moeq.errors import MoeqError
 
@@ -34,28 +36,49 @@ def findings(model: str | None, folder: Path) -> Iterator[Finding]:
         model: Folder or hub id whose needs to compare with what there is, or None.
         folder: Where a packed checkpoint would be written.
 
-    Raises:
-        MoeqError: The model cannot be read.
+    Yields:
+        What was found; a part that fails is a problem, and the others go on.
     """
-    yield from _versions()
-    yield _vllm()
-    yield from _kernels()
-    yield from _space(folder)
+    sections = {
+        "versions": _versions(),
+        "vLLM": _vllm(),
+        "kernels": _kernels(),
+        "space": _space(folder),
+    }
     if model is not None:
-        yield from _needs(model, folder)
+        sections["model"] = _needs(model, folder)
+    for name, section in sections.items():
+        try:
+            yield from section
+        except Exception as error:  # whatever is broken here is what it is to find
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Finding(name, "problem", reason)
 
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", platform.python_version())
-    for package in ("vllm-moeq", "torch", "transformers", "safetensors"):
+    needed = {}
+    try:
+        yield Finding("vllm-moeq", "ok", version("vllm-moeq"))
+        needed = {
+            requirement.name: requirement.specifier
+            for requirement in map(Requirement, requires("vllm-moeq") or [])
+            if requirement.marker is None
+        }
+    except PackageNotFoundError:
+        yield Finding("vllm-moeq", "note", "not installed: it runs from a clone")
+    for package in ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy"):
         try:
-            yield Finding(package, "ok", version(package))
+            found = version(package)
         except PackageNotFoundError:
-            state: State = "note" if package == "vllm-moeq" else "problem"
-            yield Finding(package, state, "not installed")
+            yield Finding(package, "problem", "not installed")
+            continue
+        fits = package not in needed or needed[package].contains(found, prereleases=True)
+        text = found if fits else f"{found}, but {needed[package]} is needed"
+        yield Finding(package, "ok" if fits else "problem", text)
 
 
-def _vllm() -> Finding:
+def _vllm() -> Iterator[Finding]:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
         import vllm
@@ -64,12 +87,14 @@ def _vllm() -> Finding:
 
         reason = unsupported_reason()
     except ImportError as error:
-        return Finding(
+        yield Finding(
             "vLLM", "note", f"{error}; to serve: pip install 'vllm-moeq[cpu]' or '[cuda]'"
         )
+        return
     if reason is not None:
-        return Finding("vLLM", "problem", f"the plugin is not active: {reason}")
-    return Finding("vLLM", "ok", vllm.__version__)
+        yield Finding("vLLM", "problem", f"the plugin is not active: {reason}")
+    else:
+        yield Finding("vLLM", "ok", vllm.__version__)
 
 
 def _kernels() -> Iterator[Finding]:
@@ -116,12 +141,21 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     """Compare what a model needs to be quantized and served at 2.5 bits with what there is."""
     from moeq import pipeline
     from moeq.bench.machine import available_bytes
+    from moeq.checkpoint import SourceModel
     from moeq.requests import QuantizeRequest
+    from vllm_moeq.format import GROUP_SIZES
 
     output = folder / ".moeq-doctor"  # never written
     free = available_bytes()
+    layers = SourceModel.open(model).layers
+    sizes = {size for layer in layers for size in (layer.hidden_size, layer.intermediate_size)}
+    group_sizes = [group for group in GROUP_SIZES if not any(size % group for size in sizes)]
+    if not group_sizes:
+        raise MoeqError(f"no group size ({', '.join(map(str, GROUP_SIZES))}) divides {sizes}")
     for text, calib in (("without text", "none"), ("with text", "default")):
-        request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
+        request = QuantizeRequest(
+            model=model, output=output, calib=calib, group_size=max(group_sizes), dry_run=True
+        )
         estimate = pipeline.quantize(request).estimate
         needed = estimate.memory_bytes
         yield Finding(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
-from moeq.checkpoint.families import check_group_size
+from moeq.checkpoint.families import check_group_size, check_plan_fits
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.workspace import Workspace, check_output_is_free
 from moeq.checkpoint.writer import Conversion, PackedSource
@@ -24,7 +24,15 @@ from moeq.evaluation import Evaluation, PackedModel
 from moeq.model.cost import Cost
 from moeq.model.device import torch_device
 from moeq.model.text import calibration_sequences, evaluation_sequences
-from moeq.planning import MEASUREMENT_NAME, Measurement, decide, measurement_of, stand_in
+from moeq.planning import (
+    MEASUREMENT_NAME,
+    Measurement,
+    check,
+    decide,
+    measurement_of,
+    stand_in,
+    without_stale_claims,
+)
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.units import duration, parse_size, public_name
@@ -52,6 +60,11 @@ class Estimate:
     memory_bytes: int
     measuring: Cost | None
     rounding: Cost | None
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most bytes of temporary files at a time; measuring is over when rounding starts."""
+        return max((cost.disk_bytes for cost in (self.measuring, self.rounding) if cost), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,35 +114,32 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     """
     output = request.output.absolute()
     check_output_is_free(output)
+    given = _given_plan(request)
     source = SourceModel.open(request.model)
-    if request.plan is None:
+    if given is None:
         _check_group_sizes(request, source)
+    else:
+        check_plan_fits(given, source.layers)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
+    # Of the right size, before a measured plan is known.
+    expected = given or (
+        decide(source, request, None).plan if measurement is None else stand_in(source, measurement)
+    )
+    estimate = _estimate(request, _conversion(request, source, expected, text), measurement, text)
     if request.dry_run:
-        plan = _given_plan(request)
-        if plan is None and measurement is not None:
-            plan = stand_in(source, measurement)
-        plan = plan or decide(source, request, None).plan
-        conversion = _conversion(request, source, plan, text)
-        estimate = _estimate(conversion, measurement, _calibration(request, conversion, text))
+        conversion = _conversion(request, source, expected, text)
         return QuantizedModel(request.output, False, conversion.plan, estimate)
     with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
-        _announce_text(request, text)
-        reports: dict[str, Any] = {}
-        plan = _given_plan(request)
-        if plan is None:
+        workspace.check_space(estimate.output_bytes + estimate.disk_bytes)
+        _announce(request, text, estimate)
+        plan, reports = expected, {}
+        if measurement is not None:
             plan, measured = decide(source, request, measurement, workspace.plan, progress)
-            if measured is not None:
-                reports[MEASUREMENT_NAME] = measured
+            reports = {MEASUREMENT_NAME: measured}
         conversion = _conversion(request, source, plan, text)
+        logger.info("%s", _in_short(conversion.plan))
         calibration = _calibration(request, conversion, text)
-        estimate = _estimate(conversion, measurement, calibration)
-        disk = 0 if estimate.rounding is None else estimate.rounding.disk_bytes
-        workspace.check_space(estimate.output_bytes + disk)
-        if text is not None and estimate.rounding is not None:
-            time = duration(estimate.rounding.seconds(text.device))
-            logger.info("rounding experts with GPTQ takes about %s", time)
         report = None
         experts: PackedSource
         if calibration is None:
@@ -156,8 +166,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     source = SourceModel.open(request.model)
     _check_group_sizes(request, source)
     text = _calibration_text(request, source)
-    _announce_text(request, text)
     measurement = _measurement(request, source, text)
+    _announce(request, text, None)
     result = decide(source, request, measurement, None, progress).plan
     if request.output is not None:
         write_plan(result, request.output)
@@ -221,24 +231,46 @@ def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None
 def _measurement(
     request: PlanRequest, source: SourceModel, text: _Text | None
 ) -> Measurement | None:
-    """Return what has to be measured for the plan."""
+    """Return what has to be measured for the plan, checked."""
     if text is None or not request.is_measured:
         return None
-    return measurement_of(source, request, text.tokens, text.device)
+    measurement = measurement_of(source, request, text.tokens, text.device)
+    check(measurement)
+    return measurement
 
 
-def _announce_text(request: PlanRequest, text: _Text | None) -> None:
-    """Say which text is used, since nobody may have asked for one."""
-    if text is not None:
-        count, length = text.tokens.shape
-        name = (
-            "the manual of Python" if request.text == "default" else public_name(str(request.text))
+def _announce(request: PlanRequest, text: _Text | None, estimate: "Estimate | None") -> None:
+    """Say which text is used and how long it takes, since nobody may have asked for either."""
+    if text is None:
+        return
+    count, length = text.tokens.shape
+    name = "the manual of Python" if request.text == "default" else public_name(str(request.text))
+    logger.info("calibration text: %d x %d tokens of %s", count, length, name)
+    if estimate is not None:
+        parts = {"measuring the plan": estimate.measuring, "rounding": estimate.rounding}
+        seconds = {word: cost.seconds(text.device) for word, cost in parts.items() if cost}
+        logger.info(
+            "%s takes about %s; without text it takes seconds: `calib` none",
+            " and ".join(seconds),
+            duration(sum(seconds.values())),
         )
-        logger.info("calibration text: %d x %d tokens of %s", count, length, name)
+
+
+def _in_short(plan: BitPlan) -> str:
+    """Return a plan in a line."""
+    provenance = plan.provenance
+    return (
+        f"plan: {provenance.strategy}, {provenance.achieved_bits:.4g} bits on average, "
+        f"{(provenance.expert_bytes or 0) / 1e6:,.2f} MB of experts, "
+        f"{(provenance.total_bytes or 0) / 1e6:,.2f} MB in all"
+    )
 
 
 def _given_plan(request: QuantizeRequest) -> BitPlan | None:
-    return load_plan(request.plan) if isinstance(request.plan, Path) else request.plan
+    if request.plan is None:
+        return None
+    plan = load_plan(request.plan) if isinstance(request.plan, Path) else request.plan
+    return without_stale_claims(plan, request.chosen_method)
 
 
 def _conversion(
@@ -267,10 +299,12 @@ def _calibration(
 
 
 def _estimate(
+    request: QuantizeRequest,
     conversion: Conversion,
     measurement: Measurement | None,
-    calibration: CalibrationConfig | None,
+    text: _Text | None,
 ) -> Estimate:
+    calibration = _calibration(request, conversion, text)
     measuring = None if measurement is None else measurement.cost()
     rounding = None if calibration is None else calibration.cost()
     memory = [conversion.memory_bytes]

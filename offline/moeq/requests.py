@@ -144,10 +144,15 @@ class PlanRequest:
         _check_one_of("method", self.method, METHODS)
         _check_one_of("maxvar", self.maxvar, MAXVARS)
         _check_one_of("reorder", self.reorder, REORDERS)
-        for size in self.group_sizes:
-            _check_one_of("group_size", size, GROUP_SIZES)
-        for level in self.levels or ():
-            _check_one_of("levels", level, WIDTHS)
+        _check_seed(self.seed)
+        for name, values, choices in (
+            ("group_size", self.group_sizes, GROUP_SIZES),
+            ("levels", self.levels, WIDTHS),
+        ):
+            if values == ():
+                raise MoeqError(f"`{name}` names no value")
+            for value in values or ():
+                _check_one_of(name, value, choices)
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise MoeqError("give only one of " + " and ".join(f"`{name}`" for name in given))
@@ -243,9 +248,11 @@ class QuantizeRequest(PlanRequest):
         why = f"has no effect with `method` {method}"
         if not self.is_calibrated:
             _refuse(self, ("route_all_experts",), why)
+        if self.dry_run:
+            _refuse(self, ("resume",), "has no effect with `dry_run`")
         if self.uses_text:
             return
-        _refuse(self, _TEXT, why)
+        _refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
         _refuse_text(self, why)
         _refuse(self, ("resume",), f"{why}, which starts anew")
 
@@ -296,6 +303,9 @@ class CompareRequest:
 
         _check_positive(self, "nsamples", "seqlen", "eval_nsamples")
         _check_one_of("group_size", self.group_size, GROUP_SIZES)
+        _check_seed(self.seed)
+        if self.calib == NO_TEXT:
+            raise MoeqError("a comparison needs calibration text: give `calib` a file, or default")
         if self.calib == self.text:
             raise MoeqError(
                 "`text` must be another text than `calib`, or every plan looks too good"
@@ -343,6 +353,7 @@ class EvaluateRequest:
 
     def __post_init__(self) -> None:
         _check_positive(self, "nsamples", "seqlen")
+        _check_seed(self.seed)
         _check_one_of("backend", self.backend, BACKENDS)
         if self.seqlen < 2:
             raise MoeqError("`seqlen` 1 leaves no token to predict; give at least 2")
@@ -355,6 +366,11 @@ def _check_positive(request: Any, *names: str) -> None:
         value = getattr(request, name)
         if value < 1:
             raise MoeqError(f"`{name}` {value} is not a positive number")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise MoeqError(f"`seed` {seed} is not between 0 and 2**63")
 
 
 def _check_one_of(name: str, value: object, choices: Iterable[object]) -> None:

@@ -20,7 +20,7 @@ _UNITS = {
 }
 
 
-def parse_size(size: str | int, parameter: str) -> int:
+def parse_size(size: str | float, parameter: str) -> int:
     """Return the bytes that a size such as 14GB (1e9 bytes) or 13.5GiB (2**30 bytes) means.
 
     Args:
@@ -30,10 +30,10 @@ def parse_size(size: str | int, parameter: str) -> int:
     Raises:
         MoeqError: No size, none above zero, or one without a unit.
     """
-    if isinstance(size, int):
-        size = f"{size}B"
+    if isinstance(size, int | float) and size == int(size):
+        size = f"{int(size)}B"
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", size.lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", str(size).lower())
     if not match or match[2] not in units or not Fraction(match[1]):
         raise MoeqError(
             f"`{parameter}` {size} is no size with a unit ({', '.join(_UNITS)}), such as 14GB or "

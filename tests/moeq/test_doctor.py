@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeq.cli import main
+from support.checkpoints import write_checkpoint
 from support.cli import run_moeq
 
 
@@ -49,3 +50,14 @@ def test_a_wrong_kernel_variable_is_a_problem(
     monkeypatch.setenv("MOEQ_KERNEL", "quantum")
     assert main(["doctor"]) == 1
     assert "problem" in capsys.readouterr().out
+
+
+def test_what_is_broken_is_a_problem_and_the_rest_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = write_checkpoint(tmp_path / "model")  # no tokenizer, and rows that 128 does not divide
+    assert main(["doctor", str(model), "--folder", str(tmp_path / "nowhere"), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["torch"]["state"] == "ok"
+    assert rows["space"]["state"] == "problem" and "nowhere" in rows["space"]["text"]
+    assert rows["model"]["state"] == "problem"

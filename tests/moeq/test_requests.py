@@ -127,12 +127,17 @@ def test_defaults_go_by_the_text(
         ({"group_size": (32, 64), "calib": None}, "`group_size` 32,64 is a choice that"),
         ({"plan": Path("p"), "bits": 2.0}, "`bits` has no effect with `plan`; give only one"),
         ({"plan": Path("p"), "ranks": 2}, "`ranks` has no effect with `plan`"),
-        ({"calib": None, "seed": 1}, "`seed` has no effect with `method` rtn; leave it out"),
+        ({"calib": None, "seed": 1}, "`seed` has no effect without `calib`; leave it out"),
         ({"calib": None, "resume": True}, "`resume` has no effect with `method` rtn"),
         ({"method": "hqq", "route_all_experts": True}, "`route_all_experts` has no effect"),
         ({"strategy": "maxvar", "method": "hqq", "calib": "t"}, "`calib` has no effect"),
         ({"max_shard_size": "lots"}, "`max_shard_size` lots is no size"),
         ({"target_size": "1"}, "`target_size` 1 is no size with a unit"),
+        ({"target_size": 0.5}, "`target_size` 0.5 is no size with a unit"),
+        ({"group_size": ()}, "`group_size` names no value"),
+        ({"levels": ()}, "`levels` names no value"),
+        ({"seed": 2**63}, "is not between 0 and 2**63"),
+        ({"dry_run": True, "resume": True}, "`resume` has no effect with `dry_run`"),
     ],
 )
 def test_what_does_not_go_together_is_named(parameters: dict[str, Any], message: str) -> None:
@@ -158,6 +163,7 @@ def test_a_plan_alone_needs_less(parameters: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"calib": "none"}, "a comparison needs calibration text"),
         ({"text": "default"}, "`text` must be another text than `calib`"),
         ({"methods": ("gptq", "magic")}, "`methods` magic is not one of"),
         ({"bits": (2, 2)}, "`bits` names the same value twice"),

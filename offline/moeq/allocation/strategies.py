@@ -100,7 +100,7 @@ def make_plan(source: SourceModel, options: PlanOptions) -> BitPlan:
     provenance = Provenance(
         strategy=options.strategy,
         requested_bits=options.bits,
-        source=source.name,
+        source=source.public_name,
         moeq_version=__version__,
         details=details,
     )

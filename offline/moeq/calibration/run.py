@@ -13,6 +13,7 @@ from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.layer import round_layer
 from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.snapshots import Snapshots, Tensors
+from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, LayerwiseModel, Routed, add_experts, run_layer
 from moeq.model.activations import mapped
 from moeq.progress import Progress, silent, stage
@@ -38,9 +39,20 @@ def calibrate(
         MoeqError: A weight or an activation is not finite, or what is there was made from
             something else; names it.
     """
-    source = config.source
     snapshots = Snapshots(folder)
     snapshots.start(config.fingerprint(), resume)
+    try:
+        return _calibrate(config, snapshots, resume, progress)
+    except BaseException:  # Ctrl-C, too
+        if not snapshots.has_finished:
+            clear(folder)
+        raise
+
+
+def _calibrate(
+    config: CalibrationConfig, snapshots: Snapshots, resume: bool, progress: Progress
+) -> CalibratedExperts:
+    source, folder = config.source, snapshots.folder
     model = LayerwiseModel(source, torch.device(config.device))
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)

@@ -45,6 +45,11 @@ class Snapshots:
             clear(self.folder)
         begin(self.folder / _FINGERPRINT, fingerprint)
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether there is something to go on with."""
+        return (self.folder / _STATE).exists()
+
     def save_layer(self, index: int, tensors: Tensors) -> None:
         """Keep the packed experts of a layer."""
         replace_file(self._layer(index), lambda target: save_file(tensors, target))
@@ -67,7 +72,7 @@ class Snapshots:
 
     def restore(self, activations: Tensors) -> tuple[int, Any]:
         """Return how many layers are finished, and the facts; fill the activations."""
-        if not (self.folder / _STATE).exists():
+        if not self.has_finished:
             return 0, {}
         state = json.loads((self.folder / _STATE).read_text())
         saved = load_file(self._activations(state["done"]))

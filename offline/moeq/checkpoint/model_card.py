@@ -62,9 +62,10 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
     data.library_name = "vllm"
     data.tags = sorted({*(data.tags or []), "moe", "moeq", "quantized"})
     name = link = Path(source).resolve().name
+    # What a fine-tuned model comes from is not what this one comes from.
+    data.base_model = data.base_model_relation = None
     if not Path(source).exists():
-        data.base_model = source
-        data.base_model_relation = "quantized"
+        data.base_model, data.base_model_relation = source, "quantized"
         link = f"[{source}](https://huggingface.co/{source})"
     provenance = plan.provenance
     text = _TEXT.format(

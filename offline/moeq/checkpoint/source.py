@@ -9,6 +9,7 @@ import torch
 from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.reader import CheckpointReader, resolve_model
 from moeq.errors import MoeqError
+from moeq.units import public_name
 
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -42,6 +43,11 @@ class SourceModel:
     def folder(self) -> Path:
         """Where it lies."""
         return self.reader.folder
+
+    @property
+    def public_name(self) -> str:
+        """What others may know of the name: a hub id, or the last part of a path."""
+        return public_name(self.name)
 
     @property
     def hidden_size(self) -> int:

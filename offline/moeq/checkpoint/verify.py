@@ -41,9 +41,11 @@ def verify_checkpoint(folder: Path) -> list[str]:
 
     Raises:
         MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
-        FormatError: The manifest is missing or unreadable.
     """
-    problems = check_manifest(folder)
+    try:
+        problems = check_manifest(folder)
+    except FormatError as error:
+        raise MoeqError(str(error)) from error
     if problems:
         return problems
     reader = CheckpointReader(folder)

@@ -69,7 +69,7 @@ class Workspace:
             MoeqError: It cannot; says how much is missing.
         """
         # What an unfinished run left is either gone on with or removed.
-        needed -= used_bytes(self.calibration)
+        needed -= used_bytes(self.plan.parent)
         parent = self.output.parent
         free = shutil.disk_usage(parent).free
         if free < needed:

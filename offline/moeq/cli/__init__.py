@@ -1,6 +1,7 @@
 """The ``moeq`` command."""
 
 import logging
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with _messages(options.parser):
-            return COMMANDS[options.command](options)
+            status = COMMANDS[options.command](options)
+            sys.stdout.flush()
+            return status
     except (MoeqError, FormatError) as error:
         print(f"{options.parser.prog}: {with_flags(str(error), options.parser)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # as in `moeq ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(f"{options.parser.prog}: interrupted", file=sys.stderr)

@@ -66,12 +66,13 @@ def inspect(options: Namespace) -> int:
     import moeq
     from moeq.cli import printing
 
-    result = moeq.inspect(options.path, options.html).plan
-    print(
-        json.dumps(printing.plan_summary(result))
-        if options.json
-        else printing.describe_plan(result)
-    )
+    inspection = moeq.inspect(options.path, options.html)
+    if options.json:
+        known = ("calibration", "measurement", "router_norms")
+        more = {name: getattr(inspection, name) for name in known}
+        print(json.dumps(printing.plan_summary(inspection.plan) | more))
+    else:
+        print(printing.describe_plan(inspection.plan))
     return 0
 
 

@@ -16,6 +16,8 @@ from moeq.pipeline import Estimate, QuantizedModel
 from moeq.units import duration
 from vllm_moeq.format import BitPlan
 
+_HIDDEN = ("tried", "digest", "method")
+"""Details that are shown otherwise, or not for people."""
 _RULES = ("combined", "router-norm")
 """Strategies that go by router norms alone or first."""
 
@@ -25,7 +27,11 @@ def describe_plan(plan: BitPlan) -> str:
     provenance = plan.provenance
     rows = [
         ("strategy", provenance.strategy),
-        *((name, _text(value)) for name, value in provenance.details.items() if name != "tried"),
+        *(
+            (name, _text(value))
+            for name, value in provenance.details.items()
+            if name not in _HIDDEN
+        ),
         ("source", provenance.source),
         ("group size", str(plan.group_size)),
         ("bits requested", _number(provenance.requested_bits)),

@@ -209,7 +209,9 @@ class Study:
         return self._plan(strategy, bits, widths)
 
     def _plan(self, strategy: str, bits: float, expert_bits: dict[str, LayerBits]) -> BitPlan:
-        provenance = Provenance(strategy=strategy, requested_bits=bits, source=self.source.name)
+        provenance = Provenance(
+            strategy=strategy, requested_bits=bits, source=self.source.public_name
+        )
         return BitPlan(self.request.group_size, expert_bits, provenance)
 
     def _point(self, method: str, plan: BitPlan, evaluation: Evaluation) -> Point:

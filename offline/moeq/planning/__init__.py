@@ -5,6 +5,7 @@ from moeq.planning.decide import decide, measurement_of, stand_in
 from moeq.planning.judge import judge
 from moeq.planning.measurement import MEASUREMENT_NAME, Measurement
 from moeq.planning.planner import Decision, check, measured_plan
+from moeq.planning.stamp import without_stale_claims
 
 __all__ = [
     "MEASUREMENT_NAME",
@@ -17,4 +18,5 @@ __all__ = [
     "measured_plan",
     "measurement_of",
     "stand_in",
+    "without_stale_claims",
 ]

@@ -76,7 +76,7 @@ def routing_plans(measurement: Measurement, model: LayerwiseModel, bank: Bank) -
     provenance = Provenance(
         strategy=PMQ.name,
         requested_bits=asked.bits,
-        source=measurement.source.name,
+        source=measurement.source.public_name,
         moeq_version=__version__,
         details={"levels": list(levels)},
     )

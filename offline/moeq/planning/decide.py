@@ -16,7 +16,8 @@ from moeq.checkpoint import SourceModel
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.errors import MoeqError
 from moeq.planning.measurement import Measurement
-from moeq.planning.planner import Decision, check, measured_plan, resumable_plan
+from moeq.planning.planner import Decision, measured_plan, resumable_plan
+from moeq.planning.stamp import stamped
 from moeq.progress import Progress, silent
 from moeq.requests import DEFAULT_BITS, PlanRequest
 from moeq.units import parse_size
@@ -75,18 +76,13 @@ def decide(
     else:
         decision = resumable_plan(measurement, folder, progress)
     _check_size(decision.plan, source, request, budget)
-    return decision
+    return Decision(stamped(decision.plan, request.chosen_method), decision.report)
 
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:
-    """Return a plan of the size of a measured one, after finding out what could fail.
-
-    Raises:
-        MoeqError: As :func:`moeq.planning.planner.check`.
-    """
-    check(measurement)
-    options = measurement.options
-    return make_plan(source, PlanOptions(options.bits, group_size=options.group_size))
+    """Return a plan of the size of a measured one, to tell what rounding will take."""
+    bits, group_size = measurement.options.bits, measurement.options.group_size
+    return make_plan(source, PlanOptions(bits, strategy="random:0", group_size=group_size))
 
 
 def _options(request: PlanRequest, bits: float) -> PlanOptions:

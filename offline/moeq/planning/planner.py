@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from moeq.allocation import allocate, possible_group_sizes
+from moeq.allocation import allocate, expert_counts, possible_group_sizes
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.families import check_group_size
 from moeq.checkpoint.sizes import plan_sizes, with_sizes
@@ -24,29 +24,14 @@ from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
 from moeq.progress import Progress, silent
 from moeq.sensitivity import Bank, Choice, QuantizationError, build, gradients
-from moeq.units import duration
 from vllm_moeq._version import __version__
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection, Provenance
 
 logger = logging.getLogger(__name__)
 
 
-class Checked(NamedTuple):
-    """What is known before anything is measured.
-
-    Attributes:
-        others: Plans to try that need no measurement.
-        budget: Bytes that all plans may take.
-        group_sizes: Those with which there is a plan.
-    """
-
-    others: list[BitPlan]
-    budget: int
-    group_sizes: list[int]
-
-
-def check(measurement: Measurement) -> Checked:
-    """Find out in a moment what could fail after hours.
+def check(measurement: Measurement) -> None:
+    """Find out in a moment, from headers alone, what could fail after hours.
 
     Raises:
         MoeqError: Options that do not fit the model, or too little text.
@@ -56,14 +41,17 @@ def check(measurement: Measurement) -> Checked:
     for group_size in measurement.group_sizes:
         check_group_size(group_size, source.layers)
     options.constraints.check(len(source.layers))
-    others = unmeasured_plans(measurement) if len(measurement.held_back) else []
-    budget = measurement.budget
-    for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
-        budget = plan_sizes(plan, source).expert_bytes
-    possible = possible_group_sizes(
-        measurement.group_sizes, source.layers, measurement.widths, budget, options.constraints
-    )
-    return Checked(others, budget, possible)
+    if options.strategy == "auto" and options.levels is not None:  # for the plans that it tries
+        expert_counts(options.bits, options.levels, source.layers[0].num_experts)
+    _possible(measurement, measurement.budget)
+
+
+def _possible(measurement: Measurement, budget: int) -> list[int]:
+    """Return the group sizes with which there is a plan."""
+    return possible_group_sizes(
+        measurement.group_sizes, measurement.source.layers, measurement.widths, budget,
+        measurement.options.constraints,
+    )  # fmt: skip
 
 
 class Decision(NamedTuple):
@@ -122,15 +110,14 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
 
 def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Decision:
     """Measure, choose and judge."""
-    others, budget, group_sizes = check(measurement)
+    others = unmeasured_plans(measurement) if len(measurement.held_back) else []
+    budget = measurement.budget
+    for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
+        budget = plan_sizes(plan, measurement.source).expert_bytes
+    group_sizes = _possible(measurement, budget)
     for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
         path.unlink()
-    cost = measurement.cost()
-    check_space(cost.disk_bytes, folder)
-    logger.info(
-        "measuring the plan takes about %s; one without text takes seconds: `calib` none",
-        duration(cost.seconds(measurement.device)),
-    )
+    check_space(measurement.cost().disk_bytes, folder)
     model = LayerwiseModel(measurement.source, measurement.device)
     tokens = measurement.measured
     of_outputs = gradients(model, tokens, folder, measurement.seed, progress)
@@ -200,7 +187,7 @@ def _least_loss(measurement: Measurement, banks: Mapping[int, Bank], budget: int
     provenance = Provenance(
         strategy="sensitivity",
         requested_bits=options.bits,
-        source=source.name,
+        source=source.public_name,
         moeq_version=__version__,
         details={
             "widths": list(measurement.widths),

@@ -129,6 +129,17 @@ def test_a_bad_plan_is_refused(tmp_path: Path, plan: dict[str, object], message:
     assert {path.name for path in tmp_path.iterdir()} == {"model", "plan.json"}
 
 
+def test_a_typo_does_not_remove_unfinished_work(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    unfinished = tmp_path / ".out.moeq" / "calibration"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state.json").write_text("hours of work")
+    for options in (["--plan", "typo.json", "--method", "rtn"], ["--calib", "none"]):
+        done = run_moeq("quantize", tmp_path / "model", "-o", tmp_path / "out", *options)
+        assert done.returncode == 1  # the second: its rows are no multiple of 128
+        assert (unfinished / "state.json").exists()
+
+
 def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model")
     (tmp_path / "out").mkdir()

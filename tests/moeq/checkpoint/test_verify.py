@@ -13,7 +13,7 @@ from moeq.checkpoint import CheckpointReader
 from moeq.checkpoint.verify import read_plan, verify_checkpoint
 from support.checkpoints import CONTAINERS, ROUTERS, plan_dict, write_checkpoint
 from support.packed import write_packed
-from vllm_moeq.format import BitPlan, FormatError, write_manifest
+from vllm_moeq.format import BitPlan, write_manifest
 
 SHARD = "model-00001-of-00001.safetensors"
 W1 = f"{CONTAINERS[1]}.2.w1"
@@ -141,7 +141,7 @@ def test_a_plan_for_more_experts_than_there_are_is_named(packed: Path) -> None:
 
 def test_a_folder_without_manifest_is_no_finished_checkpoint(packed: Path) -> None:
     (packed / "moeq_manifest.json").unlink()
-    with pytest.raises(FormatError, match="moeq_manifest.json is missing"):
+    with pytest.raises(MoeqError, match="moeq_manifest.json is missing"):
         verify_checkpoint(packed)
 
 
