@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint import CheckpointReader
 from moeq.checkpoint.verify import read_plan, verify_checkpoint
+from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, ROUTERS, plan_dict, write_checkpoint
 from support.packed import write_packed
 from vllm_moeq.format import BitPlan, write_manifest
