@@ -1,7 +1,10 @@
 """Reads safetensors files of any size without keeping what has been read in memory."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
+from threading import RLock, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -44,6 +47,23 @@ class MappedFiles:
             OSError, SafetensorError: As :meth:`open`.
         """
         with self._lock:
-            tensor: torch.Tensor = self.open(path).get_tensor(name)
+            with _uninterrupted():
+                tensor: torch.Tensor = self.open(path).get_tensor(name)
             self._read += tensor.nbytes
         return tensor
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C: inside safetensors it is lost, or turns into an error about shapes."""
+    if current_thread() is not main_thread():  # never interrupted
+        yield
+        return
+    pending: list[Any] = []
+    previous = signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending and callable(previous):
+        previous(*pending[0])

@@ -273,7 +273,7 @@ def test_ctrl_c_before_anything_is_measured_leaves_nothing(
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "moeq quantize: interrupted" in errors and "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
 
