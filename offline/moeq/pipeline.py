@@ -63,8 +63,8 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """Most bytes of temporary files at a time; measuring is over when rounding starts."""
-        return max((cost.disk_bytes for cost in (self.measuring, self.rounding) if cost), default=0)
+        """Bytes of the result and of what rounding leaves beside it until it is done."""
+        return self.output_bytes + (self.rounding.disk_bytes if self.rounding else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +126,25 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     expected = given or (
         decide(source, request, None).plan if measurement is None else stand_in(source, measurement)
     )
-    estimate = _estimate(request, _conversion(request, source, expected, text), measurement, text)
+    conversion = _conversion(request, source, expected, text)
+    estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
-        conversion = _conversion(request, source, expected, text)
         return QuantizedModel(request.output, False, conversion.plan, estimate)
     with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
-        workspace.check_space(estimate.output_bytes + estimate.disk_bytes)
-        _announce(request, text, estimate)
-        plan, reports = expected, {}
+        workspace.check_space(estimate.disk_bytes)
+        _announce(request, text, estimate.measuring, estimate.rounding)
+        reports: dict[str, Any] = {}
         if measurement is not None:
-            plan, measured = decide(source, request, measurement, workspace.plan, progress)
-            reports = {MEASUREMENT_NAME: measured}
-        conversion = _conversion(request, source, plan, text)
+            plan, reports[MEASUREMENT_NAME] = decide(
+                source, request, measurement, workspace.plan, progress
+            )
+            conversion = _conversion(request, source, plan, text)
         logger.info("%s", _in_short(conversion.plan))
         calibration = _calibration(request, conversion, text)
         report = None
         experts: PackedSource
         if calibration is None:
-            experts = DataFree(source, request.chosen_method, plan.group_size)
+            experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
         else:
             experts = calibrated = calibrate(
                 calibration, workspace.calibration, request.resume, progress
@@ -167,7 +168,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     _check_group_sizes(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
-    _announce(request, text, None)
+    _announce(request, text, None if measurement is None else measurement.cost(), None)
     result = decide(source, request, measurement, None, progress).plan
     if request.output is not None:
         write_plan(result, request.output)
@@ -239,21 +240,22 @@ def _measurement(
     return measurement
 
 
-def _announce(request: PlanRequest, text: _Text | None, estimate: "Estimate | None") -> None:
+def _announce(
+    request: PlanRequest, text: _Text | None, measuring: Cost | None, rounding: Cost | None
+) -> None:
     """Say which text is used and how long it takes, since nobody may have asked for either."""
     if text is None:
         return
     count, length = text.tokens.shape
     name = "the manual of Python" if request.text == "default" else public_name(str(request.text))
     logger.info("calibration text: %d x %d tokens of %s", count, length, name)
-    if estimate is not None:
-        parts = {"measuring the plan": estimate.measuring, "rounding": estimate.rounding}
-        seconds = {word: cost.seconds(text.device) for word, cost in parts.items() if cost}
-        logger.info(
-            "%s takes about %s; without text it takes seconds: `calib` none",
-            " and ".join(seconds),
-            duration(sum(seconds.values())),
-        )
+    parts = {"measuring the plan": measuring, "rounding": rounding}
+    seconds = {word: cost.seconds(text.device) for word, cost in parts.items() if cost}
+    logger.info(
+        "%s takes about %s; without text it takes seconds: `calib` none",
+        " and ".join(seconds),
+        duration(sum(seconds.values())),
+    )
 
 
 def _in_short(plan: BitPlan) -> str:
