@@ -43,6 +43,8 @@ CONSTANT = 4.0
 
 def write_model(folder: Path, options: argparse.Namespace) -> int:
     """Write a random checkpoint, a file for each layer; return the bytes of a layer's experts."""
+    # A fixed model: few others give tokens to experts that are not to be used.
+    torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
