@@ -1,22 +1,20 @@
 """The ways from a request to its result: what ``moeq quantize`` and its kin do, step by step."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.families import check_group_size, check_plan_fits
 from moeq.checkpoint.plan_file import load_plan, write_plan
-from moeq.checkpoint.workspace import Workspace, check_output_is_free
+from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
 from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
 from moeq.errors import MoeqError
@@ -130,7 +128,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
         return QuantizedModel(request.output, False, conversion.plan, estimate)
-    with Workspace.open(output, request.resume) as workspace, _disk_errors(output):
+    with Workspace.open(output, request.resume) as workspace, disk_errors(f"cannot write {output}"):
         workspace.check_space(estimate.disk_bytes)
         _announce(request, text, estimate.measuring, estimate.rounding)
         reports: dict[str, Any] = {}
@@ -196,20 +194,20 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
     Raises:
         MoeqError: Something does not fit the model, or a package is missing; names it.
     """
-    check_output_is_free(request.output.absolute())
     check_strategies(request)
     if find_spec("matplotlib") is None:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
     source = SourceModel.open(request.model)
-    tokens = calibration_sequences(
-        source.folder, request.calib, request.nsamples, request.seqlen, request.seed
-    )
-    heldout = evaluation_sequences(
-        source.folder, request.text, request.eval_nsamples, tokens.shape[1], 0
-    )
-    findings = Study(source, request, tokens, heldout, device).run(progress)
-    write_comparison(request, findings, tokens, heldout)
+    with new_folder(request.output.absolute()) as folder:
+        tokens = calibration_sequences(
+            source.folder, request.calib, request.nsamples, request.seqlen, request.seed
+        )
+        heldout = evaluation_sequences(
+            source.folder, request.text, request.eval_nsamples, tokens.shape[1], 0
+        )
+        findings = Study(source, request, tokens, heldout, device).run(progress)
+        write_comparison(folder, request, findings, tokens, heldout)
     return findings
 
 
@@ -319,12 +317,3 @@ def _estimate(
         measuring,
         rounding,
     )
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """Name the output when its disk is full or fails."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise MoeqError(f"cannot write {output}: {error}") from error

@@ -1,4 +1,4 @@
-"""Records routers during training, so that ``--base-router`` knows where they started."""
+"""Records routers during training, so that `base_router` knows where they started."""
 
 import os
 from collections.abc import Iterator

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
@@ -90,6 +92,52 @@ class Workspace:
         self.partial.rename(self.output)
         _sync_one(self.output.parent)
         clear(self.partial.parent)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a hidden folder that becomes the output when the work in it is done.
+
+    Args:
+        output: Folder to create.
+
+    Raises:
+        MoeqError: ``output`` exists or cannot be written.
+    """
+    check_output_is_free(output)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    with disk_errors(f"cannot write {output}"):
+        partial.mkdir()
+    try:
+        yield partial
+        check_output_is_free(output)
+        with disk_errors(f"cannot write {output}"):
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder for the time of a measurement, where TMPDIR says.
+
+    Raises:
+        MoeqError: There is none, or its disk is full or fails.
+    """
+    with (
+        disk_errors("cannot measure in a temporary folder (TMPDIR names another place)"),
+        TemporaryDirectory(prefix="moeq-") as name,
+    ):
+        yield Path(name)
+
+
+@contextmanager
+def disk_errors(failure: str) -> Iterator[None]:
+    """Say what has failed when a disk is full or fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MoeqError(f"{failure}: {error}") from error
 
 
 def check_output_is_free(output: Path) -> None:

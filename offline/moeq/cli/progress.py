@@ -1,9 +1,10 @@
 """Shows how far work has come: bars in a terminal, a line a minute elsewhere."""
 
+import signal
 import sys
 import time
-from types import TracebackType
-from typing import TextIO
+from types import FrameType, TracebackType
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -14,7 +15,11 @@ _SECONDS = 60
 
 
 class Bars:
-    """A :class:`moeq.progress.Progress` that writes to a stream, the standard error by default."""
+    """A :class:`moeq.progress.Progress` that writes to a stream, the standard error by default.
+
+    Native code that calls back into Python swallows Ctrl-C at times, or turns it into an error of
+    its own. Work within this context ends all the same, at its next step.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -22,18 +27,33 @@ class Bars:
         self._bar: tqdm | None = None
         self._stage = ""
         self._started = self._said = 0.0
+        self._interrupted = self._listens = False
 
     def __enter__(self) -> "Bars":
+        # Elsewhere it is ignored, as in the background of a script, or not ours to hear.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._listens = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
+        if self._listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._bar is not None:
             self._bar.close()
+        if self._interrupted and kind is not None and not issubclass(kind, KeyboardInterrupt):
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
         """Hear of a step, see :class:`moeq.progress.Progress`."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         if self._terminal:
             self._draw(stage, done, total, unit)
         else:

@@ -1,31 +1,32 @@
-"""Writes a comparison: a page, a picture, Markdown and JSON, all or nothing."""
+"""Writes a comparison: a page, a picture, Markdown and JSON."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from moeq.checkpoint.workspace import disk_errors
 from moeq.comparison.figures import overview
 from moeq.comparison.page import render
 from moeq.comparison.study import Findings
 from moeq.comparison.summary import as_json, as_markdown
-from moeq.errors import MoeqError
 from moeq.requests import CompareRequest
 from moeq.units import public_name
 
 
 def write_comparison(
+    folder: Path,
     request: CompareRequest,
     findings: Findings,
     tokens: torch.Tensor,
     heldout: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write a comparison to a new folder.
+    """Write a comparison.
 
     Args:
-        request: What was compared; its output is the folder.
+        folder: Where to.
+        request: What was compared.
         findings: What came out.
         tokens: int64 [n, L]: calibration text.
         heldout: Text to its tokens, int64 [n, L].
@@ -33,7 +34,7 @@ def write_comparison(
     Raises:
         MoeqError: It cannot be written, or the page needs a package that is missing.
     """
-    model, folder = public_name(request.model), request.output.absolute()
+    model = public_name(request.model)
     title = f"Bit plans for {model}"
     judged = sum(part.numel() for part in heldout.values())
     notes = [
@@ -49,13 +50,6 @@ def write_comparison(
         "compare.md": "\n\n".join([f"# {title}", *notes, as_markdown(findings)]),
         "compare.json": json.dumps(as_json(findings), indent=1) + "\n",
     }
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
+    with disk_errors(f"cannot write {request.output}"):
         for name, text in files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        raise MoeqError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (folder / name).write_text(text, encoding="utf-8")

@@ -3,8 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,7 +10,7 @@ from moeq.allocation import PlanOptions, allocate, make_plan, ordered_bits
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import check_group_size
 from moeq.checkpoint.sizes import plan_sizes
-from moeq.checkpoint.workspace import check_space
+from moeq.checkpoint.workspace import check_space, temporary_folder
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation
 from moeq.model import LayerwiseModel
@@ -120,11 +118,11 @@ class Study:
         points: list[Point] = []
         signals: Signals = {}
         at_width: dict[int, Signals] = {}
-        with TemporaryDirectory(prefix="moeq-") as name:
-            check_space(needed, Path(name))
-            of_outputs = gradients(model, self.tokens, Path(name), request.seed, progress)
+        with temporary_folder() as work:
+            check_space(needed, work)
+            of_outputs = gradients(model, self.tokens, work, request.seed, progress)
             for method in request.methods:
-                folder = Path(name) / method
+                folder = work / method
                 folder.mkdir()
                 bank = build(
                     model, self.tokens, widths, request.group_size, method, of_outputs, folder,

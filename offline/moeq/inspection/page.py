@@ -19,6 +19,10 @@ _STYLE = """
 .map { border-spacing: 2px; border-collapse: separate; }
 .map td { padding: 0; border: 0; width: 1.1em; min-width: .7em; height: 1.5em; border-radius: 2px; }
 .map th { border: 0; font-weight: 400; padding: 0 .5em 0 0; white-space: nowrap; }
+.map td:is(:hover, :focus) { outline: 2px solid var(--text); }
+.map td:is(:hover, :focus)::after { content: attr(aria-label); white-space: pre-wrap;
+            text-align: left; position: fixed; left: 0; right: 0; bottom: 0; padding: .6em 1em;
+            background: var(--back); border-top: 1px solid var(--line); pointer-events: none; }
 .key span { display: inline-block; width: 1em; height: 1em; border-radius: 2px;
             vertical-align: -.15em; margin: 0 .3em 0 1em; }
 .bar { display: inline-block; height: .8em; border-radius: 2px; background: #2a788e; }
@@ -70,13 +74,14 @@ def _plan_map(inspection: Inspection) -> Iterator[str]:
     )
     yield (
         "<p>A row for each MoE layer, a cell for each expert: its upper half is the width of gate "
-        "and up, its lower half that of down. Point at a cell to see what is known of the expert."
+        "and up, its lower half that of down. Point at a cell, tap it or go there with Tab to see "
+        "what is known of the expert."
         f'</p><p class="key">{key}</p>'
     )
     rows = []
     for container, bits in inspection.plan.expert_bits.items():
         cells = "".join(
-            f'<td title="{escape(_about(inspection, container, bits, expert))}" '
+            f'<td tabindex="0" aria-label="{escape(_about(inspection, container, bits, expert))}" '
             f'style="background:linear-gradient({_COLOURS[bits.w13[expert]]} 50%,'
             f'{_COLOURS[bits.w2[expert]]} 50%)"></td>'
             for expert in range(bits.num_experts)

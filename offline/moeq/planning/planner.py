@@ -3,21 +3,23 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-
-from safetensors import SafetensorError
 
 from moeq.allocation import allocate, expert_counts, possible_group_sizes
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.families import check_group_size
 from moeq.checkpoint.sizes import plan_sizes, with_sizes
-from moeq.checkpoint.workspace import begin, check_space, clear, replace_file
-from moeq.errors import MoeqError
+from moeq.checkpoint.workspace import (
+    begin,
+    check_space,
+    clear,
+    disk_errors,
+    replace_file,
+    temporary_folder,
+)
 from moeq.model import LayerwiseModel
 from moeq.planning.candidates import Candidate, routing_plans, unmeasured_plans
 from moeq.planning.judge import judge
@@ -72,8 +74,8 @@ def measured_plan(measurement: Measurement, progress: Progress = silent) -> Deci
     Raises:
         MoeqError: As :func:`check`; weights or activations that are not finite; or a full disk.
     """
-    with TemporaryDirectory(prefix="moeq-") as name, _disk_errors(Path(name)):
-        return _measure(measurement, Path(name), progress)
+    with temporary_folder() as folder:
+        return _measure(measurement, folder, progress)
 
 
 def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = silent) -> Decision:
@@ -88,7 +90,7 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
         MoeqError: As :func:`measured_plan`; or what is there is of another plan.
     """
     kept, unfinished = folder / "plan.json", folder / "measurement"
-    with _disk_errors(folder):
+    with disk_errors(f"cannot measure in {folder}"):
         folder.mkdir(exist_ok=True)
         begin(folder / "fingerprint.json", measurement.fingerprint())
         if kept.exists():
@@ -198,12 +200,3 @@ def _least_loss(measurement: Measurement, banks: Mapping[int, Bank], budget: int
         },
     )
     return with_sizes(BitPlan(group_size, bits, provenance), source)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Name the folder when its disk is full or fails."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise MoeqError(f"cannot measure in {folder}: {error}") from error

@@ -1,6 +1,8 @@
 """How progress is shown: bars in a terminal, a line a minute elsewhere."""
 
 import io
+import signal
+from contextlib import suppress
 
 import pytest
 
@@ -63,3 +65,38 @@ def test_a_terminal_has_a_bar_for_each_stage() -> None:
                 advance(1)
     shown = stream.getvalue()
     assert "gradients: 100%" in shown and "round: 100%" in shown and "2/2" in shown
+
+
+def test_a_ctrl_c_that_a_library_swallowed_ends_the_work_at_the_next_step() -> None:
+    steps = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Bars(io.StringIO()) as bars,
+        stage(bars, "round", 3, "expert") as advance,
+    ):
+        advance(1)
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        steps.append("swallowed")
+        advance(1)
+        steps.append("went on")
+    assert steps == ["swallowed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_ctrl_c_that_a_library_turned_into_another_error_stays_one() -> None:
+    with pytest.raises(KeyboardInterrupt), Bars(io.StringIO()):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("shapes do not fit") from None
+
+
+def test_a_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Bars(io.StringIO()) as bars:
+            signal.raise_signal(signal.SIGINT)
+            bars("round", 0, 1, "expert")
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,8 +1,11 @@
 """``moeq compare`` through the real command; its figures against packed checkpoints."""
 
+import errno
 import json
 import math
+import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +243,23 @@ def test_bad_options_are_named(
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(comparison: Comparison) -> None:
+    done = run_moeq("compare", comparison.model, "-o", "/proc/out", "--text", "not-yet-read.txt")
+    assert done.returncode == 1
+    assert "cannot write /proc/out" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_temporary_files_that_cannot_be_written_are_named(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    done = run_moeq(
+        "compare", comparison.model, "-o", tmp_path / "out", "--calib", comparison.calibration,
+        "--text", comparison.text, "--nsamples", 1, "--seqlen", 16, "--group-size", 32,
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot measure in" in done.stderr and "Traceback" not in done.stderr
+    assert os.strerror(errno.EFBIG) in done.stderr
+    assert list(tmp_path.iterdir()) == []
