@@ -1,6 +1,7 @@
 """Runs the real ``moeq`` command in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "moeq.cli")
+INTERRUPTED = (130, -signal.SIGINT)
+"""Exit statuses after Ctrl-C; a shell shows both as 130. The second is Python's own, if it came
+while a module was imported."""
 
 
 def environment() -> dict[str, str]:
