@@ -135,6 +135,7 @@ def _model(
     return loss, size, budget, (experts,) * layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraints", "gap"),
     [

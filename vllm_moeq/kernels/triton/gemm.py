@@ -1,252 +1,17 @@
 """The two matrix products of a fused MoE layer: experts of every width in one launch.
 
-Each program multiplies BLOCK_N rows of one expert's matrix with up to BLOCK_M tokens. Weights are
-the left operand of the tensor cores, tokens the right one. Codes enter as whole numbers; scale and
-zero point stay out of the product: for each group, with a = the sum of a token's values in it,
-
-    result += scale * (products - (zero + offset) * a)
-
-in float32, which is both less work per weight and more exact than rounding dequantized weights.
+Each program multiplies BLOCK_N rows of one expert's matrix with up to BLOCK_M tokens; see
+``mainloop.py``.
 """
 # Code for Triton's compiler: no annotations, and conditions of the compiler apart from others.
 # ruff: noqa: D417, SIM102
 # mypy: ignore-errors
 
-import torch
 import triton
 import triton.language as tl
 
-from vllm_moeq.format import WIDTHS
-from vllm_moeq.kernels.triton import planes
+from vllm_moeq.kernels.triton.mainloop import BLOCK_K, multiply
 from vllm_moeq.kernels.triton.routing import CHANGING, expert_slot
-
-BLOCK_K: tl.constexpr = tl.constexpr(planes.BLOCK_K)
-LANES: tl.constexpr = tl.constexpr(planes.LANES)
-CODES: tl.constexpr = tl.constexpr(planes.CODES)
-WORDS_PER_UNIT: tl.constexpr = tl.constexpr(planes.ALIGNMENT // 2)
-TABLE_COLUMNS: tl.constexpr = tl.constexpr(5)
-"""Of each expert's row: width and offset of w13, those of w2, place in the order of work."""
-
-# Triton lets a function that runs while it compiles use constants only, no other functions.
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_WIDTHS: tl.constexpr = tl.constexpr(WIDTHS)
-_WIDTH_COUNT: tl.constexpr = tl.constexpr(len(WIDTHS))
-_SEGMENTS: tl.constexpr = tl.constexpr({bits: planes.segments(bits) for bits in WIDTHS})
-_ASSEMBLY: tl.constexpr = tl.constexpr(
-    {
-        (bits, name): planes.decode_assembly(bits, dtype)
-        for bits in WIDTHS
-        for name, dtype in _DTYPES.items()
-    }
-)
-_CONSTRAINTS: tl.constexpr = tl.constexpr(
-    {bits: planes.decode_constraints(bits) for bits in WIDTHS}
-)
-_OFFSETS: tl.constexpr = tl.constexpr(
-    {
-        (bits, name): planes.code_offset(bits, dtype)
-        for bits in WIDTHS
-        for name, dtype in _DTYPES.items()
-    }
-)
-
-
-@triton.constexpr_function
-def _width(index):
-    return _WIDTHS.value[index]
-
-
-@triton.constexpr_function
-def _segments(bits, code):
-    return len(_SEGMENTS.value[bits][code])
-
-
-@triton.constexpr_function
-def _segment(bits, code, index, field):
-    return _SEGMENTS.value[bits][code][index][field]
-
-
-@triton.constexpr_function
-def _assembly(bits, dtype):
-    return _ASSEMBLY.value[bits, dtype.name]
-
-
-@triton.constexpr_function
-def _constraints(bits):
-    return _CONSTRAINTS.value[bits]
-
-
-@triton.constexpr_function
-def _code_dtypes(dtype):
-    return (dtype,) * CODES.value
-
-
-@triton.constexpr_function
-def _offset(bits, dtype):
-    return _OFFSETS.value[bits, dtype.name]
-
-
-@triton.jit
-def _decode_interpreted(words, BITS: tl.constexpr, OFFSET: tl.constexpr):
-    """Do what the assembly does, for the interpreter, which has neither it nor bfloat16."""
-    codes = ()
-    for h in tl.static_range(CODES):
-        code = tl.zeros_like(words[0]).to(tl.int32)
-        for i in tl.static_range(_segments(BITS, h)):
-            word = words[_segment(BITS, h, i, 0)].to(tl.int32)
-            bits = (word >> _segment(BITS, h, i, 1)) & ((1 << _segment(BITS, h, i, 2)) - 1)
-            code |= bits << _segment(BITS, h, i, 3)
-        codes = codes + (code.to(tl.float32) + OFFSET,)
-    return codes
-
-
-@triton.jit
-def _columns(codes, FIRST: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """Put COUNT tensors [ROWS, LANES] side by side."""
-    if COUNT == 1:
-        result = codes[FIRST]
-    else:
-        left = _columns(codes, FIRST, COUNT // 2, ROWS)
-        right = _columns(codes, FIRST + COUNT // 2, COUNT // 2, ROWS)
-        result = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, LANES * COUNT))
-    return result
-
-
-@triton.jit
-def _load_groups(scale_ptr, sums_ptr, block, rows, N, PER_BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Return scales with zero points, and token sums, of all groups of a block of columns."""
-    pairs = ()
-    sums = ()
-    for i in tl.static_range(PER_BLOCK):
-        group = block * PER_BLOCK + i
-        pairs = pairs + (tl.load(scale_ptr + group * N + rows),)
-        total = tl.load(sums_ptr + group * PARTS)
-        for part in tl.static_range(1, PARTS):
-            total += tl.load(sums_ptr + group * PARTS + part)
-        sums = sums + (total,)
-    return pairs, sums
-
-
-@triton.jit
-def _half(pair):
-    return (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _accumulate(
-    acc,
-    x_ptr,
-    x_mask,
-    w_ptr,
-    scale_ptr,
-    sums_ptr,
-    rows,
-    N,
-    K,
-    first,
-    last,
-    BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    MASK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Add the products of blocks [first, last) of columns.
-
-    Args:
-        acc: float32 [BLOCK_N, BLOCK_M].
-        x_ptr: Addresses of the tokens, [1, BLOCK_M].
-        x_mask: Which of them exist.
-        w_ptr, scale_ptr: Planes and scales of the expert.
-        sums_ptr: Addresses of the tokens' sums, [BLOCK_M]: PARTS numbers for each group.
-        rows: int [BLOCK_N], of N.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    OFFSET: tl.constexpr = _offset(BITS, DTYPE)
-    PER_BLOCK: tl.constexpr = BLOCK_K // GROUP_SIZE
-    PER_GROUP: tl.constexpr = GROUP_SIZE // LANES
-    columns = tl.arange(0, GROUP_SIZE)[:, None]
-    plane = N * LANES
-    w_ptr += first * (BITS * plane) + rows[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # Fetched a block ahead: Triton pipelines only what tl.dot reads.
-    pairs, sums = _load_groups(scale_ptr, sums_ptr, first, rows, N, PER_BLOCK, PARTS)
-    for block in range(first, last):
-        words = (tl.load(w_ptr),)
-        for i in tl.static_range(1, BITS):
-            words = words + (tl.load(w_ptr + i * plane),)
-        if INTERPRETED:
-            codes = _decode_interpreted(words, BITS, OFFSET)
-        else:
-            codes = tl.inline_asm_elementwise(
-                _assembly(BITS, DTYPE),
-                _constraints(BITS),
-                words,
-                dtype=_code_dtypes(DTYPE),
-                is_pure=True,
-                pack=2,
-            )
-        following = tl.minimum(block + 1, last - 1)
-        next_pairs, next_sums = _load_groups(
-            scale_ptr, sums_ptr, following, rows, N, PER_BLOCK, PARTS
-        )
-        for i in tl.static_range(PER_BLOCK):
-            place = block * BLOCK_K + i * GROUP_SIZE + columns
-            mask = x_mask & (place < K) if MASK_K else x_mask
-            x = tl.load(x_ptr + place, mask=mask, other=0.0)
-            if INTERPRETED:
-                x = x.to(tl.float32)
-            products = tl.dot(_columns(codes, i * PER_GROUP, PER_GROUP, BLOCK_N), x)
-            scale = _half(pairs[i])
-            zero = _half(pairs[i] >> 16) + OFFSET
-            acc += scale[:, None] * (products - zero[:, None] * sums[i][None, :])
-        pairs, sums = next_pairs, next_sums
-        w_ptr += BITS * plane
-    return acc
-
-
-@triton.jit
-def _multiply(
-    x_ptr,
-    x_mask,
-    w_ptr,
-    scale_ptr,
-    sums_ptr,
-    table_ptr,
-    expert,
-    rows,
-    N,
-    K,
-    first,
-    last,
-    PROJECTION: tl.constexpr,
-    WIDTH_SET: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    MASK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Multiply rows of one expert's matrix with tokens, at the expert's width.
-
-    Returns:
-        float32 [BLOCK_N, BLOCK_M].
-    """
-    entry = table_ptr + expert * TABLE_COLUMNS + 2 * PROJECTION
-    bits = tl.load(entry)
-    # In units of 128 bytes: the compiler knows that the address is aligned.
-    w_ptr += tl.load(entry + 1).to(tl.int64) * WORDS_PER_UNIT
-    scale_ptr += expert.to(tl.int64) * (tl.cdiv(K, BLOCK_K) * (BLOCK_K // GROUP_SIZE)) * N
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i in tl.static_range(_WIDTH_COUNT):
-        if (WIDTH_SET >> _width(i)) & 1:
-            if bits == _width(i):
-                acc = _accumulate(
-                    acc, x_ptr, x_mask, w_ptr, scale_ptr, sums_ptr, rows, N, K, first, last,
-                    _width(i), GROUP_SIZE, PARTS, MASK_K, BLOCK_N, INTERPRETED,
-                )  # fmt: skip
-    return acc
 
 
 @triton.jit
@@ -338,6 +103,7 @@ def w13_kernel(
     ON_INPUT: tl.constexpr,
     MAPPED: tl.constexpr,
     DIRECT: tl.constexpr,
+    DEQUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -348,7 +114,7 @@ def w13_kernel(
     Args:
         x_ptr: Tokens [M, K].
         w_ptr, scale_ptr, table_ptr: Prepared weights; rows of gate and up alternate by eights.
-        sums_ptr: float32 [M, groups].
+        sums_ptr: float32 [M, groups]; like all sums, not used if DEQUANTIZE.
         bias_ptr: [experts, rows of w13] in canonical order, if BIAS.
         router_weight_ptr: [M, top_k], used if ON_INPUT.
         intermediate_ptr: Output [num_choices, padded_intermediate].
@@ -380,10 +146,12 @@ def w13_kernel(
     token = tl.where(exists, choices, 0) // top_k
     rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
-    acc = _multiply(
+    if not DEQUANTIZE:
+        sums_ptr += token * (blocks_k * (BLOCK_K // GROUP_SIZE))
+    acc = multiply(
         x_ptr + (token.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
-        sums_ptr + token * (blocks_k * (BLOCK_K // GROUP_SIZE)), table_ptr, expert, rows, N, K,
-        0, blocks_k, 0, WIDTH_SET, GROUP_SIZE, 1, MASK_K, BLOCK_M, BLOCK_N, INTERPRETED,
+        sums_ptr, table_ptr, expert, rows, N, K, 0, blocks_k, 0, WIDTH_SET, GROUP_SIZE, 1, MASK_K,
+        DEQUANTIZE, BLOCK_M, BLOCK_N, INTERPRETED,
     )  # fmt: skip
     if ON_INPUT:  # the projection is linear: the same as scaling its input
         acc *= tl.load(router_weight_ptr + choices, mask=exists, other=0.0)[None, :].to(tl.float32)
@@ -416,16 +184,16 @@ def w13_kernel(
     result = _activate(gate, up, ACTIVATION).to(intermediate_ptr.dtype.element_ty)
     target = choices.to(tl.int64)[None, :] * padded_intermediate + columns[:, None]
     tl.store(intermediate_ptr + target, result, mask=exists[None, :])
-    # Of the rounded values, which are what w2_kernel multiplies.
-    values = result.to(tl.float32)
-    PARTS: tl.constexpr = COLUMNS // SUM_SIZE
-    target = intermediate_sums_ptr + choices * (padded_intermediate // SUM_SIZE) + n * PARTS
-    if PARTS == 1:  # Triton 3.6 does not compile a sum within blocks of which there is one
-        tl.store(target, tl.sum(values, axis=0), mask=exists)
-    else:
-        sums = tl.sum(tl.reshape(values, (PARTS, SUM_SIZE, BLOCK_M)), axis=1)
-        part = tl.arange(0, PARTS)[:, None]
-        tl.store(target[None, :] + part, sums, mask=exists[None, :])
+    if not DEQUANTIZE:  # of the rounded values, which are what w2_kernel multiplies
+        values = result.to(tl.float32)
+        PARTS: tl.constexpr = COLUMNS // SUM_SIZE
+        target = intermediate_sums_ptr + choices * (padded_intermediate // SUM_SIZE) + n * PARTS
+        if PARTS == 1:  # Triton 3.6 does not compile a sum within blocks of which there is one
+            tl.store(target, tl.sum(values, axis=0), mask=exists)
+        else:
+            sums = tl.sum(tl.reshape(values, (PARTS, SUM_SIZE, BLOCK_M)), axis=1)
+            part = tl.arange(0, PARTS)[:, None]
+            tl.store(target[None, :] + part, sums, mask=exists[None, :])
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -453,6 +221,7 @@ def w2_kernel(
     BIAS: tl.constexpr,
     MAPPED: tl.constexpr,
     DIRECT: tl.constexpr,
+    DEQUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -491,11 +260,13 @@ def w2_kernel(
     rows = n * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     blocks_k = K // BLOCK_K
-    acc = _multiply(
+    if not DEQUANTIZE:
+        sums_ptr += source * (K // SUM_SIZE)
+    acc = multiply(
         intermediate_ptr + (source.to(tl.int64) * K)[None, :], exists[None, :], w_ptr, scale_ptr,
-        sums_ptr + source * (K // SUM_SIZE), table_ptr, expert, rows, N, K,
+        sums_ptr, table_ptr, expert, rows, N, K,
         part * blocks_k // SPLIT_K, (part + 1) * blocks_k // SPLIT_K, 1, WIDTH_SET, GROUP_SIZE,
-        GROUP_SIZE // SUM_SIZE, False, BLOCK_M, BLOCK_N, INTERPRETED,
+        GROUP_SIZE // SUM_SIZE, False, DEQUANTIZE, BLOCK_M, BLOCK_N, INTERPRETED,
     )  # fmt: skip
     inside = rows < hidden_size
     if BIAS:

@@ -1,4 +1,4 @@
-"""One fused MoE layer: five launches, or four where no choices need sorting.
+"""One fused MoE layer: five launches, four where no choices need sorting or for many tokens.
 
 A choice is one of the top-k experts of one token; the choices of a call are numbered by token and
 then by place among the top-k, so that ``topk_ids`` is their list of experts.
@@ -11,6 +11,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 
 from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
+from vllm_moeq.kernels.layout import ExpertLayout
 from vllm_moeq.kernels.reference import ACTIVATIONS
 from vllm_moeq.kernels.triton import gemm
 from vllm_moeq.kernels.triton.planes import BLOCK_K, padded
@@ -59,12 +60,13 @@ class _Hidden(NamedTuple):
 
     Attributes:
         values: [choices, padded intermediate_size], of the type of the tokens.
-        sums: float32 [choices, padded intermediate_size / sum_size], of neighbouring values.
+        sums: float32 [choices, padded intermediate_size / sum_size], of neighbouring values; None
+            where weights are dequantized.
         sum_size: How many values are added; divides the group size.
     """
 
     values: torch.Tensor
-    sums: torch.Tensor
+    sums: torch.Tensor | None
     sum_size: int
 
 
@@ -162,6 +164,7 @@ def _route(work: _Work) -> dict[str, Any]:
         "blocks_m": work.blocks,
         "GROUP_SIZE": layout.group_size,
         "DIRECT": work.direct,
+        "DEQUANTIZE": tiles.dequantize,
         "INTERPRETED": INTERPRETED,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -176,17 +179,15 @@ def _first_product(work: _Work, common: dict[str, Any]) -> _Hidden:
     """Sum the groups of the tokens, then w13 of every choice and its activation."""
     call, planes, block_n = work.call, work.planes, work.tiles.block_n
     x, layout = call.x, call.layout
-    tokens, top_k = call.routing.topk_ids.shape
-    groups = padded(layout.hidden_size, BLOCK_K) // layout.group_size
-    sums = x.new_empty((tokens, groups), dtype=torch.float32)
-    sums_kernel[(tokens, triton.cdiv(groups * layout.group_size, _COLUMNS))](
-        x, sums, layout.hidden_size, groups, GROUP_SIZE=layout.group_size, BLOCK=_COLUMNS
-    )
+    top_k = call.routing.topk_ids.shape[1]
+    sums = None if work.tiles.dequantize else _sums(x, layout)
     columns = padded_intermediate(layout)
     # What one program sums, up to a group.
     sum_size = min(layout.group_size, block_n // 2 if layout.gated else block_n)
     values = x.new_empty((work.choices, columns))
-    hidden_sums = x.new_empty((work.choices, columns // sum_size), dtype=torch.float32)
+    hidden_sums = None
+    if sums is not None:
+        hidden_sums = x.new_empty((work.choices, columns // sum_size), dtype=torch.float32)
     rows = planes.w13_scales.shape[-1]
     gemm.w13_kernel[(rows // block_n * work.blocks,)](
         x_ptr=x,
@@ -212,6 +213,16 @@ def _first_product(work: _Work, common: dict[str, Any]) -> _Hidden:
         **common,
     )
     return _Hidden(values, hidden_sums, sum_size)
+
+
+def _sums(x: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
+    """Return the sums of tokens in each group: float32 [M, groups]."""
+    groups = padded(layout.hidden_size, BLOCK_K) // layout.group_size
+    sums = x.new_empty((len(x), groups), dtype=torch.float32)
+    sums_kernel[(len(x), triton.cdiv(groups * layout.group_size, _COLUMNS))](
+        x, sums, layout.hidden_size, groups, GROUP_SIZE=layout.group_size, BLOCK=_COLUMNS
+    )
+    return sums
 
 
 def _second_product(work: _Work, common: dict[str, Any], hidden: _Hidden) -> torch.Tensor:

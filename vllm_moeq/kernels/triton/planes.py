@@ -7,8 +7,7 @@ all words, so that no width wastes a bit. Loading eight lanes of a row is one 16
 the codes of one thread are already where the tensor cores want them.
 
 A code c becomes a number with a shift and one three-input logic instruction: its bits are set into
-the mantissa of a constant, which gives ``offset + c``. The offset is subtracted with the zero
-point, once for each group.
+the mantissa of a constant, which gives ``offset + c``. The offset goes with the zero point.
 """
 
 from functools import cache
@@ -31,6 +30,7 @@ ALIGNMENT = 128
 
 _WORD_BITS = 16
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_PAIR = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the number 1
 # 2 ** mantissa bits: its last mantissa bit counts 1.
 _MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}
@@ -130,42 +130,79 @@ def decode_assembly(bits: int, dtype: torch.dtype) -> str:
 
     Outputs are $0 to $15 (``offset + code`` in ``dtype``), inputs follow.
     """
-    lines: list[str] = []
-    registers = 0
+    code = _Assembly(bits, dtype, CODES)
+    for h in range(CODES):
+        code.emit("mov.b32", f"${h}", code.number(h))
+    return code.text()
 
-    def assign(instruction: str, *operands: str) -> str:
-        nonlocal registers
-        registers += 1
-        lines.append(f"{instruction} t{registers}, {', '.join(operands)};")
-        return f"t{registers}"
 
-    one = assign("mov.b32", _twice(_ONE[dtype])) if _signed(bits, dtype) else ""
-    position = _code_position(bits, dtype)
-    magic = _twice(_MAGIC[dtype] - (position << _MANTISSA_BITS[dtype]))
-    for h, places in enumerate(segments(bits)):
-        value = magic
-        for word, word_bit, count, code_bit in places:
-            shift = word_bit - code_bit - position
-            source = f"${CODES + word}"
+def weight_assembly(bits: int, dtype: torch.dtype, groups: int, part: int) -> str:
+    """Return the same for weights of one half of the columns, in 8 outputs.
+
+    They are ``(offset + code + shift) * scale + rest``. After the words, inputs are shift, scale
+    and rest of each of the ``groups`` in the half. The first sum must be exact in ``dtype``.
+    """
+    outputs = CODES // 2
+    code = _Assembly(bits, dtype, outputs)
+    one = code.assign("mov.b32", _twice(_ONE[dtype]))
+    multiply_add = f"fma.rn.{_PAIR[dtype]}"  # sm_80 has no add of two bfloat16
+    for h in range(outputs):
+        shift, scale, rest = (
+            f"${outputs + bits + 3 * (h * groups // outputs) + place}" for place in range(3)
+        )
+        whole = code.assign(multiply_add, code.number(part * outputs + h), one, shift)
+        code.emit(multiply_add, f"${h}", whole, scale, rest)
+    return code.text()
+
+
+def constraints(outputs: int, inputs: int) -> str:
+    """Return the constraints of such PTX; outputs are written before all inputs are read."""
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+class _Assembly:
+    """PTX that takes codes out of words, on registers of two halves."""
+
+    def __init__(self, bits: int, dtype: torch.dtype, outputs: int) -> None:
+        self._bits, self._dtype, self._outputs = bits, dtype, outputs
+        self._position = _code_position(bits, dtype)
+        self._magic = _twice(_MAGIC[dtype] - (self._position << _MANTISSA_BITS[dtype]))
+        self._lines: list[str] = []
+        self._registers = 0
+
+    def emit(self, instruction: str, *operands: str) -> None:
+        self._lines.append(f"{instruction} {', '.join(operands)};")
+
+    def assign(self, instruction: str, *operands: str) -> str:
+        """Emit an instruction with a new register for its result, and return that."""
+        self._registers += 1
+        register = f"t{self._registers}"
+        self.emit(instruction, register, *operands)
+        return register
+
+    def number(self, h: int) -> str:
+        """Return a register with ``offset + code`` of the h-th codes of two records."""
+        value = self._magic
+        for word, word_bit, count, code_bit in segments(self._bits)[h]:
+            shift = word_bit - code_bit - self._position
+            source = f"${self._outputs + word}"
             if shift:
                 instruction = "shr.b32" if shift > 0 else "shl.b32"
-                source = assign(instruction, source, str(abs(shift)))
-            if _signed(bits, dtype):
+                source = self.assign(instruction, source, str(abs(shift)))
+            if _signed(self._bits, self._dtype):
                 # 8 bits do not fit into 7: (128 + low 7 bits) * 1 + (-256 or -128).
-                low = assign("lop3.b32", source, _twice(0x7F), magic, _AND_OR)
-                high = assign("lop3.b32", source, _twice(0x80), _twice(0xC380), _AND_XOR)
-                value = assign("fma.rn.bf16x2", low, one, high)
+                low = self.assign("lop3.b32", source, _twice(0x7F), self._magic, _AND_OR)
+                high = self.assign("lop3.b32", source, _twice(0x80), _twice(0xC380), _AND_XOR)
+                one = self.assign("mov.b32", _twice(_ONE[self._dtype]))
+                value = self.assign("fma.rn.bf16x2", low, one, high)
             else:
-                mask = _twice(((1 << count) - 1) << (code_bit + position))
-                value = assign("lop3.b32", source, mask, value, _AND_OR)
-        lines.append(f"mov.b32 ${h}, {value};")
-    names = ", ".join(f"t{i}" for i in range(1, registers + 1))
-    return f"{{ .reg .b32 {names}; {' '.join(lines)} }}"
+                mask = _twice(((1 << count) - 1) << (code_bit + self._position))
+                value = self.assign("lop3.b32", source, mask, value, _AND_OR)
+        return value
 
-
-def decode_constraints(bits: int) -> str:
-    """Return the constraints of :func:`decode_assembly`; outputs are written before all is read."""
-    return ",".join(["=&r"] * CODES + ["r"] * bits)
+    def text(self) -> str:
+        names = ", ".join(f"t{i}" for i in range(1, self._registers + 1))
+        return f"{{ .reg .b32 {names}; {' '.join(self._lines)} }}"
 
 
 def _signed(bits: int, dtype: torch.dtype) -> bool:

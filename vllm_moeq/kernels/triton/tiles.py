@@ -24,17 +24,28 @@ class Tiles:
     group_m: int = 1
     programs_per_sm: int = 2
 
+    @property
+    def dequantize(self) -> bool:
+        """Whether codes become weights before they are multiplied; see ``mainloop.py``."""
+        return self.block_m >= DEQUANTIZE_FROM
+
+
+DEQUANTIZE_FROM = 64
+"""Tokens of a program that outweigh a scale and a zero point for each of its weights."""
 
 Table = tuple[tuple[float, Tiles], ...]
 """(most tokens per expert, tiles), in rising order; the last is for any number."""
 
-# Few tokens: wide tiles of weights, deep pipelines, since memory
-# is the limit. Many: as many tokens as registers hold without spilling, so that each weight is
-# decoded seldom. All of them compile with Triton 3.6 to 3.9, for sm_80 and sm_90.
+# Few tokens: memory is the limit. More programs with half the rows where there is little to share
+# out, then deep pipelines of wide tiles. Many: as many tokens as registers hold without spilling,
+# so that each weight is decoded seldom. The order was measured on an H100 (RESULTS.md); the last
+# two rows are predictions: what was measured there has changed since.
 TABLE: Table = (
-    (16, Tiles(16, 128)),
-    (32, Tiles(32, 64)),
-    (float("inf"), Tiles(64, 128, num_stages=3, group_m=8)),
+    (0.5, Tiles(16, 64)),
+    (16, Tiles(16, 128, num_stages=3, programs_per_sm=4)),
+    (48, Tiles(32, 128, num_stages=3, group_m=8)),
+    (128, Tiles(64, 128, num_stages=3, group_m=8)),
+    (float("inf"), Tiles(128, 128, num_warps=8, num_stages=3, group_m=8)),
 )
 """What is used where nothing was measured; see ``tuned.py``."""
 

@@ -1,12 +1,15 @@
-"""What the compiler makes of the products, for GPUs that need not be there."""
+"""What the compiler makes of the products, for GPUs that need not be there.
 
+With the installed Triton and with that of the oldest supported vLLM.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from support.gpu_code import GpuCode, compile_kernel
+from support.gpu_code import OLD_TRITON, GpuCode, compile_kernel, compiler, overwritten
 from vllm_moeq.format import WIDTHS
-from vllm_moeq.kernels.triton import gemm, routing
 from vllm_moeq.kernels.triton.planes import BLOCK_K
 from vllm_moeq.kernels.triton.tiles import TABLE, Tiles
 
@@ -29,8 +32,32 @@ POINTERS = {
 }
 
 
-def _compile(name: str, arch: int, tiles: Tiles, dtype: str = "*bf16", **changes: Any) -> GpuCode:
-    constants: dict[str, Any] = {
+Compile = Callable[..., GpuCode]
+"""Takes the name of a product, an architecture, tiles, and constants that differ."""
+
+
+@pytest.fixture(scope="module", params=["installed", "oldest"])
+def compile_product(request: pytest.FixtureRequest) -> Iterator[Compile]:
+    folder = OLD_TRITON if request.param == "oldest" else None
+    if folder is not None and not folder.exists():
+        pytest.skip("tests/run.sh installs the oldest Triton")
+    with compiler(folder) as process:
+
+        def run(name: str, arch: int, tiles: Tiles, **changes: Any) -> GpuCode:
+            options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+            pointers, constants = _arguments(name, tiles, changes)
+            return process.submit(
+                compile_kernel, f"gemm.{name}", arch, pointers, constants, **options
+            ).result()
+
+        yield run
+
+
+def _arguments(
+    name: str, tiles: Tiles, changes: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the types of pointers, and constants."""
+    constants = {
         "bias_ptr": None,
         "map_ptr": None,
         "WIDTH_SET": sum(1 << bits for bits in WIDTHS),
@@ -39,49 +66,78 @@ def _compile(name: str, arch: int, tiles: Tiles, dtype: str = "*bf16", **changes
         "BIAS": False,
         "MAPPED": False,
         "DIRECT": False,
+        "DEQUANTIZE": tiles.dequantize,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "GROUP_M": tiles.group_m,
         "INTERPRETED": False,
-    }
-    if name == "w13_kernel":
-        constants |= {"MASK_K": False, "ACTIVATION": "silu", "GATED": True, "ON_INPUT": False}
-    else:
-        constants |= {"SPLIT_K": 1}
-    pointers = POINTERS | {"x_ptr": dtype, "intermediate_ptr": dtype, "out_ptr": dtype}
-    return compile_kernel(
-        getattr(gemm, name),
-        arch,
-        pointers,
-        constants | changes,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+        "MASK_K": False,
+        "ACTIVATION": "silu",
+        "GATED": True,
+        "ON_INPUT": False,
+        "SPLIT_K": 1,
+    } | changes
+    if constants["DEQUANTIZE"]:
+        constants |= {"sums_ptr": None, "intermediate_sums_ptr": None}
+    dtype = constants.pop("dtype", "*bf16")
+    return POINTERS | {"x_ptr": dtype, "intermediate_ptr": dtype, "out_ptr": dtype}, constants
 
 
-@pytest.mark.parametrize("tiles", [tiles for _, tiles in TABLE], ids=lambda t: f"{t.block_m}")
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-@pytest.mark.parametrize("name", ["w13_kernel", "w2_kernel"])
-def test_products_fit_the_gpu(name: str, arch: int, tiles: Tiles) -> None:
-    code = _compile(name, arch, tiles)
-    assert code.spilled == 0
+def _is_sound(code: GpuCode) -> bool:
+    return not code.spills and not code.overwritten
+
+
+@pytest.mark.parametrize(
+    "tiles", [tiles for _, tiles in TABLE], ids=lambda t: f"{t.block_m}x{t.block_n}"
+)
+@pytest.mark.parametrize(
+    ("name", "arch"), [("w13_kernel", 90), ("w2_kernel", 90), ("w13_kernel", 80)]
+)
+def test_products_fit_the_gpu(name: str, arch: int, tiles: Tiles, compile_product: Compile) -> None:
+    code = compile_product(name, arch, tiles)
+    assert _is_sound(code)
     assert code.shared <= SHARED_BYTES[arch]
     assert code.count(MATRIX_INSTRUCTION[arch])
     assert len(code.loops) >= len(WIDTHS)  # one for each width
 
 
+def test_spills_are_seen(compile_product: Compile) -> None:
+    """Codes of so many tokens need more registers than there are: as it once was."""
+    tiles = Tiles(128, 128, num_stages=3)
+    assert compile_product("w13_kernel", 90, tiles, WIDTH_SET=1 << 8, DEQUANTIZE=False).spills
+
+
+def test_registers_that_are_still_read_are_seen() -> None:
+    """As Triton 3.6 compiled a loop in which products ran on while the next weights came."""
+    turn = """
+        /*0010*/ SHF.R.U32.HI R64, RZ, 0x4, R15 ;
+        /*0020*/ HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR8], R24, gsb0 ;
+        /*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/ HGMMA.64x64x16.F32.BF16 R24, R64, gdesc[UR8], R24, gsb0 ;
+        /*0050*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0060*/ @!P5 LDS.64 R58, [R13] ;
+    """
+    assert overwritten(turn.splitlines()) == ["SHF.R.U32.HI R64, RZ, 0x4, R15"]
+    waits = turn.replace("@!P5", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n/*0070*/ @!P5")
+    assert not overwritten(waits.splitlines())
+    too_early = turn.replace(
+        "/*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1", "/*0030*/ LDSM.16.M88.4 R56, [R12]"
+    )
+    assert "LDSM.16.M88.4 R56, [R12]" in overwritten(too_early.splitlines())
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_few_instructions_for_each_code(bits: int) -> None:
-    tiles = TABLE[0][1]
-    code = _compile("w13_kernel", 90, tiles, WIDTH_SET=1 << bits)
+def test_few_instructions_for_each_code(bits: int, compile_product: Compile) -> None:
+    tiles = TABLE[1][1]
+    code = compile_product("w13_kernel", 90, tiles, WIDTH_SET=1 << bits)
     (loop,) = code.loops
     codes = tiles.block_n * BLOCK_K / (32 * tiles.num_warps)  # of a thread, in one turn
     assert loop.total() / codes <= INSTRUCTIONS_PER_CODE[bits]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_weights_are_loaded_16_bytes_at_a_time(bits: int) -> None:
-    code = _compile("w13_kernel", 90, TABLE[0][1], WIDTH_SET=1 << bits)
+def test_weights_are_loaded_16_bytes_at_a_time(bits: int, compile_product: Compile) -> None:
+    code = compile_product("w13_kernel", 90, TABLE[1][1], WIDTH_SET=1 << bits)
     (loop,) = code.loops
     loads = [name for name in loop.elements() if name.startswith(("LDGSTS", "LDG"))]
     assert sum("128" in name for name in loads) >= bits
@@ -89,17 +145,12 @@ def test_weights_are_loaded_16_bytes_at_a_time(bits: int) -> None:
     assert not any(size in name for name in loads for size in ("U8", "U16", ".64"))
 
 
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_smaller_groups(group_size: int) -> None:
-    code = _compile(
-        "w13_kernel", 90, TABLE[0][1], GROUP_SIZE=group_size, SUM_SIZE=min(64, group_size)
-    )
-    assert code.spilled == 0 and code.count("HGMMA")
-
-
+@pytest.mark.parametrize("tiles", [TABLE[1][1], TABLE[-1][1]], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize(
     "changes",
     [
+        {"GROUP_SIZE": 32, "SUM_SIZE": 32},
+        {"GROUP_SIZE": 64},
         {"dtype": "*fp16"},
         {"DIRECT": True},
         {"MASK_K": True},
@@ -108,9 +159,9 @@ def test_smaller_groups(group_size: int) -> None:
     ],
     ids=str,
 )
-def test_variants(changes: dict[str, Any]) -> None:
-    code = _compile("w13_kernel", 90, TABLE[0][1], **changes)
-    assert code.spilled == 0 and code.count("HGMMA")
+def test_variants(changes: dict[str, Any], tiles: Tiles, compile_product: Compile) -> None:
+    code = compile_product("w13_kernel", 90, tiles, WIDTH_SET=1 << 3 | 1 << 8, **changes)
+    assert _is_sound(code) and code.count("HGMMA")
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
@@ -120,19 +171,21 @@ def test_kernels_around_the_products(arch: int, mapped: bool) -> None:
     pointers = POINTERS | {
         "map_ptr": "*i32", "x_ptr": "*bf16", "parts_ptr": "*bf16", "out_ptr": "*bf16",
     }  # fmt: skip
-    cases: dict[Any, dict[str, Any]] = {
-        routing.route_kernel: {
+    cases: dict[str, dict[str, Any]] = {
+        "route_kernel": {
             "TABLE_COLUMNS": 5,
             "BLOCK_M": 16,
             "BINS": 256,
             "BLOCK": 1024,
             **ids,
         },
-        routing.sums_kernel: {"GROUP_SIZE": 64, "BLOCK": 1024},
-        routing.combine_kernel: {"ON_INPUT": False, "SPLIT_K": 4, "BLOCK": 1024, **ids},
+        "sums_kernel": {"GROUP_SIZE": 64, "BLOCK": 1024},
+        "combine_kernel": {"ON_INPUT": False, "SPLIT_K": 4, "BLOCK": 1024, **ids},
     }
-    for kernel, constants in cases.items():
-        code = compile_kernel(kernel, arch, pointers, constants, num_warps=4, num_stages=2)
-        assert code.spilled == 0
+    for name, constants in cases.items():
+        code = compile_kernel(
+            f"routing.{name}", arch, pointers, constants, num_warps=4, num_stages=2
+        )
+        assert not code.spills
         assert code.shared <= SHARED_BYTES[arch]
         assert not code.count("ATOMG") and not code.count("RED.")  # the order would be any

@@ -19,6 +19,7 @@ from vllm_moeq.kernels.triton.planes import (
     matrix_words,
     pack_planes,
     pack_scales,
+    weight_assembly,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -53,18 +54,42 @@ def test_records_hold_the_bits_of_their_codes_and_no_others(bits: int) -> None:
 def test_assembly_decodes_what_was_packed(bits: int, dtype: torch.dtype) -> None:
     codes, stream = _planes(bits)
     rows, columns = codes.shape
-    words = (stream << np.arange(16)).sum(-1).astype(np.uint32)  # [kb, n, lane, word]
-    # Two records share registers: here, those of neighbouring lanes.
-    inputs = [words[:, :, 0::2, word] | words[:, :, 1::2, word] << 16 for word in range(bits)]
-    outputs = _emulate(decode_assembly(bits, dtype), inputs, dtype)
-    result = np.empty((words.shape[0], BLOCK_N, CODES, LANES))
-    for h, output in enumerate(outputs):
-        for record in (0, 1):
-            half = (output >> np.uint32(16 * record)).astype(np.uint16)
-            result[:, :, h, record::2] = _numbers(half, dtype) - code_offset(bits, dtype)
+    outputs = _emulate(decode_assembly(bits, dtype), _inputs(stream), dtype)
+    result = _records(outputs, dtype) - code_offset(bits, dtype)
     matrix = result.transpose(1, 0, 2, 3).reshape(BLOCK_N, -1)
     np.testing.assert_array_equal(matrix[:rows, :columns], codes.numpy())
     assert not matrix[rows:].any() and not matrix[:, columns:].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_assembly_makes_weights_of_what_was_packed(
+    bits: int, dtype: torch.dtype, groups: int
+) -> None:
+    """They are rounded once, whatever the zero point."""
+    codes, stream = _planes(bits, BLOCK_N, 256)
+    generator = torch.Generator().manual_seed(bits)
+    size = (2, BLOCK_N, 2, groups)  # blocks of columns, rows, halves, groups
+    scale = (torch.rand(size, generator=generator) + 0.5).to(dtype)
+    nearest = torch.randint(1 << bits, size, generator=generator)
+    rest = ((torch.rand(size, generator=generator) - 0.5) * scale.double()).to(dtype)
+    shift = (-code_offset(bits, dtype) - nearest.double()).to(dtype)
+    assert torch.equal(shift.double(), -code_offset(bits, dtype) - nearest.double())
+    found = []
+    for half in (0, 1):
+        operands = [
+            _twice(values[:, :, half, group])
+            for group in range(groups)
+            for values in (shift, scale, rest)
+        ]
+        assembly = weight_assembly(bits, dtype, groups, half)
+        outputs = _emulate(assembly, _inputs(stream) + operands, dtype, CODES // 2)
+        found.append(_records(outputs, dtype))
+    records = codes.view(BLOCK_N, 2, 2, groups, -1).transpose(0, 1).double()
+    exact = (records - nearest[..., None]) * scale.double()[..., None] + rest.double()[..., None]
+    result = torch.from_numpy(np.stack(found, 2)).view(exact.shape)
+    assert torch.equal(result, exact.to(dtype).double())
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -81,15 +106,39 @@ def test_scales_and_zero_points_are_exact(bits: int) -> None:
         np.testing.assert_array_equal(halves[:, place], expected)
 
 
+def _inputs(stream: np.ndarray) -> list[np.ndarray]:
+    """Return registers of words; two records share them: here, those of neighbouring lanes."""
+    words = (stream << np.arange(16)).sum(-1).astype(np.uint32)  # [kb, n, lane, word]
+    return [
+        words[:, :, 0::2, word] | words[:, :, 1::2, word] << 16 for word in range(words.shape[-1])
+    ]
+
+
+def _twice(values: torch.Tensor) -> np.ndarray:
+    """Return registers [kb, n, pairs of lanes] of a number for each row."""
+    half = values.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    return np.repeat((half | half << 16)[:, :, None], LANES // 2, 2)
+
+
+def _records(outputs: list[np.ndarray], dtype: torch.dtype) -> np.ndarray:
+    """Return the numbers of registers, [kb, n, output, lane]."""
+    result = np.empty((*outputs[0].shape[:2], len(outputs), LANES))
+    for h, output in enumerate(outputs):
+        for record in (0, 1):
+            half = (output >> np.uint32(16 * record)).astype(np.uint16)
+            result[:, :, h, record::2] = _numbers(half, dtype)
+    return result
+
+
 def _numbers(half: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    if dtype == torch.float16:
-        return half.view(np.float16).astype(np.float64)
-    return (half.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return torch.from_numpy(half.view(np.int16)).view(dtype).double().numpy()
 
 
-def _emulate(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
+def _emulate(
+    assembly: str, inputs: list[np.ndarray], dtype: torch.dtype, outputs: int = CODES
+) -> list[np.ndarray]:
     """Run PTX on arrays of 32-bit registers; refuses what it does not know."""
-    registers = {f"${CODES + i}": value.astype(np.uint32) for i, value in enumerate(inputs)}
+    registers = {f"${outputs + i}": value.astype(np.uint32) for i, value in enumerate(inputs)}
 
     def value(operand: str) -> np.ndarray:
         if operand in registers:
@@ -102,9 +151,8 @@ def _emulate(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> lis
             x, y, z = (
                 _numbers((v >> np.uint32(shift)).astype(np.uint16), dtype) for v in (a, b, c)
             )
-            exact = (x * y + z).astype(np.float32).view(np.uint32)
-            assert not (exact & 0xFFFF).any(), "not a bfloat16: the instruction would round"
-            result |= exact >> 16 << np.uint32(shift)
+            rounded = torch.from_numpy(x * y + z).to(dtype).view(torch.int16).numpy()
+            result |= rounded.view(np.uint16).astype(np.uint32) << np.uint32(shift)
         return result
 
     operations: dict[str, Callable[..., np.ndarray]] = {
@@ -112,7 +160,7 @@ def _emulate(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> lis
         "shr.b32": lambda a, count: a >> count,
         "shl.b32": lambda a, count: a << count,
         "lop3.b32": lambda a, b, c, table: _lop3(a, b, c, int(table.flat[0])),
-        "fma.rn.bf16x2": multiply_add,
+        f"fma.rn.{'bf16x2' if dtype == torch.bfloat16 else 'f16x2'}": multiply_add,
     }
     body = re.fullmatch(r"\{ \.reg \.b32 [^;]*; (.*) \}", assembly)
     assert body
@@ -120,7 +168,7 @@ def _emulate(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> lis
         name, operands = line.split(None, 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
         registers[target] = operations[name](*map(value, sources))
-    return [registers[f"${h}"] for h in range(CODES)]
+    return [registers[f"${h}"] for h in range(outputs)]
 
 
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:

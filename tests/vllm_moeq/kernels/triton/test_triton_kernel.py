@@ -8,6 +8,7 @@ import torch
 from support.experts import expected_output, random_experts
 from support.interpreter import route
 from support.kernels import Runner, random_routing, random_tokens, relative_error, triton_runner
+from vllm_moeq.format import WIDTHS
 from vllm_moeq.kernels.triton.tiles import TABLE, choose_tiles, is_direct, most_blocks
 
 
@@ -18,7 +19,14 @@ def runner(interpreter: Executor) -> Runner:
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "tiles", "direct"),
-    [(1, 8, 2, 0, True), (7, 5, 2, 0, False), (60, 4, 2, 1, False), (140, 4, 2, 2, False)],
+    [
+        (1, 8, 2, 0, True),
+        (1, 8, 4, 0, False),
+        (7, 5, 2, 1, False),
+        (60, 4, 2, 2, False),
+        (140, 4, 2, 3, False),
+        (150, 2, 2, 4, False),
+    ],
 )
 def test_every_choice_of_tiles(
     runner: Runner, tokens: int, experts: int, top_k: int, tiles: int, direct: bool
@@ -31,6 +39,20 @@ def test_every_choice_of_tiles(
         random_tokens(tokens, 128, runner.dtype),
         *random_routing(tokens, top_k, experts),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_dequantized_where_there_are_many_tokens(
+    runner: Runner, dtype: torch.dtype, group_size: int, bits: int
+) -> None:
+    """Also with zero points between two codes, and columns that fill no block."""
+    experts = random_experts([bits] * 2, [bits] * 2, group_size, 3 * group_size, 128)
+    weights, ids = random_routing(60, experts=2)
+    assert choose_tiles(ids.numel(), 2).dequantize
+    runner.check(experts, random_tokens(60, 3 * group_size, dtype), weights, ids)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
