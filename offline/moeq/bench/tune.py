@@ -1,14 +1,15 @@
 """``moeq bench --tune``: finds the fastest tiles of the Triton kernel for a layer on this GPU.
 
-For each number of tokens it starts from the built-in tiles and changes one thing at a time, keeping
-what is faster. A candidate and the best one so far are timed in turn.
+For each number of tokens it starts from the built-in tiles and changes one or two fields at a time,
+keeping what is faster. A candidate and the best one so far are timed in turn.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -45,6 +46,15 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "programs_per_sm": (1, 2, 4, 8),
 }
 """What is tried for each field."""
+TOGETHER = (
+    ("block_m", "num_warps"),
+    ("block_n", "num_warps"),
+    ("block_m", "block_n"),
+    ("num_stages",),
+    ("group_m",),
+    ("programs_per_sm",),
+)
+"""Fields that change together: more tokens pay only with more warps, and neither without."""
 FASTER = 0.99
 """A candidate must take at most this share of the time of the best one: less is noise."""
 LARGEST_ERROR = 2e-2
@@ -161,8 +171,8 @@ def tune(layer: Layer, settings: Settings, deadline: float) -> Tuning:
         )
         best = choose_tiles(choices, experts)
         seen, speedup = {best}, 1.0
-        for field in CHOICES:
-            for candidate in _changes(best, field):
+        for names in TOGETHER:
+            for candidate in _changes(best, names):
                 if candidate in seen or time.monotonic() > deadline:
                     continue
                 seen.add(candidate)
@@ -202,8 +212,10 @@ def describe(shape: Shape, tuning: Tuning) -> Iterator[str]:
         yield f"up to {tokens} tokens: {tiles}, {speedup:.2f} times as fast as the built-in tiles"
 
 
-def _changes(tiles: Tiles, field: str) -> list[Tiles]:
-    return [replace(tiles, **{field: value}) for value in CHOICES[field]]
+def _changes(tiles: Tiles, names: Sequence[str]) -> list[Tiles]:
+    """Return the tiles with all values of these fields."""
+    values = product(*(CHOICES[name] for name in names))
+    return [replace(tiles, **dict(zip(names, chosen, strict=True))) for chosen in values]
 
 
 def _share_of_time(

@@ -68,6 +68,20 @@ def test_the_fastest_tiles_are_found_and_bad_ones_counted() -> None:
     assert "spills" in text and f"up to 1 tokens: {found.table[0][1]}, 2.58 times" in text
 
 
+def test_fields_that_pay_only_together_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an H100: 128 tokens need 8 warps, which are slower with fewer tokens."""
+
+    def time(tiles: Tiles) -> float:
+        many, warps = tiles.block_m >= 128, tiles.num_warps == 8
+        return 0.5 if many and warps else 1.0 + many + warps
+
+    monkeypatch.setattr(tune, "_share_of_time", lambda _, new, old, *__: time(new) / time(old))
+    monkeypatch.setattr(tune, "why_not", lambda *_: None)
+    found = tune.tune(_NoLayer(), _settings("4"), float("inf"))  # type: ignore[arg-type]
+    ((_, tiles),) = found.table
+    assert (tiles.block_m, tiles.num_warps) == (128, 8)
+
+
 @pytest.mark.usefixtures("cost")
 def test_after_the_deadline_nothing_is_tried() -> None:
     found = tune.tune(_NoLayer(), _settings(), 0.0)  # type: ignore[arg-type]
