@@ -49,11 +49,11 @@ _ASSEMBLY: tl.constexpr = tl.constexpr(
 )
 _WEIGHT_ASSEMBLY: tl.constexpr = tl.constexpr(
     {
-        (bits, name, groups, part): planes.weight_assembly(bits, dtype, groups, part)
+        (bits, name, groups, half): planes.weight_assembly(bits, dtype, groups, half)
         for bits in WIDTHS
         for name, dtype in _DTYPES.items()
         for groups in (1, 2)
-        for part in (0, 1)
+        for half in (0, 1)
     }
 )
 _CONSTRAINTS: tl.constexpr = tl.constexpr(
@@ -93,8 +93,8 @@ def _assembly(bits, dtype):
 
 
 @triton.constexpr_function
-def _weight_assembly(bits, dtype, groups, part):
-    return _WEIGHT_ASSEMBLY.value[bits, dtype.name, groups, part]
+def _weight_assembly(bits, dtype, groups, half):
+    return _WEIGHT_ASSEMBLY.value[bits, dtype.name, groups, half]
 
 
 @triton.constexpr_function
@@ -181,7 +181,7 @@ def _load_scales(
 
 @triton.jit
 def _dequantize(
-    words, scales, PART: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    words, scales, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return weights of one half of the records' columns: tensors of the shape of a word."""
@@ -192,11 +192,11 @@ def _dequantize(
         codes = _decode_interpreted(words, BITS, _offset(BITS, DTYPE))
         for h in tl.static_range(COUNT):
             i: tl.constexpr = h * GROUPS // COUNT * 3
-            weight = (codes[PART * COUNT + h] + scales[i]) * scales[i + 1] + scales[i + 2]
+            weight = (codes[HALF * COUNT + h] + scales[i]) * scales[i + 1] + scales[i + 2]
             weights = weights + (_rounded(weight, DTYPE, True),)
     else:
         weights = tl.inline_asm_elementwise(
-            _weight_assembly(BITS, DTYPE, GROUPS, PART),
+            _weight_assembly(BITS, DTYPE, GROUPS, HALF),
             _constraints(COUNT, BITS + 3 * GROUPS),
             words + scales,
             dtype=_types(DTYPE, COUNT),

@@ -136,7 +136,7 @@ def decode_assembly(bits: int, dtype: torch.dtype) -> str:
     return code.text()
 
 
-def weight_assembly(bits: int, dtype: torch.dtype, groups: int, part: int) -> str:
+def weight_assembly(bits: int, dtype: torch.dtype, groups: int, half: int) -> str:
     """Return the same for weights of one half of the columns, in 8 outputs.
 
     They are ``(offset + code + shift) * scale + rest``. After the words, inputs are shift, scale
@@ -150,7 +150,7 @@ def weight_assembly(bits: int, dtype: torch.dtype, groups: int, part: int) -> st
         shift, scale, rest = (
             f"${outputs + bits + 3 * (h * groups // outputs) + place}" for place in range(3)
         )
-        whole = code.assign(multiply_add, code.number(part * outputs + h), one, shift)
+        whole = code.assign(multiply_add, code.number(half * outputs + h), one, shift)
         code.emit(multiply_add, f"${h}", whole, scale, rest)
     return code.text()
 
