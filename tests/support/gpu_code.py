@@ -54,12 +54,12 @@ class GpuCode:
 @contextmanager
 def compiler(triton: Path | None) -> Iterator[ProcessPoolExecutor]:
     """Start a process that compiles with the Triton in a folder; None takes the installed one."""
-    with pytest.MonkeyPatch.context() as patch:
-        if triton is not None:
-            patch.setenv("PYTHONPATH", str(triton))
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            if triton is not None:
+                patch.setenv("PYTHONPATH", str(triton))
             pool.submit(int).result()  # starts it with this environment
-            yield pool
+        yield pool
 
 
 def compile_kernel(

@@ -16,12 +16,12 @@ import torch
 @contextmanager
 def triton_interpreter() -> Iterator[Executor]:
     """Start the process; give it functions of modules to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setenv("OMP_NUM_THREADS", "1")
             pool.submit(_fill_new_memory).result()  # starts it with this environment
-            yield pool
+        yield pool
 
 
 def _fill_new_memory() -> None:

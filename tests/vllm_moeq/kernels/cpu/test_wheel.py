@@ -83,7 +83,7 @@ def source(
     hook = [sys.executable, "-c", HOOK, "build_sdist", str(folder)]
     subprocess.run(hook, cwd=checkout, env=environment, check=True)
     [archive] = folder.iterdir()
-    shutil.unpack_archive(archive, folder, filter="data")
+    shutil.unpack_archive(archive, folder)  # our own; early Pythons 3.11 know no filter
     return folder / archive.name.removesuffix(".tar.gz")
 
 
