@@ -345,8 +345,9 @@ def _accumulate_half(
     )
     acc = tl.dot(_columns(weights, 0, CODES // 2, BLOCK_N), x, acc)
     if not INTERPRETED:
-        # Reads the sums, and so waits for the product: Triton 3.6 would let it run on while the
-        # next weights overwrite the registers that it still reads.
+        # Reads the sums, and so waits for the product: its registers are free for the next weights.
+        # Triton 3.6 lets products run on in other loops like this one, while the next weights
+        # overwrite what they still read.
         acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
 

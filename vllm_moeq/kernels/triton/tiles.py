@@ -38,12 +38,13 @@ Table = tuple[tuple[float, Tiles], ...]
 
 # Few tokens: memory is the limit. More programs with half the rows where there is little to share
 # out, then deep pipelines of wide tiles. Many: as many tokens as registers hold without spilling,
-# so that each weight is decoded seldom. The order was measured on an H100 (RESULTS.md); the last
-# two rows are predictions: what was measured there has changed since.
+# so that each weight is decoded seldom. The first two rows were the fastest on an H100
+# (RESULTS.md). So was 32 x 128 after them, but its result differed once, and nobody knows why. The
+# last two rows are predictions from registers and instructions.
 TABLE: Table = (
     (0.5, Tiles(16, 64)),
     (16, Tiles(16, 128, num_stages=3, programs_per_sm=4)),
-    (48, Tiles(32, 128, num_stages=3, group_m=8)),
+    (32, Tiles(32, 64)),
     (128, Tiles(64, 128, num_stages=3, group_m=8)),
     (float("inf"), Tiles(128, 128, num_warps=8, num_stages=3, group_m=8)),
 )
