@@ -8,8 +8,11 @@ cd "$(dirname "$0")/.."
 . examples/env.sh
 
 # The Triton of the oldest supported vLLM, for tests of what it compiles.
-[ -d .venv/triton-3.6 ] ||
-  pip install --quiet --no-deps --target .venv/triton-3.6 "triton==3.6.0"
+if [ ! -d .venv/triton-3.6 ]; then
+  rm -rf .venv/triton-unfinished
+  pip install --quiet --no-deps --target .venv/triton-unfinished "triton==3.6.0"
+  mv .venv/triton-unfinished .venv/triton-3.6
+fi
 
 # Two processes: most of what is tested runs in one thread. More OpenMP threads than free cores
 # collapse.

@@ -96,8 +96,8 @@ run() {
         ;;
     esac
   done
-  [[ $seconds =~ ^[0-9]+$ ]] && [ "$seconds" -gt 0 ] && [ "$seconds" -le 200 ] ||
-    usage "--seconds $seconds is not 1 to 200"
+  [[ $seconds =~ ^[0-9]+$ ]] && [ "$seconds" -gt 0 ] && [ "$seconds" -le 180 ] ||
+    usage "--seconds $seconds is not 1 to 180"
   [ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer "${SHAPES[@]}")
   python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "gpu.sh: torch finds no CUDA GPU here" >&2; exit 1; }

@@ -198,8 +198,8 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
     if find_spec("matplotlib") is None:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
-    source = SourceModel.open(request.model)
     with new_folder(request.output.absolute()) as folder:
+        source = SourceModel.open(request.model)
         tokens = calibration_sequences(
             source.folder, request.calib, request.nsamples, request.seqlen, request.seed
         )

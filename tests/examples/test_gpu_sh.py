@@ -34,8 +34,8 @@ def _gpu_sh(
         (["run", "everything"], "unknown part everything: choose of tests sanitizer tune mixtral"),
         (["run", "--fast"], "unknown option --fast"),
         (["run", "--out"], "--out needs a value"),
-        (["run", "--seconds", "many"], "--seconds many is not 1 to 200"),
-        (["run", "--seconds", "600"], "--seconds 600 is not 1 to 200"),
+        (["run", "--seconds", "many"], "--seconds many is not 1 to 180"),
+        (["run", "--seconds", "600"], "--seconds 600 is not 1 to 180"),
     ],
 )
 def test_wrong_usage_exits_with_status_2(arguments: list[str], message: str) -> None:

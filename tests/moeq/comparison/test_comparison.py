@@ -251,6 +251,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(comparison: Com
     assert "cannot write /proc/out" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_folder_that_exists_is_told_before_a_model_is_fetched(tmp_path: Path) -> None:
+    done = run_moeq("compare", "no/such-model", "-o", tmp_path, "--text", "not-yet-read.txt")
+    assert done.returncode == 1
+    assert f"{tmp_path} exists already" in done.stderr
+
+
 def test_temporary_files_that_cannot_be_written_are_named(
     comparison: Comparison, tmp_path: Path
 ) -> None:

@@ -144,13 +144,12 @@ def weight_assembly(bits: int, dtype: torch.dtype, groups: int, half: int) -> st
     """
     outputs = CODES // 2
     code = _Assembly(bits, dtype, outputs)
-    one = code.assign("mov.b32", _twice(_ONE[dtype]))
     multiply_add = f"fma.rn.{_PAIR[dtype]}"  # sm_80 has no add of two bfloat16
     for h in range(outputs):
         shift, scale, rest = (
             f"${outputs + bits + 3 * (h * groups // outputs) + place}" for place in range(3)
         )
-        whole = code.assign(multiply_add, code.number(half * outputs + h), one, shift)
+        whole = code.assign(multiply_add, code.number(half * outputs + h), code.one, shift)
         code.emit(multiply_add, f"${h}", whole, scale, rest)
     return code.text()
 
@@ -169,6 +168,7 @@ class _Assembly:
         self._magic = _twice(_MAGIC[dtype] - (self._position << _MANTISSA_BITS[dtype]))
         self._lines: list[str] = []
         self._registers = 0
+        self.one = self.assign("mov.b32", _twice(_ONE[dtype]))
 
     def emit(self, instruction: str, *operands: str) -> None:
         self._lines.append(f"{instruction} {', '.join(operands)};")
@@ -193,8 +193,7 @@ class _Assembly:
                 # 8 bits do not fit into 7: (128 + low 7 bits) * 1 + (-256 or -128).
                 low = self.assign("lop3.b32", source, _twice(0x7F), self._magic, _AND_OR)
                 high = self.assign("lop3.b32", source, _twice(0x80), _twice(0xC380), _AND_XOR)
-                one = self.assign("mov.b32", _twice(_ONE[self._dtype]))
-                value = self.assign("fma.rn.bf16x2", low, one, high)
+                value = self.assign("fma.rn.bf16x2", low, self.one, high)
             else:
                 mask = _twice(((1 << count) - 1) << (code_bit + self._position))
                 value = self.assign("lop3.b32", source, mask, value, _AND_OR)
