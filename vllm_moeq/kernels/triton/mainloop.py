@@ -30,7 +30,7 @@ from vllm_moeq.kernels.triton import planes
 
 BLOCK_K: tl.constexpr = tl.constexpr(planes.BLOCK_K)
 LANES: tl.constexpr = tl.constexpr(planes.LANES)
-CODES: tl.constexpr = tl.constexpr(planes.CODES)
+OUTPUTS: tl.constexpr = tl.constexpr(planes.OUTPUTS)
 WORDS_PER_UNIT: tl.constexpr = tl.constexpr(planes.ALIGNMENT // 2)
 TABLE_COLUMNS: tl.constexpr = tl.constexpr(5)
 """Of each expert's row: width and offset of w13, those of w2, place in the order of work."""
@@ -42,26 +42,15 @@ _WIDTH_COUNT: tl.constexpr = tl.constexpr(len(WIDTHS))
 _SEGMENTS: tl.constexpr = tl.constexpr({bits: planes.segments(bits) for bits in WIDTHS})
 _ASSEMBLY: tl.constexpr = tl.constexpr(
     {
-        (bits, name): planes.decode_assembly(bits, dtype)
+        (bits, name, half, groups): planes.decode_assembly(bits, dtype, half, groups)
         for bits in WIDTHS
         for name, dtype in _DTYPES.items()
-    }
-)
-_WEIGHT_ASSEMBLY: tl.constexpr = tl.constexpr(
-    {
-        (bits, name, groups, half): planes.weight_assembly(bits, dtype, groups, half)
-        for bits in WIDTHS
-        for name, dtype in _DTYPES.items()
-        for groups in (1, 2)
         for half in (0, 1)
+        for groups in (0, 1, 2)
     }
 )
 _CONSTRAINTS: tl.constexpr = tl.constexpr(
-    {
-        (outputs, inputs): planes.constraints(outputs, inputs)
-        for outputs in (planes.CODES // 2, planes.CODES)
-        for inputs in range(1, max(WIDTHS) + 3 * 2 + 1)
-    }
+    {(bits, groups): planes.constraints(bits, groups) for bits in WIDTHS for groups in (0, 1, 2)}
 )
 _OFFSETS: tl.constexpr = tl.constexpr(
     {
@@ -88,23 +77,18 @@ def _segment(bits, code, index, field):
 
 
 @triton.constexpr_function
-def _assembly(bits, dtype):
-    return _ASSEMBLY.value[bits, dtype.name]
+def _assembly(bits, dtype, half, groups):
+    return _ASSEMBLY.value[bits, dtype.name, half, groups]
 
 
 @triton.constexpr_function
-def _weight_assembly(bits, dtype, groups, half):
-    return _WEIGHT_ASSEMBLY.value[bits, dtype.name, groups, half]
+def _constraints(bits, groups):
+    return _CONSTRAINTS.value[bits, groups]
 
 
 @triton.constexpr_function
-def _constraints(outputs, inputs):
-    return _CONSTRAINTS.value[outputs, inputs]
-
-
-@triton.constexpr_function
-def _types(dtype, count):
-    return (dtype,) * count
+def _outputs(dtype):
+    return (dtype,) * planes.OUTPUTS
 
 
 @triton.constexpr_function
@@ -113,16 +97,18 @@ def _offset(bits, dtype):
 
 
 @triton.jit
-def _decode(words, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return the codes of records, plus the offset: 16 tensors of the shape of a word."""
+def _decode(
+    words, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Return the codes of one half of the columns, plus the offset: 8 tensors like a word."""
     if INTERPRETED:
-        codes = _decode_interpreted(words, BITS, _offset(BITS, DTYPE))
+        codes = _decode_interpreted(words, HALF, BITS, _offset(BITS, DTYPE))
     else:
         codes = tl.inline_asm_elementwise(
-            _assembly(BITS, DTYPE),
-            _constraints(CODES, BITS),
+            _assembly(BITS, DTYPE, HALF, 0),
+            _constraints(BITS, 0),
             words,
-            dtype=_types(DTYPE, CODES),
+            dtype=_outputs(DTYPE),
             is_pure=True,
             pack=2,
         )
@@ -130,10 +116,10 @@ def _decode(words, BITS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.cons
 
 
 @triton.jit
-def _decode_interpreted(words, BITS: tl.constexpr, OFFSET: tl.constexpr):
+def _decode_interpreted(words, HALF: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
     """Do what the assembly does, for the interpreter, which has neither it nor bfloat16."""
     codes = ()
-    for h in tl.static_range(CODES):
+    for h in tl.static_range(HALF * OUTPUTS, (HALF + 1) * OUTPUTS):
         code = tl.zeros_like(words[0]).to(tl.int32)
         for i in tl.static_range(_segments(BITS, h)):
             word = words[_segment(BITS, h, i, 0)].to(tl.int32)
@@ -162,7 +148,7 @@ def _load_scales(
     scale_ptr, N, GROUPS: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Return shift, scale and rest of each group, [BLOCK_N, 1]; see ``weight_assembly``."""
+    """Return shift, scale and rest of each group, [BLOCK_N, 1]; see ``decode_assembly``."""
     scales = ()
     for i in tl.static_range(GROUPS):
         pair = tl.load(scale_ptr + i * N)[:, None]
@@ -185,21 +171,20 @@ def _dequantize(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return weights of one half of the records' columns: tensors of the shape of a word."""
-    COUNT: tl.constexpr = CODES // 2
     GROUPS: tl.constexpr = len(scales) // 3
     if INTERPRETED:
         weights = ()
-        codes = _decode_interpreted(words, BITS, _offset(BITS, DTYPE))
-        for h in tl.static_range(COUNT):
-            i: tl.constexpr = h * GROUPS // COUNT * 3
-            weight = (codes[HALF * COUNT + h] + scales[i]) * scales[i + 1] + scales[i + 2]
+        codes = _decode_interpreted(words, HALF, BITS, _offset(BITS, DTYPE))
+        for h in tl.static_range(OUTPUTS):
+            i: tl.constexpr = h * GROUPS // OUTPUTS * 3
+            weight = (codes[h] + scales[i]) * scales[i + 1] + scales[i + 2]
             weights = weights + (_rounded(weight, DTYPE, True),)
     else:
         weights = tl.inline_asm_elementwise(
-            _weight_assembly(BITS, DTYPE, GROUPS, HALF),
-            _constraints(COUNT, BITS + 3 * GROUPS),
+            _assembly(BITS, DTYPE, HALF, GROUPS),
+            _constraints(BITS, GROUPS),
             words + scales,
-            dtype=_types(DTYPE, COUNT),
+            dtype=_outputs(DTYPE),
             is_pure=True,
             pack=2,
         )
@@ -267,6 +252,9 @@ def _accumulate_codes(
 ):  # fmt: skip
     """Add the products of blocks [first, last) of columns, a group at a time.
 
+    A group of a whole block takes two pieces: the fewer codes are in registers, the more programs
+    are on a multiprocessor.
+
     Args:
         acc: float32 [BLOCK_N, BLOCK_M].
         x_ptr: Addresses of the tokens, [1, BLOCK_M].
@@ -278,23 +266,32 @@ def _accumulate_codes(
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PER_BLOCK: tl.constexpr = BLOCK_K // GROUP_SIZE
-    PER_GROUP: tl.constexpr = GROUP_SIZE // LANES
+    PIECES: tl.constexpr = 1 if PER_BLOCK == 1 else PER_BLOCK // 2  # of half a block
+    PIECE: tl.constexpr = BLOCK_K // 2 // PIECES
+    PER_PIECE: tl.constexpr = OUTPUTS // PIECES
     plane = N * LANES
     # Fetched a block ahead: Triton pipelines only what tl.dot reads.
     pairs, sums = _load_groups(scale_ptr, sums_ptr, first, rows, N, PER_BLOCK, PARTS)
     for block in range(first, last):
-        codes = _decode(_load_words(w_ptr, plane, BITS), BITS, DTYPE, INTERPRETED)
+        words = _load_words(w_ptr, plane, BITS)
         following = tl.minimum(block + 1, last - 1)
         next_pairs, next_sums = _load_groups(
             scale_ptr, sums_ptr, following, rows, N, PER_BLOCK, PARTS
         )
-        for i in tl.static_range(PER_BLOCK):
-            column = block * BLOCK_K + i * GROUP_SIZE
-            x = _load_tokens(x_ptr + column, x_mask, column, K, GROUP_SIZE, MASK_K, INTERPRETED)
-            products = tl.dot(_columns(codes, i * PER_GROUP, PER_GROUP, BLOCK_N), x)
-            scale = _half(pairs[i])
-            zero = _half(pairs[i] >> 16) + _offset(BITS, DTYPE)
-            acc += scale[:, None] * (products - zero[:, None] * sums[i][None, :])
+        for half in tl.static_range(2):
+            codes = _decode(words, half, BITS, DTYPE, INTERPRETED)
+            for piece in tl.static_range(PIECES):
+                if half == 0 or PER_BLOCK > 1:  # a group begins
+                    products = tl.zeros_like(acc)
+                column = block * BLOCK_K + (half * PIECES + piece) * PIECE
+                x = _load_tokens(x_ptr + column, x_mask, column, K, PIECE, MASK_K, INTERPRETED)
+                own = _columns(codes, piece * PER_PIECE, PER_PIECE, BLOCK_N)
+                products = tl.dot(own, x, products)
+                if half == 1 or PER_BLOCK > 1:  # it ends
+                    pair = pairs[(half * PIECES + piece) * PIECE // GROUP_SIZE]
+                    token_sum = sums[(half * PIECES + piece) * PIECE // GROUP_SIZE]
+                    zero = _half(pair >> 16) + _offset(BITS, DTYPE)
+                    acc += _half(pair)[:, None] * (products - zero[:, None] * token_sum[None, :])
         pairs, sums = next_pairs, next_sums
         w_ptr += BITS * plane
     return acc
@@ -306,10 +303,7 @@ def _accumulate_weights(
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Do the same with weights; arguments as there.
-
-    Half a block at a time: registers do not hold the weights of all of it.
-    """
+    """Do the same with weights, half a block at a time; arguments as there."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PER_BLOCK: tl.constexpr = BLOCK_K // GROUP_SIZE
     plane = N * LANES
@@ -343,7 +337,7 @@ def _accumulate_half(
     x = _load_tokens(
         x_ptr + HALF * COLUMNS, x_mask, column + HALF * COLUMNS, K, COLUMNS, MASK_K, INTERPRETED
     )
-    acc = tl.dot(_columns(weights, 0, CODES // 2, BLOCK_N), x, acc)
+    acc = tl.dot(_columns(weights, 0, OUTPUTS, BLOCK_N), x, acc)
     if not INTERPRETED:
         # Reads the sums, and so waits for the product: its registers are free for the next weights.
         # Triton 3.6 lets products run on in other loops like this one, while the next weights

@@ -23,6 +23,8 @@ BLOCK_K = 128
 CODES = 16
 """Codes of a record."""
 LANES = BLOCK_K // CODES
+OUTPUTS = CODES // 2
+"""Codes of a record that are decoded at a time: registers do not hold all of them."""
 BLOCK_N = 128
 """Rows are padded to a multiple of this, with weights of zero."""
 ALIGNMENT = 128
@@ -125,45 +127,37 @@ def code_offset(bits: int, dtype: torch.dtype) -> float:
     return float(1 << _MANTISSA_BITS[dtype] >> _code_position(bits, dtype))
 
 
-def decode_assembly(bits: int, dtype: torch.dtype) -> str:
-    """Return PTX for two records at once: ``bits`` inputs of two words, 16 outputs of two numbers.
+def decode_assembly(bits: int, dtype: torch.dtype, half: int, groups: int = 0) -> str:
+    """Return PTX for one half of the columns of two records at once, in 8 outputs of two numbers.
 
-    Outputs are $0 to $15 (``offset + code`` in ``dtype``), inputs follow.
+    Inputs are the ``bits`` words of the records, outputs ``offset + code`` in ``dtype``. With
+    ``groups`` in the half, shift, scale and rest of each are further inputs, and outputs are
+    ``(offset + code + shift) * scale + rest``. That sum must be exact in ``dtype``.
     """
-    code = _Assembly(bits, dtype, CODES)
-    for h in range(CODES):
-        code.emit("mov.b32", f"${h}", code.number(h))
-    return code.text()
-
-
-def weight_assembly(bits: int, dtype: torch.dtype, groups: int, half: int) -> str:
-    """Return the same for weights of one half of the columns, in 8 outputs.
-
-    They are ``(offset + code + shift) * scale + rest``. After the words, inputs are shift, scale
-    and rest of each of the ``groups`` in the half. The first sum must be exact in ``dtype``.
-    """
-    outputs = CODES // 2
-    code = _Assembly(bits, dtype, outputs)
+    code = _Assembly(bits, dtype)
     multiply_add = f"fma.rn.{_PAIR[dtype]}"  # sm_80 has no add of two bfloat16
-    for h in range(outputs):
-        shift, scale, rest = (
-            f"${outputs + bits + 3 * (h * groups // outputs) + place}" for place in range(3)
-        )
-        whole = code.assign(multiply_add, code.number(half * outputs + h), code.one, shift)
-        code.emit(multiply_add, f"${h}", whole, scale, rest)
+    for h in range(OUTPUTS):
+        number = code.number(half * OUTPUTS + h)
+        if groups:
+            first = OUTPUTS + bits + 3 * (h * groups // OUTPUTS)
+            shift, scale, rest = (f"${first + place}" for place in range(3))
+            whole = code.assign(multiply_add, number, code.one, shift)
+            code.emit(multiply_add, f"${h}", whole, scale, rest)
+        else:
+            code.emit("mov.b32", f"${h}", number)
     return code.text()
 
 
-def constraints(outputs: int, inputs: int) -> str:
+def constraints(bits: int, groups: int) -> str:
     """Return the constraints of such PTX; outputs are written before all inputs are read."""
-    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+    return ",".join(["=&r"] * OUTPUTS + ["r"] * (bits + 3 * groups))
 
 
 class _Assembly:
     """PTX that takes codes out of words, on registers of two halves."""
 
-    def __init__(self, bits: int, dtype: torch.dtype, outputs: int) -> None:
-        self._bits, self._dtype, self._outputs = bits, dtype, outputs
+    def __init__(self, bits: int, dtype: torch.dtype) -> None:
+        self._bits, self._dtype = bits, dtype
         self._position = _code_position(bits, dtype)
         self._magic = _twice(_MAGIC[dtype] - (self._position << _MANTISSA_BITS[dtype]))
         self._lines: list[str] = []
@@ -185,7 +179,7 @@ class _Assembly:
         value = self._magic
         for word, word_bit, count, code_bit in segments(self._bits)[h]:
             shift = word_bit - code_bit - self._position
-            source = f"${self._outputs + word}"
+            source = f"${OUTPUTS + word}"
             if shift:
                 instruction = "shr.b32" if shift > 0 else "shl.b32"
                 source = self.assign(instruction, source, str(abs(shift)))

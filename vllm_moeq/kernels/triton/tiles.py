@@ -39,9 +39,10 @@ Table = tuple[tuple[float, Tiles], ...]
 # Few tokens: memory is the limit. More programs with half the rows where there is little to share
 # out, then deep pipelines of wide tiles. Many: as many tokens as registers hold without spilling,
 # so that each weight is decoded seldom. The first two rows were within 2 % of the fastest on an
-# H100 where they were tried (RESULTS.md); 4 programs were not, at 16 tokens for each expert. After
-# them 32 x 128 was the fastest, but its result differed once, and nobody knows why. The last two
-# rows are predictions from registers and instructions.
+# H100 where they were tried (RESULTS.md), when three programs of 16 x 128 fitted instead of four;
+# 4 programs were not tried at 16 tokens for each expert. After them 32 x 128 was the fastest, but
+# its result differed once, and nobody knows why. The last two rows are predictions from registers
+# and instructions.
 TABLE: Table = (
     (0.5, Tiles(16, 64)),
     (16, Tiles(16, 128, num_stages=3, programs_per_sm=4)),

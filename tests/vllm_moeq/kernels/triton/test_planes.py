@@ -14,12 +14,12 @@ from vllm_moeq.kernels.triton.planes import (
     BLOCK_N,
     CODES,
     LANES,
+    OUTPUTS,
     code_offset,
     decode_assembly,
     matrix_words,
     pack_planes,
     pack_scales,
-    weight_assembly,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -54,7 +54,10 @@ def test_records_hold_the_bits_of_their_codes_and_no_others(bits: int) -> None:
 def test_assembly_decodes_what_was_packed(bits: int, dtype: torch.dtype) -> None:
     codes, stream = _planes(bits)
     rows, columns = codes.shape
-    outputs = _emulate(decode_assembly(bits, dtype), _inputs(stream), dtype)
+    halves = (decode_assembly(bits, dtype, half) for half in (0, 1))
+    outputs = [
+        output for assembly in halves for output in _emulate(assembly, _inputs(stream), dtype)
+    ]
     result = _records(outputs, dtype) - code_offset(bits, dtype)
     matrix = result.transpose(1, 0, 2, 3).reshape(BLOCK_N, -1)
     np.testing.assert_array_equal(matrix[:rows, :columns], codes.numpy())
@@ -83,8 +86,8 @@ def test_assembly_makes_weights_of_what_was_packed(
             for group in range(groups)
             for values in (shift, scale, rest)
         ]
-        assembly = weight_assembly(bits, dtype, groups, half)
-        outputs = _emulate(assembly, _inputs(stream) + operands, dtype, CODES // 2)
+        assembly = decode_assembly(bits, dtype, half, groups)
+        outputs = _emulate(assembly, _inputs(stream) + operands, dtype)
         found.append(_records(outputs, dtype))
     records = codes.view(BLOCK_N, 2, 2, groups, -1).transpose(0, 1).double()
     exact = (records - nearest[..., None]) * scale.double()[..., None] + rest.double()[..., None]
@@ -134,11 +137,9 @@ def _numbers(half: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return torch.from_numpy(half.view(np.int16)).view(dtype).double().numpy()
 
 
-def _emulate(
-    assembly: str, inputs: list[np.ndarray], dtype: torch.dtype, outputs: int = CODES
-) -> list[np.ndarray]:
+def _emulate(assembly: str, inputs: list[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
     """Run PTX on arrays of 32-bit registers; refuses what it does not know."""
-    registers = {f"${outputs + i}": value.astype(np.uint32) for i, value in enumerate(inputs)}
+    registers = {f"${OUTPUTS + i}": value.astype(np.uint32) for i, value in enumerate(inputs)}
 
     def value(operand: str) -> np.ndarray:
         if operand in registers:
@@ -168,7 +169,7 @@ def _emulate(
         name, operands = line.split(None, 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
         registers[target] = operations[name](*map(value, sources))
-    return [registers[f"${h}"] for h in range(outputs)]
+    return [registers[f"${h}"] for h in range(OUTPUTS)]
 
 
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
