@@ -11,13 +11,24 @@ import torch
 from vllm import __version__ as vllm_version
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,
     register_quantization_config,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -27,13 +38,18 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "QuantizationConfig",
+    "QuantizeMethodBase",
     "RoutedExperts",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "VocabParallelEmbedding",
     "cpu_fused_moe_bf16",
     "extract_layer_index",
     "init_logger",
     "local_slot",
     "model_path",
+    "num_hidden_layers",
     "register_quantization_config",
     "set_weight_attrs",
     "weights_are_dummies",
@@ -50,6 +66,11 @@ def local_slot(layer: RoutedExperts, expert: int) -> int:
 def weights_are_dummies() -> bool:
     """Tell whether the model being built gets random weights (``--load-format dummy``)."""
     return bool(get_current_vllm_config().load_config.load_format == "dummy")
+
+
+def num_hidden_layers() -> int:
+    """Return the decoder layers of the model being built, without those that only draft tokens."""
+    return int(get_current_vllm_config().model_config.hf_text_config.num_hidden_layers)
 
 
 def model_path() -> str:

@@ -11,10 +11,14 @@ from vllm_moeq.compat import (
     LinearBase,
     QuantizationConfig,
     RoutedExperts,
+    UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
+    VocabParallelEmbedding,
     extract_layer_index,
     init_logger,
     model_path,
+    num_hidden_layers,
     register_quantization_config,
     weights_are_dummies,
 )
@@ -27,6 +31,7 @@ from vllm_moeq.format import (
     check_manifest,
 )
 from vllm_moeq.moe_method import MoeqMoEMethod
+from vllm_moeq.unquantized import checked
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
@@ -37,6 +42,14 @@ def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(MoeqConfig)
+
+
+def drafts_tokens(prefix: str, index: int) -> bool:
+    """Say whether a layer is one for multi-token prediction, which stays in 16 bits.
+
+    Such layers are under a name of their own, or come after the model's own layers.
+    """
+    return "mtp" in prefix.split(".") or index >= num_hidden_layers()
 
 
 class MoeqConfig(QuantizationConfig):
@@ -100,6 +113,8 @@ class MoeqConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             self._check_files()
             index = extract_layer_index(prefix)
+            if drafts_tokens(prefix, index):
+                return checked(UnquantizedFusedMoEMethod(layer.moe_config), prefix)
             if index not in self._by_layer:
                 raise FormatError(
                     f"{prefix}: the checkpoint's expert_bits has no entry for layer {index}; it "
@@ -107,7 +122,9 @@ class MoeqConfig(QuantizationConfig):
                 )
             return MoeqMoEMethod(layer.moe_config, self._by_layer[index], self.plan.group_size)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return checked(UnquantizedLinearMethod(), prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return checked(UnquantizedEmbeddingMethod(), prefix)
         return None
 
     def _check_files(self) -> None:

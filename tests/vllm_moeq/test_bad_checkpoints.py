@@ -43,6 +43,16 @@ def _missing_tensor(model: Path) -> None:
     _change_tensors(model, lambda tensors: tensors.pop(f"{EXPERT}.weight_zero_point"))
 
 
+def _no_head(model: Path) -> None:
+    _change_tensors(model, lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def _part_of_attention_missing(model: Path) -> None:
+    """Of q, k and v, which vLLM holds in one parameter."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    _change_tensors(model, lambda tensors: tensors.pop(name))
+
+
 def _wrong_dtype(model: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{EXPERT}.weight_scale"] = tensors[f"{EXPERT}.weight_scale"].bfloat16()
@@ -102,6 +112,8 @@ def _no_quantization_config(model: Path) -> None:
             _missing_tensor,
             "the checkpoint lacks 1 expert tensors, first w3.weight_zero_point of expert 5",
         ),
+        (_no_head, "lm_head.weight: "),
+        (_part_of_attention_missing, "model.layers.1.self_attn.qkv_proj.weight: "),
         (_wrong_dtype, "expert 5 w3 weight_scale is torch.bfloat16"),
         (_wrong_shape, "expert 5 w3 weight_packed is torch.uint8"),
         (_width_of_another_expert, "the checkpoint does not follow its own bit plan"),
