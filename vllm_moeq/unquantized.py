@@ -54,6 +54,6 @@ def _check_filled(name: str, parameter: torch.Tensor) -> None:
     missing = int(parameter.isnan().sum())
     if missing:
         raise FormatError(
-            f"{name}: {missing} of {parameter.numel()} weights are no numbers: the checkpoint lacks "
-            "them, or holds NaN. Check it with `moeq verify`, or convert the model again"
+            f"{name}: {missing} of {parameter.numel()} weights are no numbers: the checkpoint "
+            "lacks them, or holds NaN. Check it with `moeq verify`, or convert the model again"
         )
