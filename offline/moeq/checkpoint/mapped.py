@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+Index = tuple[int | slice, ...]
+"""Selects a part of a tensor, as in ``tensor[index]``."""
 _MOST_MAPPED = 1 << 24
 """Bytes read from files before they are closed. A tensor's pages count as the process's memory
 until then, even after the tensor is gone."""
@@ -40,15 +42,18 @@ class MappedFiles:
                 self._handles[path] = safe_open(path, framework="pt")
             return self._handles[path]
 
-    def tensor(self, path: Path, name: str) -> torch.Tensor:
-        """Return one tensor of a file that has it.
+    def tensor(self, path: Path, name: str, index: Index | None = None) -> torch.Tensor:
+        """Return one tensor of a file that has it, or the part that an index selects.
 
         Raises:
             OSError, SafetensorError: As :meth:`open`.
         """
         with self._lock:
             with _uninterrupted():
-                tensor: torch.Tensor = self.open(path).get_tensor(name)
+                handle = self.open(path)
+                tensor: torch.Tensor = (
+                    handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
+                )
             self._read += tensor.nbytes
         return tensor
 

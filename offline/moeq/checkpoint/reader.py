@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from moeq.checkpoint.mapped import MappedFiles
+from moeq.checkpoint.mapped import Index, MappedFiles
 from moeq.errors import MoeqError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,6 +88,7 @@ class CheckpointReader:
                 "checkpoints only"
             )
         self._files = MappedFiles()
+        self._names = files
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             with _named_errors(folder / file):
@@ -106,9 +107,17 @@ class CheckpointReader:
         Raises:
             MoeqError: There is no such tensor, or its file has gone; names it.
         """
-        path = self.folder / self.info(name).file
+        return self.stored(name, self.info(name).file)
+
+    def stored(self, name: str, file: str, index: Index | None = None) -> torch.Tensor:
+        """Return a tensor of a file, or the part of it that an index selects.
+
+        Raises:
+            MoeqError: The file has gone or is damaged; names it.
+        """
+        path = self.folder / file
         with _named_errors(path):
-            return self._files.tensor(path, name)
+            return self._files.tensor(path, name, index)
 
     def info(self, name: str) -> TensorInfo:
         """Return what the header says about one tensor.
@@ -122,8 +131,7 @@ class CheckpointReader:
 
     def file_stats(self) -> dict[str, list[int]]:
         """Return size and time of change of every file with tensors, to tell other ones apart."""
-        names = sorted({info.file for info in self.tensors.values()})
-        stats = {name: (self.folder / name).stat() for name in names}
+        stats = {name: (self.folder / name).stat() for name in self._names}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def other_files(self) -> Iterator[Path]:

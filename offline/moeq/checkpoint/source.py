@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from moeq.checkpoint.canonical import CanonicalReader
 from moeq.checkpoint.families import Family, MoELayer, family_of
+from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.reader import CheckpointReader, resolve_model
 from moeq.errors import MoeqError
 from moeq.units import public_name
@@ -16,11 +18,11 @@ _FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class SourceModel:
-    """A checkpoint with 16- or 32-bit experts.
+    """A checkpoint whose experts can be read in 16 or 32 bits, one matrix after another.
 
     Attributes:
         name: The model as the user named it: a folder or hub id.
-        reader: Its tensors.
+        reader: Its tensors, under canonical names.
         layers: Its MoE layers, in order.
     """
 
@@ -36,7 +38,7 @@ class SourceModel:
             MoeqError: No supported MoE model, or an expert weight is missing, has a wrong shape
                 or is not 16- or 32-bit floating point; names it.
         """
-        reader = CheckpointReader(resolve_model(str(name)))
+        reader = CanonicalReader(resolve_model(str(name)))
         return cls(str(name), reader, moe_layers(reader))
 
     @property
@@ -53,6 +55,12 @@ class SourceModel:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return self.layers[0].hidden_size
+
+    @property
+    def precision(self) -> str | None:
+        """The format of a source in lower precision, which is read as bfloat16; else None."""
+        found = source_format(self.reader.config, self.folder)
+        return None if found is None else found.name
 
     @property
     def num_bytes(self) -> int:
@@ -85,19 +93,13 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
         MoeqError: As :meth:`SourceModel.open`.
     """
     family = family_of(reader.config)
-    if reader.config.get("quantization_config"):
-        method = reader.config["quantization_config"].get("quant_method", "unknown")
-        raise MoeqError(
-            f"{reader.folder} is quantized already (quant_method {method!r} in config.json); "
-            "moeq starts from 16- or 32-bit weights"
-        )
     block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
     expert_tensors = _matching(reader, rf"{block}{re.escape(family.experts)}\.\d+\..+")
     if not expert_tensors:
         raise MoeqError(
-            f"{reader.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight"
-            f", as model_type {reader.config.get('model_type')!r} should; moeq reads checkpoints "
-            "with one tensor per expert"
+            f"{reader.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight "
+            f"or layers.0.{family.experts}.gate_up_proj, as model_type "
+            f"{reader.config.get('model_type')!r} should; it has {_found(reader)}"
         )
     routers = _matching(reader, block + re.escape(family.router))
     # A layer is one that has a router or an expert: if either is missing, it is an error.
@@ -115,6 +117,12 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
                 "its layer knows"
             )
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def _found(reader: CheckpointReader) -> str:
+    """Return names that show how a checkpoint calls its experts."""
+    names = [name for name in reader.tensors if "expert" in name] or list(reader.tensors)
+    return ", ".join(names[:3]) + (" and so on" if len(names) > 3 else "")
 
 
 def _matching(reader: CheckpointReader, pattern: str) -> list[re.Match[str]]:

@@ -91,7 +91,11 @@ class Conversion:
             shards[-1].append(job)
             filled += job.output_bytes
         # A plan that somebody edited, or made for a sister model, states other sizes.
-        return cls(source, with_sizes(plan, source), shards)
+        conversion = cls(source, with_sizes(plan, source), shards)
+        if source.precision is not None:
+            note = f"{source.precision}; all but the experts is written in bfloat16"
+            return conversion.noting("source_precision", note)
+        return conversion
 
     def noting(self, name: str, text: str) -> "Conversion":
         """Return the same conversion with a note in the provenance of its plan."""
