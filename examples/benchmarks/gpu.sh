@@ -13,18 +13,9 @@ set -euo pipefail
 unset CDPATH
 cd "$(dirname "$0")/../.."
 
-BUNDLE=build/gpu/contenders.tar.gz
+BUNDLE=build/gpu/site.tar.xz
 SHAPES=(mixtral qwen3 olmoe mixtral-tp8 qwen3-tp2)
-# The machine's Python and torch fit vLLM 0.26. The packages after Humming are what importing
-# vLLM's kernels needs and an environment with torch and transformers may lack.
 PYTHON_VERSION=3.12
-PACKAGES=(
-  vllm==0.26.0 humming-kernels==0.1.19
-  annotated-types==0.8.0 cbor2==6.3.0 httpx==0.28.1 httpx2==2.16.2 openai==3.57.0
-  openai-harmony==0.0.8 pydantic==2.14.4 pydantic-core==2.50.5 pyzmq==27.3.0 sniffio==1.3.1
-  typing-inspection==0.4.5
-)
-LARGEST_BUNDLE=$((60 * 1000 * 1000))
 
 usage() {
   echo "gpu.sh: $*" >&2
@@ -38,43 +29,13 @@ gather() {
   work=$(mktemp -d)
   # shellcheck disable=SC2064  # the folder of now
   trap "rm -rf '$work'" EXIT
-  for glibc in 2_17 2_24 2_26 2_27 2_28 2_31 2_34; do
+  for glibc in 2_12 2_17 2_24 2_26 2_27 2_28 2_31 2_34; do
     platforms+=(--platform "manylinux_${glibc}_x86_64")
   done
-  python3 -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+  python3 -m pip download -qq --no-deps --only-binary=:all: --implementation cp \
     --python-version "$PYTHON_VERSION" "${platforms[@]}" --platform manylinux2014_x86_64 \
-    --dest "$work/wheels" "${PACKAGES[@]}"
-  python3 - "$work" <<'PYTHON'
-import re
-import sys
-from pathlib import Path
-from zipfile import ZipFile
-
-# Of vLLM only Python files, the tiles that it tuned for these GPUs, and the library with its MoE
-# kernels: all of it has 304 MB.
-KEPT = re.compile(r"\.py$|dist-info/|fused_moe/configs/.*NVIDIA_H[12]00|/_moe_C_[^/]*\.so$")
-work = Path(sys.argv[1])
-for wheel in (work / "wheels").glob("*.whl"):
-    with ZipFile(wheel) as archive:
-        names = archive.namelist()
-        if wheel.name.startswith("vllm-"):
-            names = [name for name in names if KEPT.search(name)]
-        for name in names:
-            path = Path(archive.extract(name, work / "site"))
-            mode = archive.getinfo(name).external_attr >> 16
-            if mode and path.is_file():  # Humming brings a program that it runs
-                path.chmod(mode & 0o777)
-PYTHON
-  mkdir -p "$(dirname "$BUNDLE")"
-  tar -czf "$work/bundle" -C "$work/site" .
-  local size
-  size=$(stat -c %s "$work/bundle")
-  if [ "$size" -gt "$LARGEST_BUNDLE" ]; then
-    echo "gpu.sh: the bundle has $size bytes, more than $LARGEST_BUNDLE" >&2
-    exit 1
-  fi
-  mv "$work/bundle" "$BUNDLE"
-  echo "wrote $BUNDLE, $size bytes"
+    --platform manylinux2010_x86_64 --dest "$work" --requirement examples/benchmarks/gpu_bundle.txt
+  PYTHONPATH=$PWD python3 examples/benchmarks/gpu_bundle.py "$work" "$BUNDLE"
 }
 
 run() {
@@ -106,7 +67,7 @@ run() {
   out=$(cd "$out" && pwd)
   if [ -e "$BUNDLE" ]; then
     mkdir -p build/gpu/site
-    tar -xzf "$BUNDLE" -C build/gpu/site
+    tar -xJf "$BUNDLE" -C build/gpu/site
   else
     echo "gpu.sh: $BUNDLE is missing (gpu.sh gather): contenders that are not installed will not be measured"
   fi

@@ -4,13 +4,10 @@ Each takes random weights with scales for groups of a row and no zero points. A 
 `matrices` say what its codes stand for, so that errors are those of the kernel alone.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -143,7 +140,7 @@ def vllm_marlin(shape: Shape, group_size: int, device: torch.device) -> GpuConte
 def marlin_pack(codes: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """Bring codes into Marlin's order: uint8 [N, K] to int32 [K / 16, 2 * N].
 
-    What vLLM's `gptq_marlin_repack` does, whose library is too large to bring along.
+    What vLLM's `gptq_marlin_repack` does, in a form that is tested without a GPU.
     """
     rows, columns = codes.shape
     tiles = codes.t().reshape(columns // MARLIN_TILE, MARLIN_TILE, rows // MARLIN_TILE, MARLIN_TILE)
@@ -315,21 +312,8 @@ def contenders(
     yield "vLLM bf16", vllm_bf16
 
 
-QUESTIONS = (
-    "cutlass_scaled_mm_supports_fp8",
-    "cutlass_scaled_mm_supports_block_fp8",
-    "cutlass_scaled_mm_supports_fp4",
-    "cutlass_group_gemm_supported",
-    "mxfp4_experts_quant_supported",
-)
-"""What vLLM asks its library `_C` while it is imported: whether a GPU can do what we do not use."""
-
-
 def import_vllm(device: torch.device) -> None:
-    """Make vLLM importable where its large library `_C` was left behind.
-
-    A stand-in offers what these kernels need of it, silu_and_mul as a Triton kernel, and says no to
-    what vLLM asks.
+    """Make sure that vLLM's kernels can run.
 
     Raises:
         ImportError: There is no vLLM.
@@ -337,23 +321,8 @@ def import_vllm(device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise ValueError("it needs a CUDA GPU")
-    name = "vllm._C_stable_libtorch"
-    found = find_spec("vllm")
-    if found is None:
+    if find_spec("vllm") is None:
         raise ImportError("vllm is not installed")
-    (folder,) = found.submodule_search_locations or [""]
-    if name in sys.modules or list(Path(folder).glob("_C*.so")):
-        return
-    from gpu_activation import silu_and_mul
-
-    library = torch.library.Library("_C", "FRAGMENT")
-    for question in QUESTIONS:
-        library.define(f"{question}(int capability) -> bool")
-        library.impl(question, lambda capability: False, "CompositeExplicitAutograd")
-    library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
-    library.impl("silu_and_mul", silu_and_mul, "CUDA")
-    sys.modules[name] = ModuleType(name)
-    sys.modules[name].library = library  # type: ignore[attr-defined]  # lives as long as this
 
 
 def _copies(

@@ -1,51 +1,48 @@
 """Measures the Triton kernel on a GPU against the other kernels that serve such layers.
 
-One table for each shape: uniform and skewed routing, 1 to 4096 tokens. What fails is reported, and
-the rest goes on. Every figure is written as soon as it is measured.
+One table for each shape: uniform and skewed routing, 1 to 4096 tokens. Each of the other kernels
+has a process of its own, in which ours takes turns with it: one that fails, hangs or is slow costs
+no other. All processes get ready at the same time, then they measure one after another. The table
+is written after each of them.
 """
 
 import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from gpu_contenders import contenders as other_contenders
+from gpu_measure import (
+    ALL_SHAPES,
+    GROUP_SIZE,
+    OURS,
+    OURS_UNIFORM,
+    ROUTINGS,
+    TOKENS,
+    peers,
+)
 from results import RESULTS, table, write_section
 
-from moeq.bench import SHAPES, Shape, UsageError, Widths
-from moeq.bench.gpu import (
-    Figures,
-    GpuContender,
-    copy_bandwidth,
-    draw_calls,
-    figures,
-    moeq_contender,
-    moved_bytes,
-    relative_error,
-    replay,
-    time_interleaved,
-)
+from moeq.bench import Shape, UsageError
+from moeq.bench.gpu import Figures, copy_bandwidth
 from moeq.bench.settings import SMALLEST_RUNS
 from vllm_moeq.kernels import select_kernel
 
-GROUP_SIZE = 128
-MIX, UNIFORM = Widths((3, 2)), Widths((4,))
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-ROUTINGS = ("uniform", "skewed")
-SHARDS = {
-    "mixtral-tp8": Shape("mixtral-tp8", 4096, 1792, 8, 2),
-    "qwen3-tp2": Shape("qwen3-tp2", 2048, 384, 128, 8),
-}
-"""What one of several GPUs holds of a layer."""
-ALL_SHAPES = {name: SHAPES[name] for name in ("mixtral", "qwen3", "olmoe")} | SHARDS
+PREPARATION = 0.55
+"""Share of the time after which what is not ready is given up; importing vLLM alone took 40 s."""
+PATIENCE = 10.0
+"""Seconds that a process may take beyond its time, for the case that it is at."""
 NO_MEASUREMENT = (
     "**This is no measurement**: it ran on a CPU, in Triton's interpreter, to test the benchmark."
 )
-
-Make = Callable[[Shape, int, torch.device], GpuContender]
 
 
 @dataclass(slots=True)
@@ -58,6 +55,7 @@ class Table:
         names: Contenders, in the order of the table.
         timed: Whether times are those of a GPU; others are not shown.
         figures: By (routing, tokens, contender).
+        ratios: Time over that of our kernel in the same process, by the same.
         failures: Why a contender has no figures, by the same.
     """
 
@@ -66,109 +64,142 @@ class Table:
     names: list[str]
     timed: bool = True
     figures: dict[tuple[str, int, str], Figures] = field(default_factory=dict)
+    ratios: dict[tuple[str, int, str], float] = field(default_factory=dict)
     failures: dict[tuple[str, int, str], str] = field(default_factory=dict)
 
     def fail(self, name: str, reason: str) -> None:
-        """Note that nothing of a contender can be measured."""
+        """Note why nothing more of a contender can be measured."""
         for routing in ROUTINGS:
             for tokens in self.tokens:
-                self.failures[routing, tokens, name] = reason
+                self.failures.setdefault((routing, tokens, name), reason)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add what a process noted."""
+        if "routing" not in line:
+            self.fail(line["name"], line["failure"])
+            return
+        key = (line["routing"], line["tokens"], line["name"])
+        if "failure" in line:
+            self.failures[key] = line["failure"]
+            return
+        self.figures[key] = Figures(**line["figures"])
+        if line["ratio"] is not None:
+            self.ratios[key] = line["ratio"]
 
     def render(self, routing: str, bandwidth: float) -> str:
         """Return one routing as Markdown."""
-        header = ["tokens, contender", "µs", "IQR", "of the HBM floor", "MB read", "error"]
+        header = [
+            "tokens, contender", "µs", "IQR", f"time / {OURS}", "of the HBM floor", "MB read",
+            "error",
+        ]  # fmt: skip
         lines = []
         for tokens in self.tokens:
             for name in self.names:
                 key = (routing, tokens, name)
                 if key in self.figures:
                     found = self.figures[key]
-                    times = ["not measured", "", ""]
+                    times = ["not measured", "", "", ""]
                     if self.timed:
+                        ratio = f"{self.ratios[key]:.2f}" if key in self.ratios else ""
                         share = found.floor_share(bandwidth)
-                        times = [f"{found.us:.1f}", f"{found.us_iqr:.1f}", f"{share:.0%}"]
+                        times = [f"{found.us:.1f}", f"{found.us_iqr:.1f}", ratio, f"{share:.0%}"]
                     cells = [*times, f"{found.read_bytes / 1e6:.2f}", f"{found.error:.1e}"]
                 else:
                     reason = self.failures.get(key, "the time was over")
-                    cells = [f"not measured: {reason}", "", "", "", ""]
+                    cells = [f"not measured: {reason}", "", "", "", "", ""]
                 lines.append([f"{tokens}, {name}", *cells])
         return table(header, lines)
 
 
-def one_line(error: Exception) -> str:
-    """Return an error as a cell of a table."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text[:150]}".replace("|", "/")
+class Process:
+    """A process that measures a peer beside our kernel, or our kernel alone."""
+
+    def __init__(self, peer: str, command: Sequence[str], folder: Path) -> None:
+        self.peer = peer
+        self._lines = folder / f"{peer or 'ours'}.jsonl".replace("/", "-")
+        self._process = subprocess.Popen(
+            [*command, "--peer", peer, "--lines", str(self._lines)],
+            stdin=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what it has noted; a line that a kill cut off is left out."""
+        if not self._lines.exists():
+            return []
+        text = self._lines.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+    def is_ready(self) -> bool:
+        """Say whether it waits for its turn, or has ended before."""
+        return self._process.poll() is not None or any("ready" in line for line in self.lines())
+
+    def measure(self, seconds: float) -> str:
+        """Let it measure; return why it has noted no more, if it did not end by itself."""
+        try:
+            self._process.communicate(f"{seconds}\n", timeout=seconds + PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return "it took too long"
+        status = self._process.returncode
+        return f"its process ended with status {status}" if status else ""
+
+    def stop(self) -> None:
+        """End it, with the compilers that it may have started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def measure(
     found: Table,
-    makers: Sequence[tuple[str, Make]],
-    runs: int,
-    device: torch.device,
-    deadline: float,
+    names: Sequence[str],
+    command: Sequence[str],
+    seconds: float,
     written: Callable[[], None],
 ) -> None:
-    """Fill a table; calls ``written`` after each number of tokens."""
-    made: dict[str, GpuContender] = {}
-    for name, make in makers:
+    """Fill a table.
+
+    Args:
+        found: The table.
+        names: Peers; an empty name is our kernel alone.
+        command: Of a process, without what differs.
+        seconds: For all.
+        written: Called after each process.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [Process(name, command, Path(folder)) for name in names]
         try:
-            made[name] = make(found.shape, GROUP_SIZE, device)
-        except Exception as error:  # of another project's code: whatever it raises
-            found.fail(name, one_line(error))
-        print(f"{found.shape.name}: {name}: {'made' if name in made else 'failed'}", flush=True)
-    generator = torch.Generator().manual_seed(0)
-    for tokens in found.tokens:
-        for routing in ROUTINGS:
-            if time.monotonic() > deadline:
-                return
-            _measure_case(found, made, routing, tokens, generator, runs, device)
-        written()
+            while not all(process.is_ready() for process in processes):
+                if time.monotonic() > start + PREPARATION * seconds:
+                    break
+                time.sleep(0.2)
+            late = [process for process in processes if not process.is_ready()]
+            for process in late:
+                process.stop()
+                reason = f"not ready after {PREPARATION * seconds:.0f} s"
+                _merge(found, process, reason)
+            turns = [process for process in processes if process not in late]
+            for place, process in enumerate(turns):
+                left = start + seconds - time.monotonic()
+                reason = process.measure(max(0.0, left / (len(turns) - place)))
+                _merge(found, process, reason)
+                print(f"{found.shape.name}: {process.peer or OURS}: {reason or 'done'}", flush=True)
+                written()
+        finally:
+            for process in processes:
+                process.stop()
 
 
-def _measure_case(
-    found: Table,
-    made: dict[str, GpuContender],
-    routing: str,
-    tokens: int,
-    generator: torch.Generator,
-    runs: int,
-    device: torch.device,
-) -> None:
-    calls = draw_calls(
-        found.shape, tokens, skewed=routing == "skewed", generator=generator, device=device
-    )
-    errors: dict[str, float] = {}
-    replays: dict[str, Callable[[], None]] = {}
-    try:
-        with ExitStack() as stack:
-            for name, contender in made.items():
-                try:
-                    error = relative_error(contender, calls[0])
-                    replays[name] = stack.enter_context(replay(contender, calls))
-                    errors[name] = error
-                except Exception as problem:
-                    found.failures[routing, tokens, name] = one_line(problem)
-            seconds = time_interleaved(list(replays.values()), runs, device)
-    except Exception as problem:  # a fault on the device, which nobody can be blamed for any more
-        for name in replays:
-            found.failures[routing, tokens, name] = one_line(problem)
-        return
-    for name, times in zip(replays, seconds, strict=True):
-        read = moved_bytes(made[name], found.shape, calls)
-        found.figures[routing, tokens, name] = figures(times, len(calls), read, errors[name])
-
-
-def our_makers(kernel: int) -> list[tuple[str, Make]]:
-    """Return our own layers by name."""
-
-    def maker(name: str, widths: Widths) -> Make:
-        return lambda shape, group_size, device: moeq_contender(
-            name, shape, widths, group_size, kernel, device
-        )
-
-    names = {f"moeq {MIX.label} bits": MIX, "moeq 4 bits": UNIFORM}
-    return [(name, maker(name, widths)) for name, widths in names.items()]
+def _merge(found: Table, process: Process, reason: str) -> None:
+    """Add a process's lines; of our kernel only those of the process that has no peer."""
+    own = (process.peer,) if process.peer else (OURS, OURS_UNIFORM)
+    for line in process.lines():
+        if line.get("name") in own:
+            found.add(line)
+    if reason:
+        for name in own:
+            found.fail(name, reason)
 
 
 def write(found: Table, path: Path, bandwidth: float, runs: int) -> None:
@@ -179,10 +210,12 @@ def write(found: Table, path: Path, bandwidth: float, runs: int) -> None:
         f"{shape.intermediate_size}, {shape.experts} experts, {shape.top_k} per token, group size "
         f"{GROUP_SIZE}. Random weights and tokens. Time of a call in a CUDA graph of several "
         "calls, each with other tokens and another routing, on copies of the weights that no cache "
-        f"holds; median of {runs} interleaved replays. The floor is what a call must move (weights "
-        f"of the touched experts, activations) at the {bandwidth / 1e9:.0f} GB/s of a large copy "
-        "on this GPU. Error: of the output against float64, relative, with each contender's own "
-        "weights."
+        f"holds; median of {runs} interleaved replays. Each peer ran in a process of its own, "
+        f"where {OURS} took turns with it: ratios are from there, medians of what neighbouring "
+        "replays give; our own rows are from a process without a peer. The floor is what a call "
+        "must move (weights of the touched experts, activations) at the "
+        f"{bandwidth / 1e9:.0f} GB/s of a large copy on this GPU. Error: of the "
+        "output against float64, relative, with each contender's own weights."
     )
     parts = [intro] if found.timed else [NO_MEASUREMENT]
     for routing in ROUTINGS:
@@ -205,37 +238,42 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--runs", type=int, default=15, help="timed replays (default 15)")
-    parser.add_argument("--seconds", type=float, default=1500, help="for all (default 1500)")
+    parser.add_argument("--seconds", type=float, default=200, help="for a shape (default 200)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--ours", action="store_true", help="only our own kernel")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="NAME", help=f"default: {', '.join(peers(TOKENS))}"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
     if options.runs < SMALLEST_RUNS:
         parser.error(f"argument --runs: {options.runs} is less than {SMALLEST_RUNS}")
+    known = list(peers(options.tokens))
+    names = known if options.peers is None else options.peers
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"argument --peers: {unknown[0]!r} is none of {', '.join(known)}")
     device = torch.device(options.device)
     try:
-        kernel = select_kernel(device, "triton")
-        shapes = [ALL_SHAPES.get(name) or Shape.parse(name) for name in options.shapes]
+        select_kernel(device, "triton")
+        shapes = {name: ALL_SHAPES.get(name) or Shape.parse(name) for name in options.shapes}
     except (UsageError, ValueError, AssertionError, RuntimeError) as error:
         parser.error(str(error))
-    makers = our_makers(kernel)
-    if not options.ours:
-        makers += other_contenders(MIX, list(options.tokens))
-    start = time.monotonic()
-    with torch.no_grad():
-        bandwidth = copy_bandwidth(device)
-        for index, shape in enumerate(shapes):
-            now = time.monotonic()
-            share = (start + options.seconds - now) / (len(shapes) - index)
-            found = Table(shape, options.tokens, [n for n, _ in makers], device.type == "cuda")
+    bandwidth = copy_bandwidth(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name, shape in shapes.items():
+        rows = [OURS, OURS_UNIFORM, *names]
+        found = Table(shape, options.tokens, rows, device.type == "cuda")
 
-            def written(found: Table = found) -> None:
-                write(found, options.results, bandwidth, options.runs)
+        def written(found: Table = found) -> None:
+            write(found, options.results, bandwidth, options.runs)
 
-            measure(found, makers, options.runs, device, now + share, written)
-            written()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        command = [
+            sys.executable, str(Path(__file__).with_name("gpu_measure.py")), "--shape", name,
+            "--runs", str(options.runs), "--device", options.device,
+            "--tokens", *map(str, options.tokens),
+        ]  # fmt: skip
+        measure(found, ["", *names], command, options.seconds, written)
+        written()
 
 
 if __name__ == "__main__":

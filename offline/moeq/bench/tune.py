@@ -1,13 +1,15 @@
 """``moeq bench --tune``: finds the fastest tiles of the Triton kernel for a layer on this GPU.
 
 For each number of tokens it starts from the built-in tiles and changes one or two fields at a time,
-keeping what is faster. A candidate and the best one so far are timed in turn.
+keeping what is faster. A candidate and the best one so far are timed in turn, after all candidates
+were compiled in parallel.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from moeq.bench.compiling import CompilerPool, Kernel, collected
 from moeq.bench.contenders import ACTIVATION, expert_bytes, random_weights
 from moeq.bench.gpu import (
     Call,
@@ -106,6 +109,14 @@ class Layer:
 
         return GpuContender("moeq", self._sizes, len(self._copies), run, self._matrices)
 
+    def kernels(self, candidates: Iterable[Tiles], call: Call) -> set[Kernel]:
+        """Return what is to be compiled before a call can run with any of these tiles."""
+        with collected() as kernels:
+            for tiles in candidates:
+                with suppress(Exception):  # why_not will find out, and say so
+                    self.with_tiles(tiles).run(0, *call)
+        return kernels
+
     def spills(self) -> bool:
         """Say whether the code compiled since the last question keeps registers in memory."""
         from vllm_moeq.kernels.triton import gemm
@@ -164,29 +175,35 @@ def tune(layer: Layer, settings: Settings, deadline: float) -> Tuning:
     skipped: Counter[str] = Counter()
     refused: dict[Tiles, str] = {}
     tried = 0
-    for tokens in tqdm(sorted(settings.tokens), desc="tune", unit="size", disable=None):
-        choices, experts = tokens * layer.shape.top_k, layer.shape.experts
-        calls = draw_calls(
-            layer.shape, tokens, skewed=False, generator=generator, device=layer.device
-        )
-        best = choose_tiles(choices, experts)
-        seen, speedup = {best}, 1.0
-        for names in TOGETHER:
-            for candidate in _changes(best, names):
-                if candidate in seen or time.monotonic() > deadline:
-                    continue
-                seen.add(candidate)
-                reason = refused.get(candidate) or why_not(layer, candidate, calls[0])
-                if reason:
-                    refused[candidate] = reason
-                    skipped[reason] += 1
-                    continue
-                tried += 1
-                share = _share_of_time(layer, candidate, best, calls, settings.runs)
-                if share <= FASTER:
-                    best, speedup = candidate, speedup / share
-        rows.append((choices / experts, best))
-        speedups[tokens] = speedup
+    with CompilerPool() as pool:
+        for tokens in tqdm(sorted(settings.tokens), desc="tune", unit="size", disable=None):
+            choices, experts = tokens * layer.shape.top_k, layer.shape.experts
+            calls = draw_calls(
+                layer.shape, tokens, skewed=False, generator=generator, device=layer.device
+            )
+            best = choose_tiles(choices, experts)
+            seen, speedup = {best}, 1.0
+            # All that one step leads to at once; before a step what the steps before changed.
+            first_steps = [tiles for names in TOGETHER for tiles in _changes(best, names)]
+            pool.compile(layer.kernels(first_steps, calls[0]), deadline)
+            for names in TOGETHER:
+                candidates = [tiles for tiles in _changes(best, names) if tiles not in seen]
+                pool.compile(layer.kernels(candidates, calls[0]), deadline)
+                for candidate in candidates:
+                    if time.monotonic() > deadline:
+                        break
+                    seen.add(candidate)
+                    reason = refused.get(candidate) or why_not(layer, candidate, calls[0])
+                    if reason:
+                        refused[candidate] = reason
+                        skipped[reason] += 1
+                        continue
+                    tried += 1
+                    share = _share_of_time(layer, candidate, best, calls, settings.runs)
+                    if share <= FASTER:
+                        best, speedup = candidate, speedup / share
+            rows.append((choices / experts, best))
+            speedups[tokens] = speedup
     rows[-1] = (float("inf"), rows[-1][1])
     return Tuning(tuple(rows), speedups, tried, skipped)
 

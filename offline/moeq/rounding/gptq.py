@@ -181,7 +181,7 @@ def _refine(
     group_size = columns // scale.shape[1]
     difference = _dequantize(codes, scale, zero).sub_(weight)
     for _ in range(refinement.rounds):
-        changes = 0
+        changes = torch.zeros((), dtype=torch.int64, device=codes.device)
         for first in range(0, columns, _BLOCK):
             block = slice(first, min(first + _BLOCK, columns))
             gradient = hessian[:, block] @ difference
@@ -204,7 +204,7 @@ def _refine(
                 wanted = weight[:, place] + difference[:, place] - gradient[:, i] / local[:, i, i]
                 code = nearest_codes(wanted, step, origin, bits)
                 change = code - codes[:, place]
-                changes += int(change.count_nonzero())
+                changes += change.count_nonzero()
                 codes[:, place] = code
                 change *= step
                 difference[:, place] += change

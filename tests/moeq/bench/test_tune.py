@@ -51,6 +51,9 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> None:
 class _NoLayer:
     shape, device = SHAPE, torch.device("cpu")
 
+    def kernels(self, candidates: Any, call: Any) -> set[Any]:
+        return set()
+
 
 @pytest.mark.usefixtures("cost")
 def test_the_fastest_tiles_are_found_and_bad_ones_counted() -> None:
