@@ -47,7 +47,9 @@ __all__ = [
     "cpu_fused_moe_bf16",
     "extract_layer_index",
     "init_logger",
+    "keep_out_of_lora",
     "local_slot",
+    "lora_is_enabled",
     "model_path",
     "num_hidden_layers",
     "register_quantization_config",
@@ -61,6 +63,47 @@ def local_slot(layer: RoutedExperts, expert: int) -> int:
     # Not ExpertMapManager.get_local_expert_ids(), which is gone in vLLM 0.33; this is what vLLM's
     # own weight loader calls in 0.25 to 0.33.
     return int(layer._map_global_expert_id_to_local_expert_id(expert))
+
+
+def lora_is_enabled() -> bool:
+    """Tell whether the model being built is to serve LoRA adapters."""
+    return get_current_vllm_config().lora_config is not None
+
+
+def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
+    """Let vLLM put LoRA on every layer of a model but some fused experts.
+
+    vLLM wraps all fused experts as soon as LoRA is enabled, whatever an adapter holds, and only
+    kernels of its own can be wrapped. Experts left out of its list stay as they are, and it refuses
+    an adapter that has weights for them before it takes anything from it.
+
+    Args:
+        is_excluded: Says for a module of the model whether it is one of those experts.
+    """
+    from vllm.lora.model_manager import LRUCacheLoRAModelManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    class Manager(LRUCacheLoRAModelManager):
+        supported_lora_modules: list[str]
+
+        def _create_lora_modules(self) -> None:
+            excluded = {
+                name.rpartition(".")[2]
+                for name, module in self.model.named_modules()
+                if is_excluded(module)
+            }
+            targets = set(self.lora_config.target_modules or ()) & excluded
+            if targets:
+                raise ValueError(
+                    f"lora_target_modules names {sorted(targets)}, but LoRA on moeq experts is not "
+                    "supported; name only other layers"
+                )
+            self.supported_lora_modules = [
+                name for name in self.supported_lora_modules if name not in excluded
+            ]
+            super()._create_lora_modules()
+
+    LRUCacheWorkerLoRAManager._manager_cls = Manager
 
 
 def weights_are_dummies() -> bool:

@@ -61,12 +61,14 @@ def check_group_fits(
 
 @dataclass(slots=True)
 class ExpertBuffers:
-    """The packed experts of one layer on one rank.
+    """The packed experts of one layer on one rank, and what of them is filled.
+
+    The buffers themselves belong to whoever asked :meth:`allocate` for them: when weights are
+    loaded again, vLLM brings new ones, and nothing here may keep the old ones alive.
 
     Attributes:
         name: Layer name for messages.
         layout: Widths and offsets of the local experts.
-        tensors: ``{projection}_{kind}`` to its buffer; shapes as in ``ExpertWeights``.
         tp_rank: This rank among those that share one expert.
         tp_size: Ranks that share one expert.
     """
@@ -75,26 +77,21 @@ class ExpertBuffers:
     layout: ExpertLayout
     tp_rank: int = 0
     tp_size: int = 1
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _filled: set[tuple[Kind, Shard, int]] = field(default_factory=set)
-    _closed: bool = False
 
-    def __post_init__(self) -> None:
-        """Allocate the buffers, not one byte more than the local experts need."""
+    def allocate(self) -> ExpertWeights:
+        """Return uninitialised buffers, not one byte more than the local experts need."""
         experts = len(self.layout.slots)
+        tensors = []
         for projection in PROJECTIONS:
             rows, columns = self.layout.shape(projection)
-            groups = columns // self.layout.group_size
-            size = self.layout.buffer_bytes(projection)
-            self.tensors |= {
-                f"{projection}_weight_packed": torch.empty(size, dtype=torch.uint8),
-                f"{projection}_weight_scale": torch.empty(
-                    experts, rows, groups, dtype=torch.float16
-                ),
-                f"{projection}_weight_zero_point": torch.empty(
-                    experts, rows, groups, dtype=torch.uint8
-                ),
-            }
+            grid = (experts, rows, columns // self.layout.group_size)
+            tensors += [
+                torch.empty(self.layout.buffer_bytes(projection), dtype=torch.uint8),
+                torch.empty(grid, dtype=torch.float16),
+                torch.empty(grid, dtype=torch.uint8),
+            ]
+        return ExpertWeights(*tensors)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -102,11 +99,19 @@ class ExpertBuffers:
         return ("w1", "w3", "w2") if self.layout.gated else ("w1", "w2")
 
     def fill(
-        self, kind: Kind, shard: Shard, slot: int, loaded: torch.Tensor, tensor_name: str
+        self,
+        buffer: torch.Tensor,
+        kind: Kind,
+        shard: Shard,
+        slot: int,
+        loaded: torch.Tensor,
+        tensor_name: str,
     ) -> None:
         """Copy this rank's part of one checkpoint tensor into the expert's place.
 
         Args:
+            buffer: That of this kind and matrix, as :meth:`allocate` made it. One on the meta
+                device fills nothing: vLLM counts with it what a reload brings.
             kind: Which of the three tensors of a matrix.
             shard: Which matrix.
             slot: Local index of the expert.
@@ -117,14 +122,9 @@ class ExpertBuffers:
             FormatError: Type or shape differ from what the plan promises, or the experts have no
                 such matrix.
         """
-        if self._closed:
-            raise FormatError(
-                f"{self.name}: {tensor_name} comes after loading has ended; moeq checkpoints "
-                "cannot be loaded again into a running engine"
-            )
         if shard not in self.shards:
             raise FormatError(f"{self.name}: {tensor_name} is {shard} of experts without a gate")
-        target = self._view(kind, shard, slot)
+        target = self._view(buffer, kind, shard, slot)
         axis = 1 if shard == "w2" else 0
         expected = list(target.shape)
         expected[axis] *= self.tp_size
@@ -133,11 +133,13 @@ class ExpertBuffers:
             raise FormatError(
                 f"{self.name}: {tensor_name} is {loaded.dtype} {list(loaded.shape)}, expected "
                 f"{target.dtype} {expected} for {bits} bits and group size "
-                f"{self.layout.group_size}: the checkpoint does not follow its own bit plan"
+                f"{self.layout.group_size}: the checkpoint does not follow its own bit plan, or, "
+                "if weights are loaded again, it has another one than the engine was started with"
             )
         part = target.shape[axis]
         target.copy_(loaded.narrow(axis, self.tp_rank * part, part))
-        self._filled.add((kind, shard, slot))
+        if not buffer.is_meta:
+            self._filled.add((kind, shard, slot))
 
     def missing(self) -> list[tuple[Kind, Shard, int]]:
         """Return (kind, shard, local slot) of everything that :meth:`fill` has not seen."""
@@ -149,25 +151,23 @@ class ExpertBuffers:
         )
         return [entry for entry in wanted if entry not in self._filled]
 
-    def close(self) -> ExpertWeights:
-        """Return the buffers in the order that the kernels take; nothing can be filled any more.
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been filled."""
+        return not self._filled
 
-        A kernel may repack them in place, after which the canonical offsets mean nothing.
-        """
-        self._closed = True
-        return ExpertWeights(
-            *(self.tensors[f"{projection}_{kind}"] for projection in PROJECTIONS for kind in KINDS)
-        )
+    def forget(self) -> None:
+        """Count nothing as filled any more: what comes next is another load."""
+        self._filled.clear()
 
-    def _view(self, kind: Kind, shard: Shard, slot: int) -> torch.Tensor:
-        projection = _projection(shard)
-        tensor = self.tensors[f"{projection}_{kind}"]
+    def _view(self, buffer: torch.Tensor, kind: Kind, shard: Shard, slot: int) -> torch.Tensor:
         if kind == "weight_packed":
+            projection = _projection(shard)
             offset, size = self.layout.span(projection, slot)
             rows, _ = self.layout.shape(projection)
-            matrix = tensor[offset : offset + size].view(rows, -1)
+            matrix = buffer[offset : offset + size].view(rows, -1)
         else:
-            matrix = tensor[slot]
+            matrix = buffer[slot]
         if shard == "w2" or "w3" not in self.shards:
             return matrix
         half = matrix.shape[0] // 2

@@ -11,15 +11,27 @@ from vllm_moeq.compat import (
     FusedMoEMethodBase,
     RoutedExperts,
     init_logger,
+    keep_out_of_lora,
     local_slot,
+    lora_is_enabled,
     set_weight_attrs,
     weights_are_dummies,
 )
 from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, Kind, check_group_fits
-from vllm_moeq.format import FormatError, LayerBits
-from vllm_moeq.kernels import ACTIVATIONS, KERNELS, ExpertLayout, fused_experts, select_kernel
+from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
+from vllm_moeq.kernels import (
+    ACTIVATIONS,
+    KERNELS,
+    ExpertLayout,
+    ExpertWeights,
+    fused_experts,
+    select_kernel,
+)
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
+
+PARAMETERS = tuple(f"{projection}_{kind}" for projection in PROJECTIONS for kind in KINDS)
+"""Names of a layer's parameters, in the order of ``ExpertWeights``."""
 
 
 class MoeqMoEMethod(FusedMoEMethodBase):
@@ -74,8 +86,9 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             moe.tp_size,
         )
         # Ask vLLM where each expert lives: expert placement may be linear or round robin.
-        slots = {local_slot(layer, expert): expert for expert in range(layer.global_num_experts)}
-        self.local_experts = [slots[slot] for slot in range(num_experts)]
+        slots = {expert: local_slot(layer, expert) for expert in range(layer.global_num_experts)}
+        self.local_experts = sorted((e for e in slots if slots[e] >= 0), key=slots.__getitem__)
+        self.dummies = weights_are_dummies()
         self.buffers = ExpertBuffers(
             name,
             ExpertLayout.build(
@@ -89,12 +102,15 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             tp_rank=moe.tp_rank,
             tp_size=moe.tp_size,
         )
-        for tensor_name, tensor in self.buffers.tensors.items():
+        for parameter_name, tensor in zip(PARAMETERS, self.buffers.allocate(), strict=True):
             parameter = Parameter(tensor, requires_grad=False)
-            kind = next(kind for kind in KINDS if tensor_name.endswith(kind))
-            set_weight_attrs(parameter, {"weight_loader": self._weight_loader(layer, kind)})
-            layer.register_parameter(tensor_name, parameter)
-            self.buffers.tensors[tensor_name] = parameter
+            kind = next(kind for kind in KINDS if parameter_name.endswith(kind))
+            set_weight_attrs(
+                parameter, {"weight_loader": _weight_loader(self.buffers, slots, kind)}
+            )
+            layer.register_parameter(parameter_name, parameter)
+        if lora_is_enabled():
+            keep_out_of_lora(_holds_moeq_experts)
 
     def _check_supported(self, layer: RoutedExperts) -> None:
         """Refuse variants of experts that the kernels would compute wrongly without a word."""
@@ -107,27 +123,6 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             if getattr(layer, option, None) is not None:
                 raise FormatError(f"{name}: the model sets {option}, which is not supported yet")
 
-    def _weight_loader(self, layer: RoutedExperts, kind: Kind) -> Callable[..., bool | None]:
-        buffers = self.buffers
-
-        # vLLM's signature: most models call it by keyword, DeepSeek passes three by position.
-        def load(
-            param: Parameter,
-            loaded_weight: torch.Tensor,
-            weight_name: str,
-            shard_id: Any,
-            expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:
-            slot = local_slot(layer, expert_id)
-            local = slot >= 0
-            if local:
-                name = f"expert {expert_id} {shard_id} {kind}"
-                buffers.fill(kind, shard_id, slot, loaded_weight, name)
-            return local if return_success else None
-
-        return load
-
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every expert is filled, then repack once for the chosen kernel.
 
@@ -136,21 +131,28 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 this for quantized models and would serve uninitialised memory.
             ValueError: ``MOEQ_KERNEL`` names a kernel that cannot run here.
         """
-        missing = [] if weights_are_dummies() else self.buffers.missing()
-        if missing:
+        missing = self.buffers.missing()
+        # Dummy weights come from no checkpoint; one may still be loaded over them later.
+        unfilled_on_purpose = self.dummies and self.buffers.untouched
+        self.buffers.forget()
+        if missing and not unfilled_on_purpose:
             kind, shard, slot = missing[0]
             raise FormatError(
                 f"{layer.layer_name}: the checkpoint lacks {len(missing)} expert tensors, first "
                 f"{shard}.{kind} of expert {self.local_experts[slot]}. Check it with `moeq verify`"
             )
-        weights = self.buffers.close()
-        kernel = select_kernel(weights.w13_packed.device)
+        # Those of this load: when weights are loaded again, vLLM puts new parameters into the
+        # layer and afterwards copies what is prepared here into the old ones.
+        parameters = [getattr(layer, name) for name in PARAMETERS]
+        kernel = select_kernel(parameters[0].device)
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
-        # Host memory: the op reads it without waiting for the device.
         layout = replace(self.buffers.layout, kernel=kernel)
+        weights = ExpertWeights(*parameters)
         prepared = KERNELS[kernel].prepare(weights, layout, layer.activation.value)
-        for parameter, tensor in zip(weights, prepared, strict=True):
+        for parameter, tensor in zip(parameters, prepared, strict=True):
             parameter.data = tensor.data
+            set_weight_attrs(parameter, {_PREPARED: True})
+        # Host memory: the op reads it without waiting for the device.
         layer.register_buffer("moeq_layout", layout.to_tensor(), persistent=False)
 
     def apply(
@@ -167,14 +169,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             x,
             topk_weights,
             topk_ids,
-            [
-                layer.w13_weight_packed,
-                layer.w13_weight_scale,
-                layer.w13_weight_zero_point,
-                layer.w2_weight_packed,
-                layer.w2_weight_scale,
-                layer.w2_weight_zero_point,
-            ],
+            [getattr(layer, name) for name in PARAMETERS],
             None,
             None,
             layer.moeq_layout,
@@ -183,3 +178,44 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             layer.apply_router_weight_on_input,
         )
         return result
+
+
+_PREPARED = "moeq_prepared"
+"""Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
+
+
+def _weight_loader(
+    buffers: ExpertBuffers, slots: dict[int, int], kind: Kind
+) -> Callable[..., bool | None]:
+    """Return the loader of a parameter; it fills whichever parameter vLLM hands it.
+
+    It must not refer to the layer: vLLM keeps it in a table with layers as weak keys.
+    """
+
+    # vLLM's signature: most models call it by keyword, DeepSeek passes three by position.
+    def load(
+        param: Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: Any,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        if getattr(param, _PREPARED, False):
+            raise FormatError(
+                f"{buffers.name}: {weight_name} comes after loading has ended. Load weights again "
+                "with vLLM's reload_weights, which gives the experts new buffers"
+            )
+        slot = slots[expert_id]
+        local = slot >= 0
+        if local:
+            name = f"expert {expert_id} {shard_id} {kind}"
+            buffers.fill(param, kind, shard_id, slot, loaded_weight, name)
+        return local if return_success else None
+
+    return load
+
+
+def _holds_moeq_experts(module: torch.nn.Module) -> bool:
+    experts = getattr(module, "routed_experts", None)
+    return isinstance(getattr(experts, "quant_method", None), MoeqMoEMethod)

@@ -18,6 +18,7 @@ RESULT_MARK = "engine result: "
 
 
 Corruption = tuple[str, list[int], int]
+Action = tuple[str, str | None]
 
 
 class Completion(NamedTuple):
@@ -38,12 +39,15 @@ class EngineRun(NamedTuple):
     """What an engine process gave.
 
     Attributes:
-        completions: One list for each round: as loaded, then after each of ``corruptions``.
+        completions: One list for each round: as loaded, then after each of ``corruptions`` and
+            after each of ``actions`` that succeeded.
+        refusals: Messages of the actions that failed.
         buffers: For each rank, parameter name of an experts layer to its bytes.
         log: Standard output and error.
     """
 
     completions: list[list[Completion]]
+    refusals: list[str]
     buffers: list[dict[str, int]]
     log: str
 
@@ -66,6 +70,7 @@ def launch(
     model: Path,
     *,
     corruptions: list[Corruption] | None = None,
+    actions: list[Action] | None = None,
     environment: dict[str, str] | None = None,
     **llm_options: Any,
 ) -> subprocess.CompletedProcess[str]:
@@ -74,6 +79,7 @@ def launch(
     Args:
         model: Checkpoint folder.
         corruptions: See ``engine_main``.
+        actions: See ``engine_main``.
         environment: Additional environment variables.
         llm_options: For ``vllm.LLM``.
     """
@@ -85,7 +91,12 @@ def launch(
         "enable_prefix_caching": False,
         **llm_options,
     }
-    job = {"model": str(model), "llm": options, "corruptions": corruptions or []}
+    job = {
+        "model": str(model),
+        "llm": options,
+        "corruptions": corruptions or [],
+        "actions": actions or [],
+    }
     return subprocess.run(
         [sys.executable, "-m", "support.engine_main", json.dumps(job)],
         capture_output=True,
@@ -104,6 +115,7 @@ def run_engine(model: Path, **options: Any) -> EngineRun:
     result = json.loads(marked[0].removeprefix(RESULT_MARK))
     return EngineRun(
         [[Completion(**entry) for entry in entries] for entries in result["completions"]],
+        result["refusals"],
         result["buffers"],
         process.stdout + process.stderr,
     )

@@ -4,9 +4,11 @@ import json
 import sys
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from support.engine import NEW_TOKENS, PROMPTS, RESULT_MARK
 
@@ -33,18 +35,24 @@ def _restore(model: torch.nn.Module, name: str, index: list[int], before: torch.
     getattr(layer, name)[tuple(index)].copy_(before)
 
 
-def _generate(llm: LLM) -> list[dict[str, Any]]:
+def _generate(llm: LLM, adapter: LoRARequest | None = None) -> list[dict[str, Any]]:
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in PROMPTS],
         SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            # vLLM 0.32's LoRA on the CPU fails at log-probabilities of prompts.
+            prompt_logprobs=None if llm.llm_engine.vllm_config.lora_config else 0,
+            logprobs=0,
         ),
         use_tqdm=False,
+        lora_request=adapter,
     )
     completions = []
     for output in outputs:
         chosen = output.outputs[0]
-        prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        prompt = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
         generated = zip(chosen.token_ids, chosen.logprobs, strict=True)
         completions.append(
             {
@@ -56,8 +64,25 @@ def _generate(llm: LLM) -> list[dict[str, Any]]:
     return completions
 
 
+def _act(llm: LLM, kind: str, path: str | None) -> list[dict[str, Any]]:
+    adapter = (
+        LoRARequest(path, 1 + crc32(path.encode()), path) if path and "adapter" in kind else None
+    )
+    if kind == "reload":
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    if kind == "add adapter":
+        llm.llm_engine.add_lora(adapter)
+        adapter = None
+    return _generate(llm, adapter)
+
+
 def main() -> None:
-    """Generate; then once more for each corruption (name, index, value) of the first MoE layer."""
+    """Generate; then once more for each corruption and for each action.
+
+    Corruptions are (name, index, value) of the first MoE layer; each is undone. Actions are
+    (kind, path) and stay: ``reload`` weights from a folder, generate with an ``adapter``,
+    ``add adapter`` without using it, ``generate``.
+    """
     job = json.loads(sys.argv[1])
     llm = LLM(model=job["model"], **job["llm"])
     buffers = llm.apply_model(_buffer_sizes)
@@ -66,9 +91,19 @@ def main() -> None:
         (before,) = llm.apply_model(partial(_corrupt, name=name, index=index, value=value))
         completions.append(_generate(llm))
         llm.apply_model(partial(_restore, name=name, index=index, before=before))
+    refusals = []
+    for kind, path in job["actions"]:
+        try:
+            completions.append(_act(llm, kind, path))
+        except Exception as error:
+            refusals.append(f"{type(error).__name__}: {error}")
     llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
     print()
-    print(RESULT_MARK + json.dumps({"completions": completions, "buffers": buffers}), flush=True)
+    print(
+        RESULT_MARK
+        + json.dumps({"completions": completions, "refusals": refusals, "buffers": buffers}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import torch
 
 from support.experts import Stored, random_matrix
 from support.reference import dequantize
-from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, check_group_fits
+from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, Kind, check_group_fits
 from vllm_moeq.format import FormatError
-from vllm_moeq.kernels import ExpertLayout
+from vllm_moeq.kernels import ExpertLayout, ExpertWeights
 
 HIDDEN, INTERMEDIATE, GROUP = 64, 128, 32
 W13, W2 = (1, 2, 3, 4, 8), (8, 4, 1, 3, 2)
@@ -36,18 +36,29 @@ def _stored(shard: str, expert: int) -> Stored:
     return random_matrix(*SHAPES[shard], bits, GROUP, seed=10 * expert + int(shard[1]))
 
 
-def _fill(buffers: ExpertBuffers) -> ExpertBuffers:
+def _buffer(weights: ExpertWeights, shard: str, kind: Kind) -> torch.Tensor:
+    projection = "w2" if shard == "w2" else "w13"
+    buffer: torch.Tensor = getattr(weights, f"{projection}_{kind.removeprefix('weight_')}")
+    return buffer
+
+
+def _fill(
+    buffers: ExpertBuffers, left_out: tuple[str, str, int] | None = None, device: str = "cpu"
+) -> ExpertWeights:
+    weights = ExpertWeights(*(tensor.to(device) for tensor in buffers.allocate()))
     # Last expert first: the order of a checkpoint is not that of the buffers.
     for expert in reversed(EXPERTS):
         for shard in buffers.shards:
             for kind, tensor in zip(KINDS, _stored(shard, expert), strict=True):
-                buffers.fill(kind, shard, expert, tensor, f"{expert}.{shard}.{kind}")
-    return buffers
+                if (kind, shard, expert) != left_out:
+                    buffer = _buffer(weights, shard, kind)
+                    buffers.fill(buffer, kind, shard, expert, tensor, f"{expert}.{shard}.{kind}")
+    return weights
 
 
-def _matrix(buffers: ExpertBuffers, projection: str, expert: int) -> torch.Tensor:
+def _matrix(weights: ExpertWeights, projection: str, expert: int) -> torch.Tensor:
     """Read one local matrix back in float64, with offsets of its own."""
-    packed, scale, zero = (buffers.tensors[f"{projection}_{kind}"] for kind in KINDS)
+    packed, scale, zero = (_buffer(weights, projection, kind) for kind in KINDS)
     rows, groups = scale.shape[1:]
     sizes = [rows * groups * GROUP * bits // 8 for bits in (W2 if projection == "w2" else W13)]
     own = packed.split(sizes)[expert].view(rows, -1)
@@ -78,11 +89,11 @@ def test_each_rank_holds_its_columns_of_down(rank: int, size: int, expert: int) 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
 def test_experts_without_a_gate_hold_their_rows_alone(rank: int, size: int) -> None:
-    buffers = _fill(_buffers(rank, size, gated=False))
+    weights = _fill(_buffers(rank, size, gated=False))
     part = INTERMEDIATE // size
     for expert in EXPERTS:
         whole = dequantize(*_stored("w1", expert), GROUP)
-        local = _matrix(buffers, "w13", expert)
+        local = _matrix(weights, "w13", expert)
         assert torch.equal(local, whole[rank * part : (rank + 1) * part])
 
 
@@ -94,31 +105,23 @@ def test_buffers_take_exactly_the_bytes_of_the_plan(size: int, gated: bool) -> N
     codes = sum(weights * (matrices * a + b) // 8 for a, b in zip(W13, W2, strict=True))
     grids = len(W13) * weights * (matrices + 1) // GROUP * 3
     buffers = _buffers(tp_size=size, gated=gated)
-    assert sum(tensor.nbytes for tensor in buffers.tensors.values()) == codes + grids
-
-
-def test_weights_are_in_the_order_of_the_kernels() -> None:
-    buffers = _buffers()
-    for field, tensor in buffers.close()._asdict().items():
-        projection, kind = field.split("_", 1)
-        assert tensor is buffers.tensors[f"{projection}_weight_{kind}"]
+    assert sum(tensor.nbytes for tensor in buffers.allocate()) == codes + grids
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_everything_is_missing_at_first_and_nothing_in_the_end(gated: bool) -> None:
     buffers = _buffers(gated=gated)
     assert len(buffers.missing()) == len(W13) * (3 if gated else 2) * 3
-    assert _fill(buffers).missing() == []
+    assert buffers.untouched
+    _fill(buffers)
+    assert buffers.missing() == []
+    assert not buffers.untouched
 
 
 @pytest.mark.parametrize("left_out", [("weight_packed", "w3", 4), ("weight_zero_point", "w2", 0)])
 def test_what_was_not_filled_is_missing(left_out: tuple[str, str, int]) -> None:
     buffers = _buffers()
-    for expert in EXPERTS:
-        for shard in buffers.shards:
-            for kind, tensor in zip(KINDS, _stored(shard, expert), strict=True):
-                if (kind, shard, expert) != left_out:
-                    buffers.fill(kind, shard, expert, tensor, "name")
+    _fill(buffers, left_out)
     assert buffers.missing() == [left_out]
 
 
@@ -142,7 +145,7 @@ def test_a_wrong_tensor_is_named_and_not_counted(
     buffers = _buffers(tp_size=2)
     message = f"layer: the.tensor is {wrong.dtype} {list(wrong.shape)}, expected "
     with pytest.raises(FormatError, match=re.escape(message)) as error:
-        buffers.fill(kind, shard, 1, wrong, "the.tensor")
+        buffers.fill(_buffer(buffers.allocate(), shard, kind), kind, shard, 1, wrong, "the.tensor")
     assert expected in str(error.value)
     assert (kind, shard, 1) in buffers.missing()
 
@@ -151,7 +154,7 @@ def test_an_up_projection_of_experts_without_a_gate_is_refused() -> None:
     buffers = _buffers(gated=False)
     packed = _stored("w1", 0)[0]
     with pytest.raises(FormatError, match="the.tensor is w3 of experts without a gate"):
-        buffers.fill("weight_packed", "w3", 0, packed, "the.tensor")
+        buffers.fill(buffers.allocate().w13_packed, "weight_packed", "w3", 0, packed, "the.tensor")
 
 
 @pytest.mark.parametrize(
@@ -198,8 +201,21 @@ def test_a_group_that_does_not_divide_the_hidden_size_is_named() -> None:
         check_group_fits("layer", 128, 192, 128, 1)
 
 
-def test_nothing_can_be_filled_after_loading() -> None:
-    buffers = _fill(_buffers())
-    buffers.close()
-    with pytest.raises(FormatError, match="name comes after loading has ended"):
-        buffers.fill("weight_scale", "w1", 0, _stored("w1", 0)[1], "name")
+def test_what_is_loaded_again_must_be_whole_again() -> None:
+    buffers = _buffers()
+    first = _fill(buffers)
+    before = first.w13_packed.clone()
+
+    buffers.forget()
+    assert len(buffers.missing()) == len(W13) * 3 * 3
+    second = _fill(buffers)
+    second.w13_packed.zero_()
+
+    assert buffers.missing() == []
+    assert torch.equal(first.w13_packed, before)  # a second load leaves the first one alone
+
+
+def test_buffers_without_memory_count_as_unfilled() -> None:
+    buffers = _buffers()
+    _fill(buffers, device="meta")
+    assert buffers.untouched

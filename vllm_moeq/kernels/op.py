@@ -1,5 +1,6 @@
 """``torch.ops.moeq.fused_experts``: the one op that a compiled model calls."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,20 @@ def _fused_experts(*arguments: Any) -> torch.Tensor:
     return KERNELS[call.layout.kernel].run(call)
 
 
-def _fused_experts_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+def _fused_experts_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *_: object,
+) -> torch.Tensor:
+    # torch takes a real call with one meta tensor for a call on meta and would return memory that
+    # nobody wrote. That is how a reload which failed half-way leaves a layer.
+    if not x.is_meta and any(weight.is_meta for weight in weights):
+        raise RuntimeError(
+            "the experts have no weights: the last reload of weights failed before it came to "
+            "them. Restart the engine"
+        )
     return x.new_empty(x.shape)  # contiguous, whatever the strides of x
 
 
