@@ -1,10 +1,13 @@
 """Tiny checkpoints of every supported family, made by transformers with random weights."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
@@ -155,4 +158,30 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    return folder
+
+
+def add_prediction_layer(model: Path, folder: Path, prefix: str) -> Path:
+    """Write a copy of a checkpoint with a layer for multi-token prediction, as DeepSeek-V3's.
+
+    Args:
+        model: Checkpoint of two layers in one file.
+        folder: The copy.
+        prefix: Of the new layer's tensors.
+    """
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    last = "model.layers.1."
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[prefix + name.removeprefix(last)] = tensors[name].roll(1, 0)
+    hidden = _COMMON["hidden_size"]
+    projection = torch.randn(hidden, 2 * hidden, generator=generator) / 16
+    tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return folder

@@ -6,18 +6,23 @@ from pathlib import Path
 import pytest
 
 from support.engine import assert_same, run_engine, run_transformers
-from support.models import FAMILIES
+from support.models import FAMILIES, add_prediction_layer
 from support.packed import pack_mixed
 from support.reference import dequantize_checkpoint
+
+WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, WITH_PREDICTION_LAYER])
 def test_equals_the_dequantized_model(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    packed = pack_mixed(tiny_model(family), tmp_path / "packed")
+    model = tiny_model(family.split()[0])
+    if family == WITH_PREDICTION_LAYER:
+        model = add_prediction_layer(model, tmp_path / "model", "model.layers.2.")
+    packed = pack_mixed(model, tmp_path / "packed")
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
     # vLLM 0.32's own CPU rotary op is wrong for DeepSeek's attention, with or without
     # quantization. It is used in eager mode only, and its torch twin agrees with transformers.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint.canonical import CanonicalReader
+from moeq.checkpoint.completeness import check_expert_counts, check_head, drafts_tokens
 from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.reader import CheckpointReader, resolve_model
@@ -35,10 +36,11 @@ class SourceModel:
         """Open a folder or hub id.
 
         Raises:
-            MoeqError: No supported MoE model, or an expert weight is missing, has a wrong shape
-                or is not 16- or 32-bit floating point; names it.
+            MoeqError: No supported MoE model, or an expert weight or the output head is missing,
+                has a wrong shape or is not 16- or 32-bit floating point; names it.
         """
         reader = CanonicalReader(resolve_model(str(name)))
+        check_head(reader)
         return cls(str(name), reader, moe_layers(reader))
 
     @property
@@ -87,7 +89,7 @@ class SourceModel:
 
 
 def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
-    """Return the MoE layers of a checkpoint, in order.
+    """Return the MoE layers of a checkpoint, in order; those that only draft tokens are left out.
 
     Raises:
         MoeqError: As :meth:`SourceModel.open`.
@@ -116,6 +118,7 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
                 f"{reader.folder}: {match.string} is no weight of an expert that the router of "
                 "its layer knows"
             )
+    check_expert_counts(reader.config, layers)
     return sorted(layers, key=lambda layer: layer.index)
 
 
@@ -127,7 +130,12 @@ def _found(reader: CheckpointReader) -> str:
 
 def _matching(reader: CheckpointReader, pattern: str) -> list[re.Match[str]]:
     compiled = re.compile(pattern)
-    return [match for name in reader.tensors if (match := compiled.fullmatch(name))]
+    matches = [match for name in reader.tensors if (match := compiled.fullmatch(name))]
+    return [
+        match
+        for match in matches
+        if not drafts_tokens(reader.config, match["block"], int(match["index"]))
+    ]
 
 
 def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int) -> MoELayer:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moeq.checkpoint.completeness import check_head
 from moeq.checkpoint.families import Family, family_of
 from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
@@ -51,6 +52,10 @@ def verify_checkpoint(folder: Path) -> list[str]:
     reader = CheckpointReader(folder)
     family = family_of(reader.config)
     plan = read_plan(reader)
+    try:
+        check_head(reader)
+    except MoeqError as error:
+        problems.append(str(error))
     for container, bits in plan.expert_bits.items():
         problems += _layer_problems(reader, family, container, bits, plan.group_size)
     return problems

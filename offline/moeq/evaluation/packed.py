@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint import CheckpointReader, SourceModel
+from moeq.checkpoint.completeness import check_head
 from moeq.checkpoint.families import check_plan_fits
 from moeq.checkpoint.verify import read_plan
 from moeq.errors import MoeqError
@@ -37,10 +38,12 @@ class PackedModel:
         """Open a packed checkpoint beside its original.
 
         Raises:
-            MoeqError: It is no packed checkpoint, or one of another model; names it.
+            MoeqError: It is no packed checkpoint, one without an output head, or one of another
+                model; names it.
         """
         reader = CheckpointReader(folder)
         plan = read_plan(reader)
+        check_head(reader)
         try:
             check_plan_fits(plan, original.layers)
         except MoeqError as error:
