@@ -13,7 +13,11 @@ from support.reference import dequantize_checkpoint
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# vLLM 0.32's router on CPUs takes sigmoid scores of DeepSeek's expert groups only.
+NOT_ON_CPU = {"minimax_m2"}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_CPU])
 def test_equals_the_dequantized_model(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
