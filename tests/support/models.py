@@ -14,6 +14,10 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -127,6 +131,40 @@ def _deepseek_v3() -> torch.nn.Module:
     )
 
 
+def _glm4_moe() -> torch.nn.Module:
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **_COMMON,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=256,
+            moe_intermediate_size=128,
+            n_routed_experts=NUM_EXPERTS,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def _minimax_m2() -> torch.nn.Module:
+    return MiniMaxM2ForCausalLM(
+        MiniMaxM2Config(
+            **_COMMON,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=128,
+            num_local_experts=NUM_EXPERTS,
+            # Only vLLM reads these, as in MiniMax's own config.json.
+            rotary_dim=32,
+            scoring_func="sigmoid",
+            use_routing_bias=True,
+        )
+    )
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
@@ -134,6 +172,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "olmoe": _olmoe,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _glm4_moe,
+    "minimax_m2": _minimax_m2,
 }
 
 

@@ -15,7 +15,12 @@ WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, WITH_PREDICTION_LAYER])
+# vLLM 0.32's router on CPUs takes sigmoid scores of DeepSeek's expert groups only.
+NOT_ON_CPU = {"minimax_m2"}
+SERVED = [family for family in FAMILIES if family not in NOT_ON_CPU]
+
+
+@pytest.mark.parametrize("family", [*SERVED, WITH_PREDICTION_LAYER])
 def test_equals_the_dequantized_model(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ class CanonicalReader(CheckpointReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        family = family_of(self.config)
+        family = family_of(self.config, self.tensors)
         precision = source_format(self.config, folder)
         lowered = readings(self, precision) if precision else {}
         self._readings: dict[str, Reading] = {}

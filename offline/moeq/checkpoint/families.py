@@ -1,6 +1,7 @@
 """One table: how each model family names its MoE tensors on disk."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from moeq.errors import MoeqError
 from vllm_moeq.format import GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
+_NAMES_TOLD = 6
 PROJECTION_MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
 """The matrices of an expert that share a width, and the same inputs."""
 
@@ -35,7 +37,7 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        ("mixtral",),
+        ("mixtral", "minimax_m2"),
         experts="block_sparse_moe.experts",
         router="block_sparse_moe.gate.weight",
         gate="w1",
@@ -43,7 +45,7 @@ FAMILIES: tuple[Family, ...] = (
         down="w2",
     ),
     Family(
-        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"),
+        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"),
         experts="mlp.experts",
         router="mlp.gate.weight",
         gate="gate_proj",
@@ -53,8 +55,12 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Family:
     """Return the family of a model's ``config.json``.
+
+    Args:
+        config: What is in it.
+        tensors: Names in the checkpoint, of which those that look like experts are told.
 
     Raises:
         MoeqError: The model is no supported MoE model.
@@ -64,10 +70,19 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if model_type in family.model_types:
             return family
     known = sorted(name for family in FAMILIES for name in family.model_types)
-    raise MoeqError(
+    message = (
         f"model_type {model_type!r} in config.json is no supported Mixture-of-Experts family; "
         f"supported: {', '.join(known)}"
     )
+    # Layers and experts are alike: one name of each kind tells how to describe the model.
+    kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if "expert" in name}
+    if kinds:
+        message += (
+            f". Its experts are {', '.join(sorted(kinds)[:_NAMES_TOLD])}: if they are SwiGLU "
+            "without biases, a row in moeq/checkpoint/families.py describes them "
+            "(README.md beside it)"
+        )
+    raise MoeqError(message)
 
 
 @dataclass(frozen=True, slots=True)

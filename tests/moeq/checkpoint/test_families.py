@@ -77,6 +77,13 @@ def test_other_models_are_refused(model_type: str | None) -> None:
         family_of({"model_type": model_type})
 
 
+def test_an_unknown_moe_model_is_refused_with_its_names(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, model_type="new_moe")
+    names = r"model\.layers\.N\.block_sparse_moe\.experts\.N\.w1\.weight"
+    with pytest.raises(MoeqError, match=f"'new_moe'.*{names}.*a row in .*families.py"):
+        SourceModel.open(folder)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
