@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
 # Tests and measures the GPU kernel on a machine that has a GPU but, maybe, no network.
 #
-#   gpu.sh gather                 where there is a network: collects the other kernels, in build/gpu
-#   gpu.sh run [--out DIR] [--seconds N] [PART...]
+#   gpu.sh gather                 where there is a network: vLLM and other kernels, in build/gpu
+#   gpu.sh parts                  the parts, those most worth first, and the most seconds of each
+#   gpu.sh run [--out DIR] [--seconds N] [--budget N] [PART...]
 #                                 on the GPU machine, in the same tree with its build/gpu
 #
-# PART: tests, sanitizer, tune, or a shape of gpu_moe.py; default: tests, sanitizer and all shapes,
-# which takes at most 25 minutes. Each part ends within 4 minutes; --seconds is for each shape and
-# for tune (default 180). A part that fails does not end the run, but its exit status is 1. Results
-# are in DIR: --out, else $OUT, else build/gpu/results.
+# Without a PART all of them run in that order, except those whose seconds are more than what is left
+# of --budget (default 800). --seconds (default and at most 200) is for e2e, tune and each shape. A
+# part that fails does not end the run, but its exit status is 1. Results are in DIR: --out, else
+# $OUT, else build/gpu/results: RESULTS.md, tiles.json of tune, and a log of each part.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "$0")/../.."
 
 BUNDLE=build/gpu/site.tar.xz
 SHAPES=(mixtral qwen3 olmoe mixtral-tp8 qwen3-tp2)
+PARTS=(tests e2e mixtral calibrate qwen3 tune sanitizer olmoe mixtral-tp8 qwen3-tp2)
 PYTHON_VERSION=3.12
 
 usage() {
   echo "gpu.sh: $*" >&2
-  sed -n '4,6p' examples/benchmarks/gpu.sh | cut -c3- >&2
+  sed -n '4,7p' examples/benchmarks/gpu.sh | cut -c3- >&2
   exit 2
 }
 
@@ -38,53 +40,92 @@ gather() {
   PYTHONPATH=$PWD python3 examples/benchmarks/gpu_bundle.py "$work" "$BUNDLE"
 }
 
+# Prints the most seconds of a part, given --seconds.
+limit() {
+  case $1 in
+    tests) echo 230 ;;
+    calibrate) echo 220 ;;
+    sanitizer) echo 150 ;;
+    *) echo $(($2 + 40)) ;;
+  esac
+}
+
+parts() {
+  [ $# = 0 ] || usage "parts takes no arguments: $*"
+  local part total=0
+  for part in "${PARTS[@]}"; do
+    total=$((total + $(limit "$part" 200)))
+    printf '%-12s at most %s s, %4s s with those before\n' "$part" "$(limit "$part" 200)" "$total"
+  done
+}
+
 run() {
-  local out=${OUT:-build/gpu/results} seconds=180 parts=() failed=0 part
+  local out=${OUT:-build/gpu/results} seconds=200 budget=800 parts=() failed=0 part
   while [ $# -gt 0 ]; do
     case $1 in
-      --out | --seconds)
+      --out | --seconds | --budget)
         [ $# -gt 1 ] || usage "$1 needs a value"
-        if [ "$1" = --out ]; then out=$2; else seconds=$2; fi
+        case $1 in
+          --out) out=$2 ;;
+          --seconds) seconds=$2 ;;
+          --budget) budget=$2 ;;
+        esac
         shift 2
         ;;
       -*) usage "unknown option $1" ;;
       *)
-        case " tests sanitizer tune ${SHAPES[*]} " in
+        case " ${PARTS[*]} " in
           *" $1 "*) parts+=("$1") ;;
-          *) usage "unknown part $1: choose of tests sanitizer tune ${SHAPES[*]}" ;;
+          *) usage "unknown part $1: choose of ${PARTS[*]}" ;;
         esac
         shift
         ;;
     esac
   done
-  [[ $seconds =~ ^[0-9]+$ ]] && [ "$seconds" -gt 0 ] && [ "$seconds" -le 180 ] ||
-    usage "--seconds $seconds is not 1 to 180"
-  [ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer "${SHAPES[@]}")
+  [[ $seconds =~ ^[0-9]+$ ]] && [ "$seconds" -gt 0 ] && [ "$seconds" -le 200 ] ||
+    usage "--seconds $seconds is not 1 to 200"
+  [[ $budget =~ ^[0-9]+$ ]] || usage "--budget $budget is no number of seconds"
+  [ ${#parts[@]} -gt 0 ] || parts=("${PARTS[@]}")
   python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "gpu.sh: torch finds no CUDA GPU here" >&2; exit 1; }
 
   mkdir -p "$out"
   out=$(cd "$out" && pwd)
-  if [ -e "$BUNDLE" ]; then
-    mkdir -p build/gpu/site
-    tar -xJf "$BUNDLE" -C build/gpu/site
-  else
-    echo "gpu.sh: $BUNDLE is missing (gpu.sh gather): contenders that are not installed will not be measured"
-  fi
+  unpack
   export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
   export PYTHONPATH="$PWD:$PWD/offline:$PWD/build/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 
-  local function
+  local function most
   for part in "${parts[@]}"; do
+    most=$(limit "$part" "$seconds")
+    if [ $((SECONDS + most)) -gt "$budget" ]; then
+      echo "== $part not started: it may take $most s, and $((budget - SECONDS)) s are left"
+      continue
+    fi
     echo "== $part"
-    case $part in
-      tests | sanitizer | tune) function=part_$part ;;
-      *) function=part_shape ;;
+    case " ${SHAPES[*]} " in
+      *" $part "*) function=part_shape ;;
+      *) function=part_$part ;;
     esac
     "$function" "$out" "$seconds" "$part" 2>&1 | tee "$out/$part.log" ||
       { failed=1; echo "== $part FAILED"; }
+    echo "== $SECONDS s so far"
   done
   return $failed
+}
+
+unpack() {
+  local sum
+  if [ ! -e "$BUNDLE" ]; then
+    echo "gpu.sh: $BUNDLE is missing (gpu.sh gather): what is not installed will not be measured"
+    return 0
+  fi
+  sum=$(sha256sum <"$BUNDLE")
+  [ "$(cat build/gpu/site.sha256 2>/dev/null)" != "$sum" ] || return 0
+  rm -rf build/gpu/site
+  mkdir build/gpu/site
+  tar -xJf "$BUNDLE" -C build/gpu/site
+  echo "$sum" >build/gpu/site.sha256
 }
 
 part_tests() {
@@ -108,19 +149,28 @@ part_tune() {
   local shape status=0
   export MOEQ_TILES="$1/tiles.json"
   for shape in mixtral qwen3 olmoe; do
-    timeout $(($2 / 3 + 20)) python3 -m moeq.cli bench --tune --shape "$shape" \
+    timeout $(($2 / 3 + 13)) python3 -m moeq.cli bench --tune --shape "$shape" \
       --seconds $(($2 / 3)) || status=1
   done
   return $status
 }
 
-part_shape() {
-  [ ! -e "$1/tiles.json" ] || export MOEQ_TILES="$1/tiles.json"
-  timeout $(($2 + 30)) python3 examples/benchmarks/gpu_moe.py --shapes "$3" --seconds "$2" \
+part_e2e() {
+  timeout $(($2 + 40)) python3 examples/benchmarks/gpu_e2e.py --seconds $(($2 - 40)) \
     --results "$1/RESULTS.md"
 }
 
+part_calibrate() {
+  timeout 220 python3 examples/benchmarks/gpu_calibration.py --results "$1/RESULTS.md"
+}
+
+part_shape() {
+  [ ! -e "$1/tiles.json" ] || export MOEQ_TILES="$1/tiles.json"
+  timeout --kill-after 5 $(($2 + 30)) python3 examples/benchmarks/gpu_moe.py --shapes "$3" \
+    --seconds "$2" --results "$1/RESULTS.md"
+}
+
 case ${1-} in
-  gather | run) "$@" ;;
-  *) usage "expected gather or run" ;;
+  gather | parts | run) "$@" ;;
+  *) usage "expected gather, parts or run" ;;
 esac

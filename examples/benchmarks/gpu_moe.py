@@ -257,6 +257,7 @@ def main() -> None:
         shapes = {name: ALL_SHAPES.get(name) or Shape.parse(name) for name in options.shapes}
     except (UsageError, ValueError, AssertionError, RuntimeError) as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left behind
     bandwidth = copy_bandwidth(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
