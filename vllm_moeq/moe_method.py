@@ -41,10 +41,18 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         moe: vLLM's description of the layer.
         bits: Widths of all experts of the layer, in global expert order.
         group_size: Weights of a row that share a scale.
+
+    Raises:
+        FormatError: Expert load balancing is on.
     """
 
     def __init__(self, moe: Any, bits: LayerBits, group_size: int) -> None:
         super().__init__(moe)
+        if moe.moe_parallel_config.enable_eplb:
+            raise FormatError(
+                "expert load balancing moves experts into each other's places, which have one size "
+                "for all; packed experts have a size each. Start without --enable-eplb"
+            )
         self.bits = bits
         self.group_size = group_size
 

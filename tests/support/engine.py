@@ -43,12 +43,14 @@ class EngineRun(NamedTuple):
             after each of ``actions`` that succeeded.
         refusals: Messages of the actions that failed.
         buffers: For each rank, parameter name of an experts layer to its bytes.
+        metrics: vLLM's counters, if it was told to count.
         log: Standard output and error.
     """
 
     completions: list[list[Completion]]
     refusals: list[str]
     buffers: list[dict[str, int]]
+    metrics: dict[str, float]
     log: str
 
 
@@ -71,6 +73,7 @@ def launch(
     *,
     corruptions: list[Corruption] | None = None,
     actions: list[Action] | None = None,
+    prompt_logprobs: bool = True,
     environment: dict[str, str] | None = None,
     **llm_options: Any,
 ) -> subprocess.CompletedProcess[str]:
@@ -80,6 +83,7 @@ def launch(
         model: Checkpoint folder.
         corruptions: See ``engine_main``.
         actions: See ``engine_main``.
+        prompt_logprobs: Whether to ask for log-probabilities of the prompts.
         environment: Additional environment variables.
         llm_options: For ``vllm.LLM``.
     """
@@ -96,6 +100,7 @@ def launch(
         "llm": options,
         "corruptions": corruptions or [],
         "actions": actions or [],
+        "prompt_logprobs": 0 if prompt_logprobs else None,
     }
     return subprocess.run(
         [sys.executable, "-m", "support.engine_main", json.dumps(job)],
@@ -117,6 +122,7 @@ def run_engine(model: Path, **options: Any) -> EngineRun:
         [[Completion(**entry) for entry in entries] for entries in result["completions"]],
         result["refusals"],
         result["buffers"],
+        result["metrics"],
         process.stdout + process.stderr,
     )
 

@@ -4,7 +4,6 @@ import json
 import sys
 from functools import partial
 from typing import Any
-from zlib import crc32
 
 import torch
 from vllm import LLM, SamplingParams
@@ -35,15 +34,16 @@ def _restore(model: torch.nn.Module, name: str, index: list[int], before: torch.
     getattr(layer, name)[tuple(index)].copy_(before)
 
 
-def _generate(llm: LLM, adapter: LoRARequest | None = None) -> list[dict[str, Any]]:
+def _generate(
+    llm: LLM, prompt_logprobs: int | None, adapter: LoRARequest | None = None
+) -> list[dict[str, Any]]:
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in PROMPTS],
         SamplingParams(
             temperature=0,
             max_tokens=NEW_TOKENS,
             ignore_eos=True,
-            # vLLM 0.32's LoRA on the CPU fails at log-probabilities of prompts.
-            prompt_logprobs=None if llm.llm_engine.vllm_config.lora_config else 0,
+            prompt_logprobs=prompt_logprobs,
             logprobs=0,
         ),
         use_tqdm=False,
@@ -64,16 +64,17 @@ def _generate(llm: LLM, adapter: LoRARequest | None = None) -> list[dict[str, An
     return completions
 
 
-def _act(llm: LLM, kind: str, path: str | None) -> list[dict[str, Any]]:
-    adapter = (
-        LoRARequest(path, 1 + crc32(path.encode()), path) if path and "adapter" in kind else None
-    )
+def _act(
+    llm: LLM, prompt_logprobs: int | None, kind: str, path: str | None
+) -> list[dict[str, Any]]:
+    adapter = None
     if kind == "reload":
         llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-    if kind == "add adapter":
-        llm.llm_engine.add_lora(adapter)
-        adapter = None
-    return _generate(llm, adapter)
+    elif kind == "adapter":
+        adapter = LoRARequest(path, 1, path)
+    elif kind == "add adapter":
+        llm.llm_engine.add_lora(LoRARequest(path, 2, path))
+    return _generate(llm, prompt_logprobs, adapter)
 
 
 def main() -> None:
@@ -84,26 +85,32 @@ def main() -> None:
     ``add adapter`` without using it, ``generate``.
     """
     job = json.loads(sys.argv[1])
+    prompt_logprobs = job["prompt_logprobs"]
     llm = LLM(model=job["model"], **job["llm"])
     buffers = llm.apply_model(_buffer_sizes)
-    completions = [_generate(llm)]
+    completions = [_generate(llm, prompt_logprobs)]
     for name, index, value in job["corruptions"]:
         (before,) = llm.apply_model(partial(_corrupt, name=name, index=index, value=value))
-        completions.append(_generate(llm))
+        completions.append(_generate(llm, prompt_logprobs))
         llm.apply_model(partial(_restore, name=name, index=index, before=before))
     refusals = []
     for kind, path in job["actions"]:
         try:
-            completions.append(_act(llm, kind, path))
+            completions.append(_act(llm, prompt_logprobs, kind, path))
         except Exception as error:
             refusals.append(f"{type(error).__name__}: {error}")
+    metrics = {}
+    if not job["llm"].get("disable_log_stats", True):
+        metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
+    result = {
+        "completions": completions,
+        "refusals": refusals,
+        "buffers": buffers,
+        "metrics": metrics,
+    }
     print()
-    print(
-        RESULT_MARK
-        + json.dumps({"completions": completions, "refusals": refusals, "buffers": buffers}),
-        flush=True,
-    )
+    print(RESULT_MARK + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,23 @@ def test_expert_parallel(packed: Path, expected: list[Completion]) -> None:
     _assert_buffers(run, [[0, 1, 2, 3], [4, 5, 6, 7]], ranks_per_expert=1)
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_two_ranks_with_shared_experts(
+    tiny_model: Callable[[str], Path], tmp_path: Path, expert_parallel: bool
+) -> None:
+    # Checkpoints of Mixtral name the matrices w1, w2, w3; these gate_proj, up_proj, down_proj.
+    packed = pack_mixed(tiny_model("qwen2_moe"), tmp_path / "packed", GROUP)
+    run = run_engine(
+        packed,
+        environment=TWO_RANKS_ENVIRONMENT,
+        enable_expert_parallel=expert_parallel,
+        **TWO_RANKS,
+    )
+
+    plain = dequantize_checkpoint(packed, tmp_path / "plain")
+    assert_same(run.completions[0], run_transformers(plain))
+
+
 def test_compiled_cache_is_not_reused_for_another_plan(
     packed: Path, expected: list[Completion], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.cli import run_moeq
 from support.engine import Completion, assert_same, launch, run_engine, run_transformers
 from support.packed import pack_mixed
 from support.reference import dequantize_checkpoint
@@ -76,7 +77,7 @@ def _adapter(folder: Path, modules: dict[str, tuple[int, int]]) -> dict[str, tor
 
 
 def _generated(completions: list[Completion]) -> list[Completion]:
-    """Leave out the prompts' log-probabilities, which engines with LoRA do not give."""
+    """Leave out the prompts' log-probabilities."""
     return [completion._replace(prompt_logprobs=[]) for completion in completions]
 
 
@@ -103,18 +104,20 @@ def test_adapters_serve_attention_and_are_refused_for_experts(
     run = run_engine(
         packed,
         enable_lora=True,
+        prompt_logprobs=False,  # vLLM 0.32's LoRA on the CPU fails at them
         actions=[
             ("adapter", str(tmp_path / "attention")),
             ("generate", None),
             ("add adapter", str(tmp_path / "experts")),
             ("generate", None),
+            ("reload", str(packed)),
         ],
     )
 
     without, with_adapter, *after = run.completions
     for completions in (without, *after):
         assert_same(completions, _generated(expected))
-    assert len(after) == 2
+    assert len(after) == 3
     assert_same(with_adapter, adapted)
     with pytest.raises(AssertionError):
         assert_same(adapted, _generated(expected))
@@ -150,3 +153,54 @@ def test_weights_are_loaded_again(packed: Path, expected: list[Completion], tmp_
     assert_same(third, expected)
     with pytest.raises(AssertionError):
         assert_same(changed, expected)
+
+
+def _lacks_a_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop("model.layers.1.block_sparse_moe.experts.5.w3.weight_scale")
+
+
+@pytest.mark.parametrize("kind", ["another plan", "incomplete"])
+def test_a_failed_reload_is_told_and_never_served(
+    packed: Path, tiny_model: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    if kind == "another plan":
+        other = tmp_path / "other"
+        plan = ("--bits", 4, "--group-size", 32, "--strategy", "uniform", "--calib", "none")
+        done = run_moeq("quantize", tiny_model("mixtral"), "-o", other, *plan)
+        assert done.returncode == 0, done.stderr
+        message = "has another one than the engine was started with"
+    else:
+        other = _copy_with(packed, tmp_path / "other", _lacks_a_tensor)
+        message = "lacks 1 expert tensors, first w3.weight_scale of expert 5"
+
+    run = run_engine(packed, actions=[("reload", str(other)), ("generate", None)])
+
+    assert len(run.completions) == 1
+    reload, generation = run.refusals
+    assert message in reload
+    assert "Error: " in generation
+
+
+def test_speculation_prefix_cache_and_chunks_change_no_answer(
+    packed: Path, expected: list[Completion]
+) -> None:
+    run = run_engine(
+        packed,
+        prompt_logprobs=False,  # vLLM reads no cached prefix for requests that want them
+        actions=[("generate", None)],
+        enable_prefix_caching=True,
+        block_size=32,
+        max_num_batched_tokens=16,  # less than a prompt
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+        disable_log_stats=False,
+    )
+
+    for completions in run.completions:
+        assert_same(completions, _generated(expected))
+    assert run.metrics["vllm:prefix_cache_hits"] > 0
+    assert run.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
