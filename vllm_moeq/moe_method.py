@@ -23,6 +23,7 @@ from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
 from vllm_moeq.kernels import (
     ACTIVATIONS,
     KERNELS,
+    SWIGLU,
     ExpertLayout,
     ExpertWeights,
     fused_experts,
@@ -43,6 +44,7 @@ _SHARDS: dict[str, Shard] = {
     "gpt_oss_w2": "w2",
 }
 """vLLM's names of an expert's matrices."""
+_SWIGLU_OPTIONS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
 _PREPARED = "moeq_prepared"
 """Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
 
@@ -123,7 +125,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             tp_rank=moe.tp_rank,
             tp_size=moe.tp_size,
             biased=moe.has_bias,
-            alternating=layer.activation.value == "swigluoai",
+            alternating=_activation(layer) == "swigluoai",
         )
         for (projection, kind), tensor in self.buffers.allocate().items():
             parameter = Parameter(tensor, requires_grad=False)
@@ -138,12 +140,12 @@ class MoeqMoEMethod(FusedMoEMethodBase):
 
     def _check_supported(self, layer: RoutedExperts) -> None:
         """Refuse variants of experts that the kernels would compute wrongly without a word."""
-        name, activation = layer.layer_name, layer.activation.value
+        name, activation = layer.layer_name, _activation(layer)
         if activation not in ACTIVATIONS:
             raise FormatError(f"{name}: activation {activation!r} is not one of {ACTIVATIONS}")
-        for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
-            if getattr(layer, option, None) is not None:
-                raise FormatError(f"{name}: the model sets {option}, which is not supported yet")
+        for option, value in zip(_SWIGLU_OPTIONS, _swiglu(layer), strict=True):
+            if value is not None and activation not in SWIGLU:
+                raise FormatError(f"{name}: the model sets {option} for activation {activation!r}")
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every expert is filled, then repack once for the chosen kernel.
@@ -170,7 +172,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
         layout = replace(self.buffers.layout, kernel=kernel)
         weights = ExpertWeights(*parameters)
-        prepared = KERNELS[kernel].prepare(weights, layout, layer.activation.value)
+        prepared = KERNELS[kernel].prepare(weights, layout, _activation(layer))
         for parameter, tensor in zip(parameters, prepared, strict=True):
             parameter.data = tensor.data
             set_weight_attrs(parameter, {_PREPARED: True})
@@ -196,8 +198,9 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             getattr(layer, "w2_bias", None),
             layer.moeq_layout,
             layer.expert_map,
-            layer.activation.value,
+            _activation(layer),
             layer.apply_router_weight_on_input,
+            *_swiglu(layer),
         )
         return result
 
@@ -233,6 +236,16 @@ def _weight_loader(
         return local if return_success else None
 
     return load
+
+
+def _activation(layer: RoutedExperts) -> str:
+    """Return the kernels' name of an activation; they go by the order of the rows of w13."""
+    name: str = layer.activation.value
+    return "silu" if name == "swigluoai_uninterleave" else name
+
+
+def _swiglu(layer: RoutedExperts) -> list[float | None]:
+    return [getattr(layer, option, None) for option in _SWIGLU_OPTIONS]
 
 
 def _holds_moeq_experts(module: torch.nn.Module) -> bool:
