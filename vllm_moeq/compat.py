@@ -48,6 +48,7 @@ __all__ = [
     "extract_layer_index",
     "init_logger",
     "keep_out_of_lora",
+    "let_gpt_oss_load_zero_points",
     "local_slot",
     "lora_is_enabled",
     "model_path",
@@ -119,6 +120,17 @@ def num_hidden_layers() -> int:
 def model_path() -> str:
     """Return the path or hub id of the model being built."""
     return str(get_current_vllm_config().model_config.model)
+
+
+def let_gpt_oss_load_zero_points() -> None:
+    """Complete the list of expert tensors that vLLM's gpt-oss loads one expert at a time.
+
+    Its other models ask the layer which parameters it has; this one goes by a list of suffixes.
+    """
+    from vllm.model_executor.models import gpt_oss
+
+    table = gpt_oss._GPT_OSS_STREAMED_EXPERT_SUFFIX_TO_SHARD
+    table |= {f"{name}_weight_zero_point": f"gpt_oss_{name}" for name in ("w13", "w2")}
 
 
 class CpuFusedMoE(NamedTuple):

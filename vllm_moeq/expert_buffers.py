@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 
 from vllm_moeq.format import PROJECTIONS, FormatError, Projection
-from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.layout import ExpertLayout
 
-Shard = Literal["w1", "w2", "w3"]
-Kind = Literal["weight_packed", "weight_scale", "weight_zero_point"]
-KINDS: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
+Shard = Literal["w1", "w2", "w3", "w13"]
+Kind = Literal["weight_packed", "weight_scale", "weight_zero_point", "bias"]
 
 
 def check_group_fits(
@@ -71,27 +70,41 @@ class ExpertBuffers:
         layout: Widths and offsets of the local experts.
         tp_rank: This rank among those that share one expert.
         tp_size: Ranks that share one expert.
+        biased: Whether each matrix has a bias.
+        alternating: Whether gate and up alternate in the rows of w13, instead of being its halves.
     """
 
     name: str
     layout: ExpertLayout
     tp_rank: int = 0
     tp_size: int = 1
+    biased: bool = False
+    alternating: bool = False
     _filled: set[tuple[Kind, Shard, int]] = field(default_factory=set)
 
-    def allocate(self) -> ExpertWeights:
-        """Return uninitialised buffers, not one byte more than the local experts need."""
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Tensors that a matrix has."""
+        weights: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
+        return (*weights, "bias") if self.biased else weights
+
+    def allocate(self) -> dict[tuple[Projection, Kind], torch.Tensor]:
+        """Return uninitialised buffers, not one byte more than the local experts need.
+
+        Weights are as in ``ExpertWeights`` and biases as in ``Biases``, in float32.
+        """
         experts = len(self.layout.slots)
-        tensors = []
+        buffers: dict[tuple[Projection, Kind], torch.Tensor] = {}
         for projection in PROJECTIONS:
             rows, columns = self.layout.shape(projection)
             grid = (experts, rows, columns // self.layout.group_size)
-            tensors += [
-                torch.empty(self.layout.buffer_bytes(projection), dtype=torch.uint8),
-                torch.empty(grid, dtype=torch.float16),
-                torch.empty(grid, dtype=torch.uint8),
-            ]
-        return ExpertWeights(*tensors)
+            size = self.layout.buffer_bytes(projection)
+            buffers[projection, "weight_packed"] = torch.empty(size, dtype=torch.uint8)
+            buffers[projection, "weight_scale"] = torch.empty(grid, dtype=torch.float16)
+            buffers[projection, "weight_zero_point"] = torch.empty(grid, dtype=torch.uint8)
+            if self.biased:
+                buffers[projection, "bias"] = torch.empty(experts, rows, dtype=torch.float32)
+        return buffers
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -112,8 +125,8 @@ class ExpertBuffers:
         Args:
             buffer: That of this kind and matrix, as :meth:`allocate` made it. One on the meta
                 device fills nothing: vLLM counts with it what a reload brings.
-            kind: Which of the three tensors of a matrix.
-            shard: Which matrix.
+            kind: Which tensor of a matrix.
+            shard: Which matrix; w13 is gate and up in one, where they alternate.
             slot: Local index of the expert.
             loaded: The whole tensor as it is on disk.
             tensor_name: For messages.
@@ -122,13 +135,18 @@ class ExpertBuffers:
             FormatError: Type or shape differ from what the plan promises, or the experts have no
                 such matrix.
         """
-        if shard not in self.shards:
-            raise FormatError(f"{self.name}: {tensor_name} is {shard} of experts without a gate")
+        if shard not in self.shards and not (shard == "w13" and self.alternating):
+            raise FormatError(
+                f"{self.name}: {tensor_name} is {shard} of experts that have {self.shards}"
+            )
         target = self._view(buffer, kind, shard, slot)
         axis = 1 if shard == "w2" else 0
+        whole = kind == "bias" and shard == "w2"  # ranks share the columns of w2, not its rows
         expected = list(target.shape)
-        expected[axis] *= self.tp_size
-        if loaded.dtype != target.dtype or list(loaded.shape) != expected:
+        if not whole:
+            expected[axis] *= self.tp_size
+        fits = loaded.is_floating_point() if kind == "bias" else loaded.dtype == target.dtype
+        if not fits or list(loaded.shape) != expected:
             bits, _ = self.layout.bits_and_offset(_projection(shard), slot)
             raise FormatError(
                 f"{self.name}: {tensor_name} is {loaded.dtype} {list(loaded.shape)}, expected "
@@ -136,10 +154,16 @@ class ExpertBuffers:
                 f"{self.layout.group_size}: the checkpoint does not follow its own bit plan, or, "
                 "if weights are loaded again, it has another one than the engine was started with"
             )
-        part = target.shape[axis]
-        target.copy_(loaded.narrow(axis, self.tp_rank * part, part))
+        if whole:
+            target.copy_(loaded)
+            if self.tp_rank > 0:  # the outputs of all ranks are summed
+                target.zero_()
+        else:
+            part = target.shape[axis]
+            target.copy_(loaded.narrow(axis, self.tp_rank * part, part))
         if not buffer.is_meta:
-            self._filled.add((kind, shard, slot))
+            filled: tuple[Shard, ...] = ("w1", "w3") if shard == "w13" else (shard,)
+            self._filled |= {(kind, matrix, slot) for matrix in filled}
 
     def missing(self) -> list[tuple[Kind, Shard, int]]:
         """Return (kind, shard, local slot) of everything that :meth:`fill` has not seen."""
@@ -147,7 +171,7 @@ class ExpertBuffers:
             (kind, shard, slot)
             for slot in range(len(self.layout.slots))
             for shard in self.shards
-            for kind in KINDS
+            for kind in self.kinds
         )
         return [entry for entry in wanted if entry not in self._filled]
 
@@ -168,8 +192,10 @@ class ExpertBuffers:
             matrix = buffer[offset : offset + size].view(rows, -1)
         else:
             matrix = buffer[slot]
-        if shard == "w2" or "w3" not in self.shards:
+        if shard in ("w2", "w13") or not self.layout.gated:
             return matrix
+        if self.alternating:
+            return matrix[0 if shard == "w1" else 1 :: 2]
         half = matrix.shape[0] // 2
         return matrix.narrow(0, 0 if shard == "w1" else half, half)
 

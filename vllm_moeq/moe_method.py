@@ -12,16 +12,18 @@ from vllm_moeq.compat import (
     RoutedExperts,
     init_logger,
     keep_out_of_lora,
+    let_gpt_oss_load_zero_points,
     local_slot,
     lora_is_enabled,
     set_weight_attrs,
     weights_are_dummies,
 )
-from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, Kind, check_group_fits
+from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Shard, check_group_fits
 from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
 from vllm_moeq.kernels import (
     ACTIVATIONS,
     KERNELS,
+    SWIGLU,
     ExpertLayout,
     ExpertWeights,
     fused_experts,
@@ -30,8 +32,21 @@ from vllm_moeq.kernels import (
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
-PARAMETERS = tuple(f"{projection}_{kind}" for projection in PROJECTIONS for kind in KINDS)
-"""Names of a layer's parameters, in the order of ``ExpertWeights``."""
+_WEIGHTS = tuple(
+    f"{projection}_{kind}"
+    for projection in PROJECTIONS
+    for kind in ("weight_packed", "weight_scale", "weight_zero_point")
+)
+"""Parameters of a layer, in the order of ``ExpertWeights``."""
+_SHARDS: dict[str, Shard] = {
+    **{shard: shard for shard in ("w1", "w2", "w3")},
+    "gpt_oss_w13": "w13",
+    "gpt_oss_w2": "w2",
+}
+"""vLLM's names of an expert's matrices."""
+_SWIGLU_OPTIONS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+_PREPARED = "moeq_prepared"
+"""Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
 
 
 class MoeqMoEMethod(FusedMoEMethodBase):
@@ -109,27 +124,28 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             ),
             tp_rank=moe.tp_rank,
             tp_size=moe.tp_size,
+            biased=moe.has_bias,
+            alternating=_activation(layer) == "swigluoai",
         )
-        for parameter_name, tensor in zip(PARAMETERS, self.buffers.allocate(), strict=True):
+        for (projection, kind), tensor in self.buffers.allocate().items():
             parameter = Parameter(tensor, requires_grad=False)
-            kind = next(kind for kind in KINDS if parameter_name.endswith(kind))
             set_weight_attrs(
                 parameter, {"weight_loader": _weight_loader(self.buffers, slots, kind)}
             )
-            layer.register_parameter(parameter_name, parameter)
+            layer.register_parameter(f"{projection}_{kind}", parameter)
+        if self.buffers.alternating:
+            let_gpt_oss_load_zero_points()
         if lora_is_enabled():
             keep_out_of_lora(_holds_moeq_experts)
 
     def _check_supported(self, layer: RoutedExperts) -> None:
         """Refuse variants of experts that the kernels would compute wrongly without a word."""
-        name, activation = layer.layer_name, layer.activation.value
-        if self.moe.has_bias:
-            raise FormatError(f"{name}: experts with biases are not supported yet")
+        name, activation = layer.layer_name, _activation(layer)
         if activation not in ACTIVATIONS:
             raise FormatError(f"{name}: activation {activation!r} is not one of {ACTIVATIONS}")
-        for option in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
-            if getattr(layer, option, None) is not None:
-                raise FormatError(f"{name}: the model sets {option}, which is not supported yet")
+        for option, value in zip(_SWIGLU_OPTIONS, _swiglu(layer), strict=True):
+            if value is not None and activation not in SWIGLU:
+                raise FormatError(f"{name}: the model sets {option} for activation {activation!r}")
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that every expert is filled, then repack once for the chosen kernel.
@@ -151,12 +167,12 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             )
         # Those of this load: when weights are loaded again, vLLM puts new parameters into the
         # layer and afterwards copies what is prepared here into the old ones.
-        parameters = [getattr(layer, name) for name in PARAMETERS]
+        parameters = [getattr(layer, name) for name in _WEIGHTS]
         kernel = select_kernel(parameters[0].device)
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
         layout = replace(self.buffers.layout, kernel=kernel)
         weights = ExpertWeights(*parameters)
-        prepared = KERNELS[kernel].prepare(weights, layout, layer.activation.value)
+        prepared = KERNELS[kernel].prepare(weights, layout, _activation(layer))
         for parameter, tensor in zip(parameters, prepared, strict=True):
             parameter.data = tensor.data
             set_weight_attrs(parameter, {_PREPARED: True})
@@ -177,19 +193,16 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             x,
             topk_weights,
             topk_ids,
-            [getattr(layer, name) for name in PARAMETERS],
-            None,
-            None,
+            [getattr(layer, name) for name in _WEIGHTS],
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
             layer.moeq_layout,
             layer.expert_map,
-            layer.activation.value,
+            _activation(layer),
             layer.apply_router_weight_on_input,
+            *_swiglu(layer),
         )
         return result
-
-
-_PREPARED = "moeq_prepared"
-"""Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
 
 
 def _weight_loader(
@@ -217,11 +230,22 @@ def _weight_loader(
         slot = slots[expert_id]
         local = slot >= 0
         if local:
-            name = f"expert {expert_id} {shard_id} {kind}"
-            buffers.fill(param, kind, shard_id, slot, loaded_weight, name)
+            shard = _SHARDS[shard_id]
+            name = f"expert {expert_id} {shard} {kind}"
+            buffers.fill(param, kind, shard, slot, loaded_weight, name)
         return local if return_success else None
 
     return load
+
+
+def _activation(layer: RoutedExperts) -> str:
+    """Return the kernels' name of an activation; they go by the order of the rows of w13."""
+    name: str = layer.activation.value
+    return "silu" if name == "swigluoai_uninterleave" else name
+
+
+def _swiglu(layer: RoutedExperts) -> list[float | None]:
+    return [getattr(layer, option, None) for option in _SWIGLU_OPTIONS]
 
 
 def _holds_moeq_experts(module: torch.nn.Module) -> bool:

@@ -90,7 +90,16 @@ _PLAIN = {
 }
 
 
-def _activate(row: torch.Tensor, activation: str) -> torch.Tensor:
+def _activate(
+    row: torch.Tensor, activation: str, swiglu: tuple[float, float, float] | None
+) -> torch.Tensor:
+    if swiglu is not None:
+        limit, alpha, beta = swiglu
+        half = len(row) // 2
+        alternating = activation == "swigluoai"
+        gate, up = (row[0::2], row[1::2]) if alternating else (row[:half], row[half:])
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return (up + beta) * gate / (1 + torch.exp(-alpha * gate))
     if activation.endswith("_no_mul"):
         return _PLAIN[activation.removesuffix("_no_mul")](row)
     if activation == "swigluoai":
@@ -110,6 +119,7 @@ def expected_output(
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     on_input: bool = False,
+    swiglu: tuple[float, float, float] | None = None,
 ) -> torch.Tensor:
     """Return the float64 result, one token and one expert at a time."""
     output = torch.zeros(x.shape, dtype=torch.float64)
@@ -122,7 +132,7 @@ def expected_output(
             hidden = experts.w13[slot] @ (x[token].double() * (scale if on_input else 1))
             if w13_bias is not None:
                 hidden = hidden + w13_bias[slot].double()
-            result = experts.w2[slot] @ _activate(hidden, activation)
+            result = experts.w2[slot] @ _activate(hidden, activation, swiglu)
             if w2_bias is not None:
                 result = result + w2_bias[slot].double()
             output[token] += result * (1 if on_input else scale)

@@ -83,12 +83,13 @@ def run_op(
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     on_input: bool = False,
+    swiglu: tuple[float, float, float] | None = None,
 ) -> torch.Tensor:
     """Prepare experts for a row of the dispatch table and run the op on them."""
     weights, layout = prepared(experts, row, activation)
     result: torch.Tensor = fused_experts(
         x, topk_weights, topk_ids, weights, w13_bias, w2_bias, layout, expert_map, activation,
-        on_input,
+        on_input, *(swiglu or ()),
     )  # fmt: skip
     return result
 
@@ -119,10 +120,11 @@ def _run_as_on_a_device(
     w2_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     on_input: bool = False,
+    swiglu: tuple[float, float, float] | None = None,
 ) -> torch.Tensor:
     call = FusedExpertsCall.from_op(
         x.as_subclass(_CudaLike), topk_weights, topk_ids, experts.weights, w13_bias, w2_bias,
-        experts.layout.to_tensor(), expert_map, activation, on_input,
+        experts.layout.to_tensor(), expert_map, activation, on_input, *(swiglu or ()),
     )  # fmt: skip
     return reference.run(call).as_subclass(torch.Tensor)
 

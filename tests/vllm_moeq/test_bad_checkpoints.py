@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig
 
 from support.engine import launch
 from support.packed import pack_mixed
@@ -150,39 +149,6 @@ def test_manifest_is_checked_before_loading(packed: Path, tmp_path: Path) -> Non
     log = process.stdout + process.stderr
     assert f"{shard.name} has" in log
     assert "is damaged" in log
-
-
-def test_unsupported_experts_are_refused(packed: Path, tmp_path: Path) -> None:
-    # gpt-oss experts have biases, which moeq checkpoints do not hold yet.
-    bits = {"w13": [2] * 4, "w2": [3] * 4}
-    GptOssConfig(
-        architectures=["GptOssForCausalLM"],
-        vocab_size=320,
-        hidden_size=128,
-        intermediate_size=128,
-        head_dim=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-        layer_types=["full_attention"],
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-    ).save_pretrained(tmp_path)
-    quantization = {
-        "quant_method": "moeq",
-        "format_version": 1,
-        "group_size": 32,
-        "expert_bits": {"model.layers.0.mlp.experts": bits},
-    }
-    _change_config(tmp_path, lambda config: config.update(quantization_config=quantization))
-    for path in packed.glob("tokenizer*"):
-        shutil.copy(path, tmp_path)
-
-    process = launch(tmp_path, load_format="dummy", dtype="bfloat16")
-
-    assert process.returncode != 0
-    assert "experts with biases are not supported yet" in process.stdout + process.stderr
 
 
 def test_impossible_kernel_is_refused(packed: Path) -> None:

@@ -8,10 +8,13 @@ import torch
 
 from support.experts import Stored, random_matrix
 from support.reference import dequantize
-from vllm_moeq.expert_buffers import KINDS, ExpertBuffers, Kind, check_group_fits
-from vllm_moeq.format import FormatError
-from vllm_moeq.kernels import ExpertLayout, ExpertWeights
+from vllm_moeq.expert_buffers import ExpertBuffers, Kind, check_group_fits
+from vllm_moeq.format import FormatError, Projection
+from vllm_moeq.kernels import ExpertLayout
 
+Buffers = dict[tuple[Projection, Kind], torch.Tensor]
+
+KINDS: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
 HIDDEN, INTERMEDIATE, GROUP = 64, 128, 32
 W13, W2 = (1, 2, 3, 4, 8), (8, 4, 1, 3, 2)
 EXPERTS = range(len(W13))
@@ -36,16 +39,14 @@ def _stored(shard: str, expert: int) -> Stored:
     return random_matrix(*SHAPES[shard], bits, GROUP, seed=10 * expert + int(shard[1]))
 
 
-def _buffer(weights: ExpertWeights, shard: str, kind: Kind) -> torch.Tensor:
-    projection = "w2" if shard == "w2" else "w13"
-    buffer: torch.Tensor = getattr(weights, f"{projection}_{kind.removeprefix('weight_')}")
-    return buffer
+def _buffer(buffers: Buffers, shard: str, kind: Kind) -> torch.Tensor:
+    return buffers["w2" if shard == "w2" else "w13", kind]
 
 
 def _fill(
     buffers: ExpertBuffers, left_out: tuple[str, str, int] | None = None, device: str = "cpu"
-) -> ExpertWeights:
-    weights = ExpertWeights(*(tensor.to(device) for tensor in buffers.allocate()))
+) -> Buffers:
+    weights = {key: tensor.to(device) for key, tensor in buffers.allocate().items()}
     # Last expert first: the order of a checkpoint is not that of the buffers.
     for expert in reversed(EXPERTS):
         for shard in buffers.shards:
@@ -56,7 +57,7 @@ def _fill(
     return weights
 
 
-def _matrix(weights: ExpertWeights, projection: str, expert: int) -> torch.Tensor:
+def _matrix(weights: Buffers, projection: str, expert: int) -> torch.Tensor:
     """Read one local matrix back in float64, with offsets of its own."""
     packed, scale, zero = (_buffer(weights, projection, kind) for kind in KINDS)
     rows, groups = scale.shape[1:]
@@ -105,7 +106,7 @@ def test_buffers_take_exactly_the_bytes_of_the_plan(size: int, gated: bool) -> N
     codes = sum(weights * (matrices * a + b) // 8 for a, b in zip(W13, W2, strict=True))
     grids = len(W13) * weights * (matrices + 1) // GROUP * 3
     buffers = _buffers(tp_size=size, gated=gated)
-    assert sum(tensor.nbytes for tensor in buffers.allocate()) == codes + grids
+    assert sum(tensor.nbytes for tensor in buffers.allocate().values()) == codes + grids
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -153,8 +154,15 @@ def test_a_wrong_tensor_is_named_and_not_counted(
 def test_an_up_projection_of_experts_without_a_gate_is_refused() -> None:
     buffers = _buffers(gated=False)
     packed = _stored("w1", 0)[0]
-    with pytest.raises(FormatError, match="the.tensor is w3 of experts without a gate"):
-        buffers.fill(buffers.allocate().w13_packed, "weight_packed", "w3", 0, packed, "the.tensor")
+    with pytest.raises(FormatError, match="the.tensor is w3 of experts that have"):
+        buffers.fill(
+            buffers.allocate()["w13", "weight_packed"],
+            "weight_packed",
+            "w3",
+            0,
+            packed,
+            "the.tensor",
+        )
 
 
 @pytest.mark.parametrize(
@@ -204,18 +212,75 @@ def test_a_group_that_does_not_divide_the_hidden_size_is_named() -> None:
 def test_what_is_loaded_again_must_be_whole_again() -> None:
     buffers = _buffers()
     first = _fill(buffers)
-    before = first.w13_packed.clone()
+    packed = first["w13", "weight_packed"]
+    before = packed.clone()
 
     buffers.forget()
     assert len(buffers.missing()) == len(W13) * 3 * 3
     second = _fill(buffers)
-    second.w13_packed.zero_()
+    second["w13", "weight_packed"].zero_()
 
     assert buffers.missing() == []
-    assert torch.equal(first.w13_packed, before)  # a second load leaves the first one alone
+    assert torch.equal(packed, before)  # a second load leaves the first one alone
 
 
 def test_buffers_without_memory_count_as_unfilled() -> None:
     buffers = _buffers()
     _fill(buffers, device="meta")
     assert buffers.untouched
+
+
+def _biased(rank: int, size: int, alternating: bool) -> ExpertBuffers:
+    buffers = _buffers(rank, size)
+    buffers.biased, buffers.alternating = True, alternating
+    return buffers
+
+
+@ranks
+@pytest.mark.parametrize("alternating", [False, True])
+def test_biases_of_rows_are_shared_out_and_those_of_the_output_added_once(
+    rank: int, size: int, alternating: bool
+) -> None:
+    buffers = _biased(rank, size, alternating)
+    weights = buffers.allocate()
+    biases = {shard: torch.randn(rows).bfloat16() for shard, (rows, _) in SHAPES.items()}
+    for shard, bias in biases.items():
+        buffers.fill(_buffer(weights, shard, "bias"), "bias", shard, 3, bias, "name")  # type: ignore[arg-type]
+
+    part = INTERMEDIATE // size
+    own = slice(rank * part, (rank + 1) * part)
+    gate, up = biases["w1"][own].float(), biases["w3"][own].float()
+    expected = torch.stack([gate, up], 1).flatten() if alternating else torch.cat([gate, up])
+    assert torch.equal(weights["w13", "bias"][3], expected)
+    assert torch.equal(weights["w2", "bias"][3], biases["w2"].float() * (rank == 0))
+    missing = [entry for entry in buffers.missing() if entry[0] == "bias" and entry[2] == 3]
+    assert missing == []
+    assert ("bias", "w2", 2) in buffers.missing()
+
+
+@ranks
+def test_gate_and_up_that_alternate_come_in_one(rank: int, size: int) -> None:
+    buffers = _biased(rank, size, alternating=True)
+    weights = buffers.allocate()
+    stored = random_matrix(2 * INTERMEDIATE, HIDDEN, W13[1], GROUP, seed=1)
+    for kind, tensor in zip(KINDS, stored, strict=True):
+        buffers.fill(weights["w13", kind], kind, "w13", 1, tensor, "name")
+
+    rows = 2 * INTERMEDIATE // size
+    whole = dequantize(*stored, GROUP)
+    assert torch.equal(_matrix(weights, "w13", 1), whole[rank * rows : (rank + 1) * rows])
+    assert not [
+        entry
+        for entry in buffers.missing()
+        if entry[1:] in (("w1", 1), ("w3", 1)) and entry[0] != "bias"
+    ]
+
+
+def test_gate_and_up_in_one_are_refused_where_they_are_halves() -> None:
+    buffers = _buffers()
+    packed = random_matrix(2 * INTERMEDIATE, HIDDEN, 1, GROUP, seed=1)[0]
+    with pytest.raises(FormatError, match="the.tensor is w13 of experts"):
+        weights = buffers.allocate()
+        buffers.fill(
+            weights["w13", "weight_packed"], "weight_packed", "w13", 0, packed, "the.tensor"
+        )

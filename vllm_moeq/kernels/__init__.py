@@ -4,7 +4,7 @@
 its own module. ``reference.py`` is the torch implementation that all of them are tested against.
 """
 
-from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
+from vllm_moeq.kernels.call import SWIGLU, Biases, FusedExpertsCall, Routing
 from vllm_moeq.kernels.dispatch import KERNELS, Kernel, select_kernel
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertSlot, ExpertWeights
 from vllm_moeq.kernels.op import fused_experts
@@ -13,6 +13,7 @@ from vllm_moeq.kernels.reference import ACTIVATIONS
 __all__ = [
     "ACTIVATIONS",
     "KERNELS",
+    "SWIGLU",
     "Biases",
     "ExpertLayout",
     "ExpertSlot",

@@ -1,5 +1,6 @@
 """One call of the fused experts, as every kernel takes it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,24 @@ class Biases(NamedTuple):
     w2: torch.Tensor | None
 
 
+class SwiGlu(NamedTuple):
+    """Parameters of ``(up + beta) * gate * sigmoid(alpha * gate)``.
+
+    Attributes:
+        limit: Largest gate, and largest absolute value of up.
+        alpha: Slope of the sigmoid.
+        beta: What is added to up.
+    """
+
+    limit: float
+    alpha: float
+    beta: float
+
+
+SWIGLU = {"silu": SwiGlu(math.inf, 1.0, 0.0), "swigluoai": SwiGlu(7.0, 1.702, 1.0)}
+"""Activations of this form, with what they are if a model does not say otherwise."""
+
+
 class FusedExpertsCall(NamedTuple):
     """Arguments of the op, checked; made by :meth:`from_op`.
 
@@ -43,6 +62,7 @@ class FusedExpertsCall(NamedTuple):
         layout_tensor: The same as int64 [2 + E, 4] on the CPU, for kernels that are not Python.
         activation: One of ``reference.ACTIVATIONS``.
         apply_router_weight_on_input: Scale the input of an expert instead of its output.
+        swiglu: Parameters of the activation, if it is one of ``SWIGLU``.
     """
 
     x: torch.Tensor
@@ -53,6 +73,7 @@ class FusedExpertsCall(NamedTuple):
     layout_tensor: torch.Tensor
     activation: str
     apply_router_weight_on_input: bool
+    swiglu: SwiGlu | None
 
     @classmethod
     def from_op(
@@ -67,11 +88,15 @@ class FusedExpertsCall(NamedTuple):
         expert_map: torch.Tensor | None,
         activation: str,
         apply_router_weight_on_input: bool,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float | None = None,
+        swiglu_beta: float | None = None,
     ) -> "FusedExpertsCall":
         """Take the arguments in the order of the op's schema.
 
         Raises:
-            ValueError: Sizes that do not belong together; says which. Kernels trust them.
+            ValueError: Sizes that do not belong together, or parameters of SwiGLU for another
+                activation; says which. Kernels trust them.
         """
         call = cls(
             x,
@@ -82,6 +107,7 @@ class FusedExpertsCall(NamedTuple):
             layout,
             activation,
             apply_router_weight_on_input,
+            _swiglu(activation, swiglu_limit, swiglu_alpha, swiglu_beta),
         )
         call._check()
         return call
@@ -104,3 +130,13 @@ class FusedExpertsCall(NamedTuple):
             expected = [len(layout.slots), layout.shape(projection)[0]]
             if list(bias.shape) != expected:
                 raise ValueError(f"{projection}_bias is {list(bias.shape)}, expected {expected}")
+
+
+def _swiglu(activation: str, *parameters: float | None) -> SwiGlu | None:
+    usual = SWIGLU.get(activation)
+    if usual is None:
+        if any(parameter is not None for parameter in parameters):
+            raise ValueError(f"activation {activation!r} has no limit, alpha or beta")
+        return None
+    given = (value if own is None else own for own, value in zip(parameters, usual, strict=True))
+    return SwiGlu(*given)

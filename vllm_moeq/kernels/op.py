@@ -14,7 +14,8 @@ _LIBRARY = torch.library.Library("moeq", "FRAGMENT")
 _LIBRARY.define(
     "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] weights, "
     "Tensor? w13_bias, Tensor? w2_bias, Tensor layout, Tensor? expert_map, str activation, "
-    "bool apply_router_weight_on_input) -> Tensor",
+    "bool apply_router_weight_on_input, float? swiglu_limit=None, float? swiglu_alpha=None, "
+    "float? swiglu_beta=None) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 

@@ -6,22 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from vllm_moeq.format import Projection, dequantize
-from vllm_moeq.kernels.call import FusedExpertsCall
-
-
-def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    # gpt-oss: clamped, with a sigmoid of slope 1.702 and a shifted linear part.
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
+from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, SwiGlu
 
 _GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "silu": lambda gate, up: F.silu(gate) * up,
     "gelu": lambda gate, up: F.gelu(gate) * up,
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "relu": lambda gate, up: F.relu(gate) * up,
     "relu2": lambda gate, up: F.relu(gate).square() * up,
-    "swigluoai": _swigluoai,
 }
 _UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu_no_mul": F.silu,
@@ -30,27 +21,31 @@ _UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu_no_mul": F.relu,
     "relu2_no_mul": lambda hidden: F.relu(hidden).square(),
 }
-ACTIVATIONS = (*_GATED, *_UNGATED)
+ACTIVATIONS = (*SWIGLU, *_GATED, *_UNGATED)
 """Activations by vLLM's names, or in their manner; ``_no_mul`` means that there is no gate."""
 
 
-def activate(hidden: torch.Tensor, activation: str) -> torch.Tensor:
+def activate(hidden: torch.Tensor, activation: str, swiglu: SwiGlu | None) -> torch.Tensor:
     """Apply a gated or plain activation to w13's output [tokens, rows].
 
-    Gate and up are the halves of a row, except for ``swigluoai``, where they alternate.
+    Gate and up are the halves of a row, except for ``swigluoai``, where they alternate. ``swiglu``
+    holds the parameters of those in ``SWIGLU``.
 
     Raises:
         ValueError: Unknown activation.
     """
     if activation in _UNGATED:
         return _UNGATED[activation](hidden)
-    if activation not in _GATED:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(ACTIVATIONS)}")
     if activation == "swigluoai":
         gate, up = hidden[..., ::2], hidden[..., 1::2]
     else:
         gate, up = hidden.chunk(2, dim=-1)
-    return _GATED[activation](gate, up)
+    if swiglu is None:
+        return _GATED[activation](gate, up)
+    gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+    return (up + swiglu.beta) * gate * torch.sigmoid(swiglu.alpha * gate)
 
 
 def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -88,7 +83,7 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
         w13 = _expert_weight(call, "w13", slot, compute_dtype)
         hidden = F.linear(inputs, w13, _bias(call.biases.w13, slot, compute_dtype))
         w2 = _expert_weight(call, "w2", slot, compute_dtype)
-        activated = activate(hidden, call.activation)
+        activated = activate(hidden, call.activation, call.swiglu)
         result = F.linear(activated, w2, _bias(call.biases.w2, slot, compute_dtype))
         if call.apply_router_weight_on_input:
             # Zero for tokens of other experts, whose zeroed input still meets the biases.

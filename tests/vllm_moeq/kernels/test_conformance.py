@@ -99,6 +99,20 @@ def test_swigluoai_clamps(runner: Runner) -> None:
     runner.check(random_experts(*MIXED), x, *random_routing(5), "swigluoai")
 
 
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.parametrize("swiglu", [(1.5, 1.0, 0.0), (2.0, 1.3, 0.5), (3.0, 1.702, 1.0)])
+def test_models_choose_limit_slope_and_shift_of_swiglu(
+    runner: Runner, activation: str, swiglu: tuple[float, float, float]
+) -> None:
+    experts = random_experts(*MIXED, 32, 128, 96)
+    x, routing = 4 * random_tokens(5, 128, runner.dtype), random_routing(5)
+    if runner.row == "triton":
+        with pytest.raises(ValueError, match="limit, alpha or beta"):
+            runner.run(experts, x, *routing, activation, swiglu=swiglu)
+        return
+    runner.check(experts, x, *routing, activation, swiglu=swiglu)
+
+
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts_of_other_ranks_are_left_out(runner: Runner, tokens: int) -> None:
     expert_map = torch.tensor([-1, 3, -1, 0, 1, -1, 4, 2], dtype=torch.int32)

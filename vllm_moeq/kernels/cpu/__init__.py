@@ -12,7 +12,7 @@ import torch
 
 from vllm_moeq import envs
 from vllm_moeq.format import Projection
-from vllm_moeq.kernels.call import FusedExpertsCall
+from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall
 from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
@@ -126,6 +126,10 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
     x, layout, activation = call.x, call.layout, call.activation
     if activation not in library.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {list(library.ACTIVATIONS)}")
+    number = library.ACTIVATIONS[activation]
+    swiglu = {} if call.swiglu is None else call.swiglu._asdict()
+    if activation == "silu" and call.swiglu != SWIGLU["silu"]:
+        number = library.LIMITED_SILU
     tokens = x.contiguous() if x.dtype in library.DTYPES else x.float().contiguous()
     output = torch.empty_like(tokens)
     # Held here until the call is over: the structure has only their addresses.
@@ -152,9 +156,10 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
         tokens=ids.shape[0],
         top_k=ids.shape[1],
         dtype=library.DTYPES[tokens.dtype],
-        activation=library.ACTIVATIONS[activation],
+        activation=number,
         int8=envs.cpu_activation() == "int8",
         router_weight_on_input=call.apply_router_weight_on_input,
+        **{f"swiglu_{name}": value for name, value in swiglu.items()},
     )
     status = library.load().moeq_fused_experts(ctypes.byref(arguments))
     if status == library.BAD_EXPERT_ID:

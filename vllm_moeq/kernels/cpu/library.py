@@ -35,6 +35,9 @@ ACTIVATIONS = {
 }
 """Activations, numbered as ``Activation`` in numeric.h."""
 
+LIMITED_SILU = 6
+"""``Activation`` of silu with parameters that a model chose."""
+
 BAD_EXPERT_ID, BAD_SIZES, OUT_OF_MEMORY = 1, 2, 3
 """What ``moeq_fused_experts`` returns instead of 0; ``Status`` in moe.h."""
 
@@ -53,6 +56,7 @@ class Call(ctypes.Structure):
             "hidden_size", "w13_bytes", "w2_bytes", "map_size", "experts", "tokens", "top_k",
         )),
         *((name, _int32) for name in ("dtype", "activation", "int8", "router_weight_on_input")),
+        *((name, ctypes.c_float) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")),
     )  # fmt: skip
 
 

@@ -136,7 +136,10 @@ double run(const Case& c) {
                         .dtype = static_cast<int32_t>(moeq::DType::kFloat32),
                         .activation = static_cast<int32_t>(activation),
                         .int8 = c.int8,
-                        .router_weight_on_input = c.on_input};
+                        .router_weight_on_input = c.on_input,
+                        .swiglu_limit = 7.0f,
+                        .swiglu_alpha = 1.702f,
+                        .swiglu_beta = 1.0f};
   if (moeq_fused_experts(&call) != moeq::kOk) return INFINITY;
 
   double largest = 0, square = 0;

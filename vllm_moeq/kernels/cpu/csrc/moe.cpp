@@ -282,7 +282,8 @@ class Pass {
       if (layer_.gated)
         for (int i = 0; i < count; ++i) up[i] += bias[stride * (first_column + i) + up_offset];
     }
-    activate(activation, gate, layer_.gated ? up : nullptr, count);
+    activate(activation, {call_.swiglu_limit, call_.swiglu_alpha, call_.swiglu_beta}, gate,
+             layer_.gated ? up : nullptr, count);
     for (int i = 0; i < count; i += layer_.group_size)
       Kernel::quantize(gate + i, hidden_, (first_column + i) / layer_.group_size,
                        position * planes_);

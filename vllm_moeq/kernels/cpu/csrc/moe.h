@@ -29,6 +29,9 @@ struct Call {
   int32_t activation;
   int32_t int8;                    // 8-bit activations instead of 16-bit ones
   int32_t router_weight_on_input;  // on the input of an expert instead of its output
+  float swiglu_limit;              // for the activations kSwigluOai and kLimitedSilu
+  float swiglu_alpha;
+  float swiglu_beta;
 };
 
 enum Status : int32_t { kOk, kBadExpertId, kBadSizes, kOutOfMemory };

@@ -91,8 +91,22 @@ inline float gelu_tanh(float x) {
 inline float relu(float x) { return x < 0 ? 0.0f : x; }
 inline float relu2(float x) { return relu(x) * relu(x); }
 
-// The numbers are those of ACTIVATIONS in library.py.
-enum class Activation : int32_t { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu, kRelu2 };
+// The numbers are those of library.py. kSwigluOai and kLimitedSilu are one formula; the first has
+// gate and up alternate in the rows of w13.
+enum class Activation : int32_t {
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kSwigluOai,
+  kRelu,
+  kRelu2,
+  kLimitedSilu
+};
+
+// Of (up + beta) * gate * sigmoid(alpha * gate) with gate <= limit and |up| <= limit.
+struct SwiGlu {
+  float limit, alpha, beta;
+};
 
 template <float (*function)(float)>
 inline void apply(float* gate, const float* up, int n) {
@@ -103,7 +117,7 @@ inline void apply(float* gate, const float* up, int n) {
 }
 
 // gate = activation(gate) * up, or activation(gate) without a gated pair (up is null).
-inline void activate(Activation activation, float* gate, const float* up, int n) {
+inline void activate(Activation activation, SwiGlu swiglu, float* gate, const float* up, int n) {
   switch (activation) {
     case Activation::kSilu:
       return apply<silu>(gate, up, n);
@@ -115,12 +129,13 @@ inline void activate(Activation activation, float* gate, const float* up, int n)
       return apply<relu>(gate, up, n);
     case Activation::kRelu2:
       return apply<relu2>(gate, up, n);
-    case Activation::kSwigluOai:  // gpt-oss: clamped, slope 1.702, shifted linear part
+    case Activation::kSwigluOai:
+    case Activation::kLimitedSilu:
       for (int i = 0; i < n; ++i) {
-        const float g = gate[i] > 7.0f ? 7.0f : gate[i];
-        float u = up[i] > 7.0f ? 7.0f : up[i];
-        u = u < -7.0f ? -7.0f : u;
-        gate[i] = (u + 1.0f) * g * sigmoid(1.702f * g);
+        const float g = gate[i] > swiglu.limit ? swiglu.limit : gate[i];
+        float u = up[i] > swiglu.limit ? swiglu.limit : up[i];
+        u = u < -swiglu.limit ? -swiglu.limit : u;
+        gate[i] = (u + swiglu.beta) * g * sigmoid(swiglu.alpha * g);
       }
   }
 }
