@@ -45,7 +45,9 @@ def write_checkpoint(
     """Write tensors (default: :func:`mixtral_tensors`) with a config and, if sharded, an index."""
     tensors = mixtral_tensors() if tensors is None else tensors
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, **config)
+    routers = [tensor for name, tensor in tensors.items() if name.endswith(".gate.weight")]
+    experts = {"num_local_experts": len(routers[0])} if routers else {}
+    write_config(folder, **experts | config)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
