@@ -298,13 +298,12 @@ def measure_rates(
         stop(llm)
 
 
-def write(found: Found, shape: Shape, layers: int, path: Path) -> None:
-    """Write the section."""
+def write_answers(found: Found, path: Path) -> None:
+    """Write the section of the answers."""
     parts = [
-        "Real vLLM with the plugin, engines one after another in one process. Answers: a Mixtral "
-        f"of random weights with experts of 1 to 8 bits, {PROMPTS} prompts of {PROMPT_TOKENS} "
-        "tokens; mean negative log-likelihood of the prompts, and greedy tokens, against "
-        "transformers in float32 on the same packed weights.",
+        "Real vLLM with the plugin: a Mixtral of random weights with experts of 1 to 8 bits, "
+        f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens; mean negative log-likelihood of the "
+        "prompts, and greedy tokens, against transformers in float32 on the same packed weights.",
         table(
             ["engine", "type", "NLL", "float32", "largest difference", "equal tokens"],
             [
@@ -313,11 +312,18 @@ def write(found: Found, shape: Shape, layers: int, path: Path) -> None:
                 if (reason := found.failures.get(name, "the time was over"))
             ],
         ),
-        f"Tokens per second: {layers} layers of hidden size {shape.hidden_size}, intermediate size "
-        f"{shape.intermediate_size}, {shape.experts} experts, {shape.top_k} per token, dummy "
-        f"weights. moeq: {'/'.join(map(str, BITS))} bits; gptq: 4 bits, experts only. Decoding: "
-        f"what {LONG} tokens take more than {SHORT}, at so many requests; median of {RUNS} runs. "
-        "In brackets: over bf16, or the first that was measured.",
+    ]
+    _write(found, path, "answers", parts, ANSWERS)
+
+
+def write_rates(found: Found, shape: Shape, layers: int, path: Path) -> None:
+    """Write the section of the tokens per second."""
+    parts = [
+        f"Real vLLM with the plugin: {layers} layers of hidden size {shape.hidden_size}, "
+        f"intermediate size {shape.intermediate_size}, {shape.experts} experts, {shape.top_k} per "
+        f"token, dummy weights. moeq: {'/'.join(map(str, BITS))} bits; gptq: 4 bits, experts only. "
+        f"Decoding: what {LONG} tokens take more than {SHORT}, at so many requests; median of "
+        f"{RUNS} runs. In brackets: over bf16, or the first that was measured."
     ]
     columns = list(dict.fromkeys(column for rates in found.rates.values() for column in rates))
     base = found.rates.get("bf16") or next(iter(found.rates.values()), {})
@@ -335,12 +341,16 @@ def write(found: Found, shape: Shape, layers: int, path: Path) -> None:
         rows.append([name, *cells])
     if columns:
         parts.append(table(["tokens/s", *columns], rows))
-    parts += [f"{name} failed: {reason}" for name, reason in found.failures.items()]
+    _write(found, path, "speed", parts, RATES)
+
+
+def _write(found: Found, path: Path, what: str, parts: list[str], jobs: Sequence[str]) -> None:
+    failures = [f"{job} failed: {found.failures[job]}" for job in jobs if job in found.failures]
     write_section(
         path,
         "Speed on a GPU",
-        "vLLM on a GPU",
-        parts,
+        f"vLLM on a GPU: {what}",
+        parts + failures,
         packages=("torch", "triton", "vllm-moeq", "vllm", "transformers"),
     )
 
@@ -374,7 +384,10 @@ def main() -> None:
             except Exception as error:  # the next engine may do better
                 text = " ".join(str(error).split())
                 found.failures[name] = f"{type(error).__name__}: {text[:300]}"
-            write(found, shape, options.layers, options.results)
+            if name in ANSWERS:
+                write_answers(found, options.results)
+            else:
+                write_rates(found, shape, options.layers, options.results)
     for name, reason in found.failures.items():
         print(f"gpu_e2e.py: {name}: {reason}", file=sys.stderr)
     sys.exit(bool(found.failures))

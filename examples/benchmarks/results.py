@@ -1,4 +1,8 @@
-"""Writes the sections of RESULTS.md: every benchmark replaces its own and leaves the others."""
+"""Writes the sections of RESULTS.md: every benchmark replaces its own and leaves the others.
+
+``python examples/benchmarks/results.py FILE...`` takes over the sections of other results files,
+such as a GPU machine returns.
+"""
 
 import os
 import platform
@@ -37,8 +41,33 @@ def write_section(
         parts: Markdown paragraphs: first what the figures show, then tables and notes.
         packages: Packages whose versions matter; one that is missing is said to be.
     """
+    _replace(path, topic, name, "\n\n".join((f"## {name}", *parts, _origin(packages))))
+
+
+def take_over(path: Path, source: Path) -> None:
+    """Replace sections of a results file by those of another one, or add them.
+
+    Raises:
+        ValueError: The other file has no section; names it.
+    """
+    topic, found = "", False
+    for heading, name, section in re.findall(
+        r"^# ([^\n]+)$|^<!-- begin: ([^\n]+) -->\n\n(.*?)\n\n<!-- end: \2 -->$",
+        source.read_text(encoding="utf-8"),
+        re.M | re.S,
+    ):
+        if heading:
+            topic = heading
+        else:
+            found = True
+            _replace(path, topic, name, section)
+    if not found:
+        raise ValueError(f"{source} has no section of a results file")
+
+
+def _replace(path: Path, topic: str, name: str, content: str) -> None:
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    section = "\n\n".join((begin, f"## {name}", *parts, _origin(packages), end))
+    section = f"{begin}\n\n{content}\n\n{end}"
     text = path.read_text(encoding="utf-8") if path.exists() else _PREAMBLE
     before, found, rest = text.partition(begin)
     text = before + section + rest.partition(end)[2] if found else _added(text, topic, section)
@@ -91,6 +120,17 @@ def _hardware() -> str:
 
 
 def _command() -> str:
-    """Return the command line, with paths relative to the current folder."""
+    """Return the command line, with paths relative to the current folder.
+
+    Without the results file: figures do not depend on it, and it may be anywhere.
+    """
     words = [os.path.relpath(word) if os.path.isabs(word) else word for word in sys.argv]
+    if "--results" in words:
+        place = words.index("--results")
+        del words[place : place + 2]
     return shlex.join(["python", *words])
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        take_over(RESULTS, Path(file))

@@ -40,6 +40,11 @@ def test_answers_are_right_and_rates_are_measured(tmp_path: Path) -> None:
     assert re.search(r"^\| moeq \|( \d+ \(1\.00×\) \|){3}$", text, re.M)
     assert re.search(r"^\| bf16 \|( not measured \|){3}$", text, re.M)
     assert "failed" not in text
+    # Two sections: a run of some jobs leaves what another run found in the other.
+    assert re.findall("^## (.*)$", text, re.M) == [
+        "vLLM on a GPU: answers",
+        "vLLM on a GPU: speed",
+    ]
 
 
 SABOTAGE = """

@@ -1,5 +1,6 @@
 """RESULTS.md: a benchmark replaces its own section and leaves all others as they are."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +50,35 @@ def test_a_section_is_replaced_in_its_place_and_nothing_else_changes(
     assert "New figures." in after[after.index(begin) : after.index(end)]
     assert after[: after.index(begin)] == before[: before.index(begin)]
     assert after[after.index(end) :] == before[before.index(end) :]
+
+
+def test_sections_of_another_file_are_taken_over(results: Any, tmp_path: Path) -> None:
+    ours, other = tmp_path / "RESULTS.md", tmp_path / "other.md"
+    for name in ("old", "kept"):
+        results.write_section(ours, "Speed", name, [f"Figures of {name}."])
+    kept = ours.read_text().partition("<!-- begin: kept -->")[2]
+    for topic, name in (("Speed", "old"), ("Speed", "new"), ("Quality", "more")):
+        results.write_section(other, topic, name, ["New figures.", f"Of {name}."])
+    results.take_over(ours, other)
+    text = ours.read_text()
+    assert "Figures of old." not in text and text.count("New figures.") == 3
+    assert text.partition("<!-- begin: kept -->")[2].startswith(kept.rstrip())
+    headings = re.findall("^#+ .*$", text, re.M)
+    assert headings == [
+        "# Measured results", "# Speed", "## old", "## kept", "## new", "# Quality", "## more",
+    ]  # fmt: skip
+    ours.unlink()
+    results.take_over(ours, other)
+    assert ours.read_text() == other.read_text()
+    other.write_text("nothing")
+    with pytest.raises(ValueError, match=f"{other} has no section"):
+        results.take_over(ours, other)
+
+
+def test_the_command_leaves_out_where_results_went(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(path), "--runs", "3"])
+    results.write_section(path, "Speed", "a", ["Figures."])
+    assert "\npython run.py --runs 3\n" in path.read_text()
