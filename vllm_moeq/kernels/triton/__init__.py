@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall
+from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 OLDEST_CAPABILITY = (8, 0)
@@ -50,16 +50,7 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Ex
 
 
 def run(call: FusedExpertsCall) -> torch.Tensor:
-    """Run the experts; see :func:`layer.run`.
-
-    Raises:
-        ValueError: A model's own limit, alpha or beta of SwiGLU.
-    """
-    if call.swiglu != SWIGLU.get(call.activation):
-        raise ValueError(
-            f"the Triton kernel takes no other limit, alpha or beta of {call.activation} than "
-            f"{tuple(SWIGLU[call.activation])}; choose another with MOEQ_KERNEL"
-        )
+    """Run the experts; see :func:`layer.run`."""
     from vllm_moeq.kernels.triton import layer  # Triton takes long to import
 
     return layer.run(call)

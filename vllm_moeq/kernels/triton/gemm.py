@@ -45,14 +45,20 @@ def _block(
 
 
 @triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
+def _activate(
+    gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+):  # fmt: skip
     """Apply the activation of vLLM's name; ``up`` is not used by those without a gate."""
-    if ACTIVATION == "swigluoai":
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
-        result = (up + 1) * gate * tl.sigmoid(1.702 * gate)
+    if ACTIVATION == "silu" or ACTIVATION == "swigluoai":
+        if LIMIT is not None:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if BETA != 0:
+            up += BETA
+        result = gate * tl.sigmoid(ALPHA * gate) * up
     else:
-        if ACTIVATION == "silu" or ACTIVATION == "silu_no_mul":
+        if ACTIVATION == "silu_no_mul":
             result = gate * tl.sigmoid(gate)
         elif ACTIVATION == "gelu" or ACTIVATION == "gelu_no_mul":
             result = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
@@ -98,6 +104,9 @@ def w13_kernel(
     SUM_SIZE: tl.constexpr,
     MASK_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     ON_INPUT: tl.constexpr,
@@ -126,6 +135,7 @@ def w13_kernel(
         intermediate_size, padded_intermediate: Without padded columns, and with them.
         num_choices: Those of all tokens, M * top_k.
         blocks_m: Blocks of the grid.
+        LIMIT, ALPHA, BETA: Of silu and swigluoai; a LIMIT of None is none.
     """
     n, m = _program(N // BLOCK_N, blocks_m, GROUP_M)
     expert, choices = _block(
@@ -181,7 +191,7 @@ def w13_kernel(
             bias_ptr += expert * intermediate_size
             gate_place = columns
         gate += tl.load(bias_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)[:, None]
-    result = _activate(gate, up, ACTIVATION).to(intermediate_ptr.dtype.element_ty)
+    result = _activate(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(intermediate_ptr.dtype.element_ty)
     target = choices.to(tl.int64)[None, :] * padded_intermediate + columns[:, None]
     tl.store(intermediate_ptr + target, result, mask=exists[None, :])
     if not DEQUANTIZE:  # of the rounded values, which are what w2_kernel multiplies

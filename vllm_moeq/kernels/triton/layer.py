@@ -5,12 +5,13 @@ then by place among the top-k, so that ``topk_ids`` is their list of experts.
 """
 
 from functools import cache
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
 
-from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing
+from vllm_moeq.kernels.call import Biases, FusedExpertsCall, Routing, SwiGlu
 from vllm_moeq.kernels.layout import ExpertLayout
 from vllm_moeq.kernels.reference import ACTIVATIONS
 from vllm_moeq.kernels.triton import gemm
@@ -207,6 +208,7 @@ def _first_product(work: _Work, common: dict[str, Any]) -> _Hidden:
         SUM_SIZE=sum_size,
         MASK_K=layout.hidden_size % BLOCK_K != 0,
         ACTIVATION=call.activation,
+        **_swiglu(call.swiglu),
         GATED=layout.gated,
         BIAS=call.biases.w13 is not None,
         ON_INPUT=call.apply_router_weight_on_input,
@@ -281,6 +283,14 @@ def _split(work: _Work, blocks_n: int, blocks_k: int) -> int:
     busy = min(choices, work.blocks, max(experts, choices // block_m))
     wanted = work.tiles.programs_per_sm * _sm_count(work.call.x.device)
     return choose_split(blocks_n * busy, blocks_k, wanted)
+
+
+def _swiglu(parameters: SwiGlu | None) -> dict[str, float | None]:
+    """Return arguments of ``w13_kernel``."""
+    if parameters is None:
+        return {"LIMIT": None, "ALPHA": None, "BETA": None}
+    limit = None if parameters.limit == inf else parameters.limit
+    return {"LIMIT": limit, "ALPHA": parameters.alpha, "BETA": parameters.beta}
 
 
 def _bits(widths: frozenset[int]) -> int:

@@ -75,6 +75,9 @@ def _arguments(
         "INTERPRETED": False,
         "MASK_K": False,
         "ACTIVATION": "silu",
+        "LIMIT": None,
+        "ALPHA": 1.0,
+        "BETA": 0.0,
         "GATED": True,
         "ON_INPUT": False,
         "SPLIT_K": 1,
@@ -172,6 +175,7 @@ def test_weights_are_loaded_16_bytes_at_a_time(bits: int, compile_product: Compi
         {"MASK_K": True},
         {"GATED": False, "ACTIVATION": "relu2_no_mul", "SUM_SIZE": 128},
         {"ACTIVATION": "gelu"},
+        {"ACTIVATION": "swigluoai", "LIMIT": 7.0, "ALPHA": 1.702, "BETA": 1.0},
     ],
     ids=str,
 )
