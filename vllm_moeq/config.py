@@ -124,6 +124,8 @@ class MoeqConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return checked(UnquantizedLinearMethod(), prefix)
         if isinstance(layer, VocabParallelEmbedding):
+            if "layers" in prefix.split("."):
+                return None  # a layer that drafts tokens: vLLM puts the model's own head there
             return checked(UnquantizedEmbeddingMethod(), prefix)
         return None
 

@@ -1,6 +1,7 @@
 """Tiny checkpoints of every supported family, made by transformers with random weights."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,13 +202,15 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     return folder
 
 
-def add_prediction_layer(model: Path, folder: Path, prefix: str) -> Path:
+def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bool = False) -> Path:
     """Write a copy of a checkpoint with a layer for multi-token prediction, as DeepSeek-V3's.
 
     Args:
         model: Checkpoint of two layers in one file.
         folder: The copy.
         prefix: Of the new layer's tensors.
+        predicts: It is right far more often than chance: all layers add little to the residual
+            stream, and its own starts with the embedding of the latest token.
     """
     shutil.copytree(model, folder)
     path = folder / "model.safetensors"
@@ -218,6 +221,11 @@ def add_prediction_layer(model: Path, folder: Path, prefix: str) -> Path:
         tensors[prefix + name.removeprefix(last)] = tensors[name].roll(1, 0)
     hidden = _COMMON["hidden_size"]
     projection = torch.randn(hidden, 2 * hidden, generator=generator) / 16
+    if predicts:
+        projection = torch.eye(hidden, 2 * hidden)
+        for name in tensors:
+            if re.search(r"\.(o_proj|down_proj)(\.weight)?$", name):
+                tensors[name] = tensors[name] / 1024
     tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
     for name in ("enorm", "hnorm", "shared_head.norm"):
         tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()

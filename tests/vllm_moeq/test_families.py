@@ -36,3 +36,25 @@ def test_equals_the_dequantized_model(
     run = run_engine(packed, **(torch_ops if family.startswith("deepseek") else {}))
 
     assert_same(run.completions[0], run_transformers(plain))
+
+
+def test_a_prediction_layer_drafts_tokens_that_are_accepted(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = add_prediction_layer(
+        tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.", predicts=True
+    )
+    packed = pack_mixed(model, tmp_path / "packed")
+    plain = dequantize_checkpoint(packed, tmp_path / "plain")
+
+    run = run_engine(
+        packed,
+        compilation_config={"custom_ops": ["none"]},
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+        disable_log_stats=False,
+    )
+
+    assert_same(run.completions[0], run_transformers(plain))
+    accepted = run.metrics["vllm:spec_decode_num_accepted_tokens"]
+    drafted = run.metrics["vllm:spec_decode_num_draft_tokens"]
+    assert accepted > 0.5 * drafted  # chance is one in the size of the vocabulary

@@ -191,7 +191,9 @@ def w13_kernel(
             bias_ptr += expert * intermediate_size
             gate_place = columns
         gate += tl.load(bias_ptr + gate_place, mask=inside, other=0.0).to(tl.float32)[:, None]
-    result = _activate(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(intermediate_ptr.dtype.element_ty)
+    result = _activate(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(
+        intermediate_ptr.dtype.element_ty
+    )
     target = choices.to(tl.int64)[None, :] * padded_intermediate + columns[:, None]
     tl.store(intermediate_ptr + target, result, mask=exists[None, :])
     if not DEQUANTIZE:  # of the rounded values, which are what w2_kernel multiplies
