@@ -4,6 +4,7 @@
 such as a GPU machine returns.
 """
 
+import argparse
 import os
 import platform
 import re
@@ -131,6 +132,18 @@ def _command() -> str:
     return shlex.join(["python", *words])
 
 
+def main() -> None:
+    """Take over other files; exit with status 2 if one cannot be read or has no section."""
+    parser = argparse.ArgumentParser(description="Takes over sections of other results files.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    options = parser.parse_args()
+    for file in options.files:
+        try:
+            take_over(options.results, file)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+
+
 if __name__ == "__main__":
-    for file in sys.argv[1:]:
-        take_over(RESULTS, Path(file))
+    main()

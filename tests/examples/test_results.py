@@ -1,6 +1,7 @@
 """RESULTS.md: a benchmark replaces its own section and leaves all others as they are."""
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +69,13 @@ def test_sections_of_another_file_are_taken_over(results: Any, tmp_path: Path) -
         "# Measured results", "# Speed", "## old", "## kept", "## new", "# Quality", "## more",
     ]  # fmt: skip
     ours.unlink()
-    results.take_over(ours, other)
+    command = [sys.executable, str(BENCHMARKS / "results.py"), "--results", str(ours)]
+    subprocess.run([*command, str(other)], check=True)
     assert ours.read_text() == other.read_text()
+    missing = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
+    assert missing.returncode == 2 and f"No such file or directory: '{tmp_path / 'no'}'" in (
+        missing.stderr
+    )
     other.write_text("nothing")
     with pytest.raises(ValueError, match=f"{other} has no section"):
         results.take_over(ours, other)

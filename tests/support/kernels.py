@@ -42,12 +42,10 @@ class Runner:
     """Runs the op on one kernel, and knows how exact that is.
 
     Attributes:
-        row: Its name in the dispatch table.
         errors: Largest error for each type of tokens.
         run: Takes the arguments of :func:`run_op` after the row.
     """
 
-    row: str
     errors: dict[torch.dtype, float]
     run: Callable[..., torch.Tensor]
 
@@ -96,12 +94,12 @@ def run_op(
 
 def reference_runner() -> Runner:
     """Return the reference as the CPU runs it."""
-    return Runner("reference", REFERENCE_ERRORS, lambda *a, **case: run_op("reference", *a, **case))
+    return Runner(REFERENCE_ERRORS, lambda *a, **case: run_op("reference", *a, **case))
 
 
 def device_reference_runner() -> Runner:
     """Return the reference as devices run it, which must not choose rows."""
-    return Runner("reference", REFERENCE_ERRORS, _run_as_on_a_device)
+    return Runner(REFERENCE_ERRORS, _run_as_on_a_device)
 
 
 class _CudaLike(torch.Tensor):
@@ -137,7 +135,7 @@ def cpu_runner(isa: str) -> Iterator[Runner]:
         patch.delenv("MOEQ_CPU_ACTIVATION", raising=False)
         forget_cpu_kernel()
         assert library.load().moeq_isa().decode() == isa
-        yield Runner("cpu", CPU_ERRORS, lambda *a, **case: run_op("cpu", *a, **case))
+        yield Runner(CPU_ERRORS, lambda *a, **case: run_op("cpu", *a, **case))
     forget_cpu_kernel()
 
 
@@ -147,7 +145,7 @@ def triton_runner(interpreter: Executor) -> Runner:
     def run(*arguments: Any, **case: Any) -> torch.Tensor:
         return interpreter.submit(run_op, "triton", *arguments, **case).result()
 
-    return Runner("triton", TRITON_ERRORS, run)
+    return Runner(TRITON_ERRORS, run)
 
 
 def forget_cpu_kernel() -> None:

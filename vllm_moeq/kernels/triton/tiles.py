@@ -38,10 +38,11 @@ Table = tuple[tuple[float, Tiles], ...]
 
 # Few tokens: memory is the limit. More programs with half the rows where there is little to share
 # out, then deep pipelines of wide tiles. Many: as many tokens as registers hold without spilling,
-# so that each weight is decoded seldom. On an H100, of up to 40 tiles for each product apart, these
+# so that each weight is decoded seldom. On an H100, of the 9 to 24 tiles that were tried for each
+# product apart (by a script outside this repository; moeq bench --tune tries tiles anew), these
 # were within 2 % of the fastest for Qwen3's shape at 1, 16, 64, 256, 1024 and 4096 tokens, and for
-# Mixtral's at 1 token, where the second product gains 2 % by 4 programs. Not measured like that:
-# the row of 32 tokens per expert, Mixtral's shape with more tokens, and other GPUs.
+# Mixtral's at 1. Not tried like that: 32 tokens for each expert, Mixtral's shape with more tokens,
+# other GPUs. 32 x 128 was the fastest once, but its result differed once, and nobody knows why.
 TABLE: Table = (
     (0.5, Tiles(16, 64)),
     (16, Tiles(16, 128, num_stages=3, programs_per_sm=4)),
