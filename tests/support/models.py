@@ -3,32 +3,13 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    MiniMaxM2Config,
-    MiniMaxM2ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 320
 NUM_EXPERTS = 8
@@ -46,136 +27,118 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-
-
-def _mixtral() -> torch.nn.Module:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            **_COMMON, num_key_value_heads=2, intermediate_size=256, num_local_experts=NUM_EXPERTS
-        )
-    )
-
-
-def _qwen2_moe() -> torch.nn.Module:
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            **_COMMON,
-            num_key_value_heads=2,
-            intermediate_size=256,
-            moe_intermediate_size=128,
-            shared_expert_intermediate_size=256,
-            num_experts=NUM_EXPERTS,
-        )
-    )
-
-
-def _qwen3_moe() -> torch.nn.Module:
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **_COMMON,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=256,
-            moe_intermediate_size=128,
-            num_experts=NUM_EXPERTS,
-            norm_topk_prob=True,
-        )
-    )
-
-
-def _olmoe() -> torch.nn.Module:
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            **_COMMON, num_key_value_heads=4, intermediate_size=128, num_experts=NUM_EXPERTS
-        )
-    )
-
-
-_DEEPSEEK: dict[str, Any] = {
-    "num_key_value_heads": 4,
+_SOME_HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 32}
+_FEW_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts": NUM_EXPERTS}
+_FEW_LOCAL_EXPERTS: dict[str, Any] = {"intermediate_size": 128, "num_local_experts": NUM_EXPERTS}
+_ROUTED: dict[str, Any] = {
     "intermediate_size": 256,
     "moe_intermediate_size": 128,
     "n_routed_experts": NUM_EXPERTS,
     "n_shared_experts": 1,
-    "n_group": 2,
+    "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+_LATENT_ATTENTION: dict[str, Any] = {
+    "num_key_value_heads": 4,
     "kv_lora_rank": 512,
+    "q_lora_rank": 128,
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
+}
+_DEEPSEEK_V3: dict[str, Any] = {
+    **_ROUTED,
+    **_LATENT_ATTENTION,
+    "n_group": 2,
     "routed_scaling_factor": 1.0,
+    # transformers assumes these two; vLLM reads them, as in DeepSeek's own config.json.
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+_LINEAR_ATTENTION: dict[str, Any] = {
+    **_SOME_HEADS,
+    **_FEW_EXPERTS,
+    "intermediate_size": 256,
+    "shared_expert_intermediate_size": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
 }
 
-
-def _deepseek_v2() -> torch.nn.Module:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "intermediate_size": 256},
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        **_FEW_EXPERTS,
+    },
+    "qwen3_moe": {**_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256, "norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4, **_FEW_EXPERTS, "intermediate_size": 128},
     # As DeepSeek-V2-Lite: softmax routing without expert groups.
-    return DeepseekV2ForCausalLM(
-        DeepseekV2Config(
-            **_COMMON | _DEEPSEEK | {"n_group": 1, "topk_group": 1},
-            q_lora_rank=None,
-            topk_method="greedy",
-        )
-    )
-
-
-def _deepseek_v3() -> torch.nn.Module:
-    return DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **_COMMON | _DEEPSEEK,
-            q_lora_rank=128,
-            norm_topk_prob=True,
-            # transformers assumes these two; vLLM reads them, as in DeepSeek's own config.json.
-            scoring_func="sigmoid",
-            topk_method="noaux_tc",
-        )
-    )
-
-
-def _glm4_moe() -> torch.nn.Module:
-    return Glm4MoeForCausalLM(
-        Glm4MoeConfig(
-            **_COMMON,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=256,
-            moe_intermediate_size=128,
-            n_routed_experts=NUM_EXPERTS,
-            n_shared_experts=1,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-            norm_topk_prob=True,
-        )
-    )
-
-
-def _minimax_m2() -> torch.nn.Module:
-    return MiniMaxM2ForCausalLM(
-        MiniMaxM2Config(
-            **_COMMON,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=128,
-            num_local_experts=NUM_EXPERTS,
-            # Only vLLM reads these, as in MiniMax's own config.json.
-            rotary_dim=32,
-            scoring_func="sigmoid",
-            use_routing_bias=True,
-        )
-    )
-
-
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-    "olmoe": _olmoe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "glm4_moe": _glm4_moe,
-    "minimax_m2": _minimax_m2,
-}
+    "deepseek_v2": {
+        **_DEEPSEEK_V3,
+        "n_group": 1,
+        "q_lora_rank": None,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe": {**_SOME_HEADS, **_ROUTED},
+    "minimax_m2": {
+        **_SOME_HEADS,
+        **_FEW_LOCAL_EXPERTS,
+        # Only vLLM reads these, as in MiniMax's own config.json.
+        "rotary_dim": 32,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
+    "phimoe": {"num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "sliding_window": None},
+    "qwen3_next": _LINEAR_ATTENTION,
+    "qwen3_5_moe_text": _LINEAR_ATTENTION,
+    "flex_olmo": {"num_key_value_heads": 2, **_FEW_EXPERTS, "intermediate_size": 128},
+    "deepseek_v32": _DEEPSEEK_V3,
+    "glm4_moe_lite": {**_ROUTED, **_LATENT_ATTENTION},
+    "dots1": {**_SOME_HEADS, **_ROUTED, "layer_types": ["full_attention"] * 2},
+    "ernie4_5_moe": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "moe_num_experts": NUM_EXPERTS,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "mimo_v2_flash": {**_SOME_HEADS, **_ROUTED, "v_head_dim": 32},
+    "hunyuan_v1_moe": {
+        **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 128, "moe_topk": 2,
+    },
+    "lfm2_moe": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        **_FEW_EXPERTS,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "granitemoe": {
+        "num_key_value_heads": 2,
+        **_FEW_LOCAL_EXPERTS,
+        # Granite's own numbers are not 1 either.
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 0.5,
+        "attention_multiplier": 0.2,
+    },
+    "granitemoeshared": {
+        "num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "shared_intermediate_size": 128,
+    },
+}  # fmt: skip
+"""What distinguishes each family's configuration, by ``model_type``."""
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -193,7 +156,8 @@ def save_tokenizer(folder: Path) -> None:
 def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a tiny random checkpoint of a family; the same one every time."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().to(dtype)
+    config = AutoConfig.for_model(family, **_COMMON | FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(parameter, std=0.05)

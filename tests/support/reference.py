@@ -10,7 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+FUSED_IN_RELEASES = {
+    "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+}
+FUSED_IN_RELEASES["granitemoeshared"] = FUSED_IN_RELEASES["granitemoe"]
+"""Families without tensors per expert on disk: what holds gate above up, and down, in a layer."""
 _PACKED = re.compile(r"(.*)\.weight_packed")
+_EXPERT = re.compile(
+    r"(?P<layer>.*layers\.\d+\.).*experts\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight"
+)
 
 
 def unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -54,8 +62,35 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
                 ).float()
             elif not name.endswith((".weight_scale", ".weight_zero_point")):
                 tensors[name] = tensor.float()
+    tensors = _as_released(tensors, config["model_type"])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     for path in packed.glob("*token*"):
         shutil.copy(path, target)
     return target
+
+
+def _as_released(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Fuse experts again, where transformers reads them in no other way."""
+    if model_type not in FUSED_IN_RELEASES:
+        return tensors
+    released: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for name, tensor in sorted(tensors.items(), key=_expert_number):
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            released[name] = tensor
+        else:
+            of_layer = experts.setdefault(match["layer"], {})
+            of_layer.setdefault(match["matrix"], []).append(tensor)
+    gate_up_name, down_name = FUSED_IN_RELEASES[model_type]
+    for layer, matrices in experts.items():
+        gate, up, down = (torch.stack(matrices[f"{name}_proj"]) for name in ("gate", "up", "down"))
+        released[layer + gate_up_name] = torch.cat([gate, up], 1)
+        released[layer + down_name] = down
+    return released
+
+
+def _expert_number(item: tuple[str, torch.Tensor]) -> int:
+    match = _EXPERT.fullmatch(item[0])
+    return int(match["expert"]) if match else -1

@@ -16,7 +16,7 @@ PROJECTION_MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names of one family of per-expert checkpoints.
+    """What one family calls its MoE tensors, once they are a matrix each.
 
     Attributes:
         model_types: ``model_type`` values of ``config.json``.
@@ -25,14 +25,28 @@ class Family:
         gate: Name of an expert's gate projection, the first projection of MaxVar.
         up: Name of its up projection.
         down: Name of its down projection.
+        aliases: Starts of other names inside a decoder layer, as transformers or older releases
+            save them, each with what stands here instead. The first that fits holds.
+        adds_experts: Whether what experts give is added to the residual stream as it is, or times
+            a constant; not if it is normalized on the way.
     """
 
     model_types: tuple[str, ...]
     experts: str
     router: str
-    gate: str
-    up: str
-    down: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    aliases: tuple[tuple[str, str], ...] = ()
+    adds_experts: bool = True
+
+    def canonical_name(self, name: str) -> str:
+        """Return what a tensor on disk is called here."""
+        layer, inside = _inside_layer(name)
+        for alias, canonical in self.aliases:
+            if inside.startswith(alias):
+                return f"{layer}{canonical}{inside.removeprefix(alias)}"
+        return name
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -43,16 +57,67 @@ FAMILIES: tuple[Family, ...] = (
         gate="w1",
         up="w3",
         down="w2",
+        aliases=(("mlp.", "block_sparse_moe."),),
     ),
     Family(
-        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"),
+        ("phimoe",),
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.gate.weight",
+        gate="w1",
+        up="w3",
+        down="w2",
+        aliases=(("mlp.router.", "block_sparse_moe.gate."), ("mlp.", "block_sparse_moe.")),
+    ),
+    Family(
+        (
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe_text",
+            "olmoe",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "dots1",
+            "ernie4_5_moe",
+            "mimo_v2_flash",
+        ),
         experts="mlp.experts",
         router="mlp.gate.weight",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
+        aliases=(
+            ("mlp.gate.moe_statics.", "mlp.moe_statics."),
+            ("self_attn.sinks", "self_attn.attention_sink_bias"),
+        ),
+    ),  # fmt: skip
+    Family(("flex_olmo",), experts="mlp.experts", router="mlp.gate.weight", adds_experts=False),
+    Family(("hunyuan_v1_moe",), experts="mlp.experts", router="mlp.gate.wg.weight"),
+    Family(
+        ("lfm2_moe",),
+        experts="feed_forward.experts",
+        router="feed_forward.gate.weight",
+        gate="w1",
+        up="w3",
+        down="w2",
+    ),
+    Family(
+        ("granitemoe", "granitemoeshared"),
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.router.layer.weight",
+        aliases=(
+            ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+            ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+            ("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),
+        ),
     ),
 )
+
+
+def _inside_layer(name: str) -> tuple[str, str]:
+    """Cut a tensor's name into the path of its decoder layer and the rest."""
+    match = re.match(r"(.*\blayers\.\d+\.)(.*)", name)
+    return ("", name) if match is None else (match[1], match[2])
 
 
 def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Family:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeq.checkpoint.reader import CheckpointReader, TensorInfo
+from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
 from moeq.errors import MoeqError
 
 _ROWS_AT_ONCE = 128
@@ -16,18 +16,6 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale")
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point")
 """What a quantized layer stores beside its weight; it says nothing about the weight."""
-
-
-class Reading(NamedTuple):
-    """A tensor that is not read as it is stored.
-
-    Attributes:
-        info: What it is once it has been read.
-        read: Reads it.
-    """
-
-    info: TensorInfo
-    read: Callable[[], torch.Tensor]
 
 
 class SourceFormat(NamedTuple):

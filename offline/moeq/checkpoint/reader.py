@@ -1,7 +1,7 @@
 """Reads a Hugging Face checkpoint tensor by tensor; never builds the model."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,18 @@ class TensorInfo(NamedTuple):
     def num_bytes(self) -> int:
         """Size on disk."""
         return _DTYPES[self.dtype] * torch.Size(self.shape).numel()
+
+
+class Reading(NamedTuple):
+    """How a tensor is read.
+
+    Attributes:
+        info: What it is once it has been read.
+        read: Reads it, or the part of it that an index selects.
+    """
+
+    info: TensorInfo
+    read: Callable[..., torch.Tensor]
 
 
 def resolve_model(model: str) -> Path:

@@ -13,9 +13,8 @@ from torch import nn
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
+from moeq.model.names import stored_names
 
-_MOE_MODULE = "mlp"
-"""Name of the MoE block inside a decoder layer of transformers 5, for every family."""
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 
@@ -53,29 +52,42 @@ class LayerwiseModel:
     Args:
         source: The checkpoint.
         device: Where layers run.
+
+    Raises:
+        MoeqError: Its layers do more with what experts give than to add it up.
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
         # Takes seconds to import, which other commands should not wait for.
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.activations import ACT2FN
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+        if not source.layers[0].family.adds_experts:
+            raise MoeqError(
+                f"{source.folder}: {source.reader.config['model_type']} normalizes what its "
+                "experts give, which moeq cannot run layer by layer: no calibration, no "
+                "evaluation. Use `--calib none`"
+            )
         self.source, self.device = source, device
         self.moe_layers = {layer.index: layer for layer in source.layers}
         config = AutoConfig.from_pretrained(source.folder)
+        text = config.get_text_config()
+        auto = AutoModelForCausalLM if text is config else AutoModelForImageTextToText
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self._body, self._head = model.model.eval(), model.lm_head
+            self._model = auto.from_config(config, dtype=torch.float32).eval()
+        self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()
+        modules = self._model.named_modules()
+        self._prefix = next(f"{name}." for name, module in modules if module is self._body)
         self.hidden_size = source.hidden_size
-        with torch.device(device):
-            self._body.rotary_emb = type(self._body.rotary_emb)(config=config)
+        self._make_rotary_embeddings()
         self._layers: list[nn.Module] = list(self._body.layers)
-        self._activation = ACT2FN[config.hidden_act]
+        first = self._layers[source.layers[0].index]
+        self._experts = _experts_path(first)
+        self._experts_of_transformers: Any = first.get_submodule(self._experts)
+        # Granite adds a fraction of what its blocks give to the residual stream.
+        self._residual_multiplier = getattr(text, "residual_multiplier", 1.0)
         self._arguments: list[dict[str, Any]] = []
-        first = source.layers[0]
-        self._prefix = first.container.removesuffix(f"{first.index}.{first.family.experts}")
-        # "model.layers." holds the layers, "model." what is around them.
-        self._around = self._prefix.removesuffix("layers.")
+        self._exit: _Exit | None = None
+        self._stored = stored_names(self._model, source.reader.tensors)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -88,15 +100,16 @@ class LayerwiseModel:
             tokens: int64 [n, L]; all sequences are full, none is padded.
             hidden: float32 [n, L, hidden_size].
         """
-        entrances = [_Entrance() for _ in self._layers]
+        entrances = [_Entrance(layer) for layer in self._layers]
         self._body.layers = nn.ModuleList(entrances)
-        self._fill(self._body.embed_tokens, f"{self._around}embed_tokens.")
-        self._fill(self._body.norm, f"{self._around}norm.")
+        for name, module in self._body.named_children():
+            if name != "layers":
+                self._fill(module, f"{self._prefix}{name}.")
         for sequence, target in zip(tokens, hidden, strict=True):
             self._body(input_ids=sequence[None].to(self.device), use_cache=False)
             target.copy_(entrances[0].hidden[0])
         self._arguments = [entrance.arguments for entrance in entrances]
-        self._body.embed_tokens.to("meta")
+        self._body.get_input_embeddings().to("meta")
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, x: torch.Tensor) -> Routed | None:
@@ -114,8 +127,8 @@ class LayerwiseModel:
         layer = self._layers[index]
         moe, router = self.moe_layers.get(index), _Recorder()
         if moe is not None:
-            getattr(layer, _MOE_MODULE).experts = router
-        self._fill(layer, f"{self._prefix}{index}.", moe)
+            layer.set_submodule(self._experts, router)
+        self._fill(layer, f"{self._prefix}layers.{index}.")
         ids, weights = [], []
         size = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
         for sequences, target in zip(torch.split(hidden, size), torch.split(x, size), strict=True):
@@ -128,7 +141,8 @@ class LayerwiseModel:
         layer.to("meta")
         if moe is None:
             return None
-        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), torch.cat(weights))
+        shares = torch.cat(weights) * self._residual_multiplier
+        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), shares)
 
     def backward(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         """Turn the gradient of a layer's output, in place, into that of its input.
@@ -142,8 +156,8 @@ class LayerwiseModel:
         """
         layer, moe = self._layers[index], self.moe_layers.get(index)
         if moe is not None:
-            getattr(layer, _MOE_MODULE).experts = _Experts(self, moe)
-        self._fill(layer, f"{self._prefix}{index}.", moe)
+            layer.set_submodule(self._experts, _Experts(self, moe))
+        self._fill(layer, f"{self._prefix}layers.{index}.")
         with torch.enable_grad():
             for sequence, target in zip(hidden, gradient, strict=True):
                 inputs = sequence[None].to(self.device, copy=True).requires_grad_()
@@ -152,7 +166,7 @@ class LayerwiseModel:
                 (of_input,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
                 target.copy_(of_input[0])
         if moe is not None:
-            getattr(layer, _MOE_MODULE).experts = _Recorder()
+            layer.set_submodule(self._experts, _Recorder())
         layer.to("meta")
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
@@ -169,13 +183,13 @@ class LayerwiseModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
-        if self._head.weight.is_meta:
-            name = "lm_head.weight"
-            if name not in self.source.reader.tensors:  # tied
-                name = f"{self._around}embed_tokens.weight"
-            weight = self.source.tensor(name).to(self.device).float()
-            self._head.load_state_dict({"weight": weight}, assign=True)
-        logits: torch.Tensor = self._head(self._body.norm(hidden.to(self.device)))
+        if self._exit is None:
+            self._exit = _Exit(self._layers[-1])
+            self._body.layers = nn.ModuleList([self._exit])
+            self._fill(self._head, "lm_head.")
+        self._exit.output = hidden.to(self.device)[None]
+        # transformers' own end of the model: some scale the logits, or cap them.
+        logits: torch.Tensor = self._model(inputs_embeds=self._exit.output).logits[0]
         return logits
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
@@ -184,8 +198,9 @@ class LayerwiseModel:
 
     def expert_hidden(self, gate: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
-        activated: torch.Tensor = self._activation(F.linear(x, gate))
-        return activated * F.linear(x, up)
+        both = torch.cat([F.linear(x, gate), F.linear(x, up)], -1)
+        result: torch.Tensor = self._experts_of_transformers._apply_gate(both)
+        return result
 
     def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
         """Read an expert's 16- or 32-bit weights.
@@ -204,19 +219,22 @@ class LayerwiseModel:
             )
         return tensor
 
-    def _fill(self, module: nn.Module, prefix: str, moe: MoELayer | None = None) -> None:
-        """Give a module its tensors from the checkpoint.
+    def _make_rotary_embeddings(self) -> None:
+        """Make what has no tensors on disk, so that it is not left on the meta device."""
+        for name, module in list(self._body.named_children()):
+            if "Rotary" in type(module).__name__:
+                with torch.device(self.device):
+                    setattr(self._body, name, type(module)(config=module.config))
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module of the model its tensors from the checkpoint.
 
         Raises:
             MoeqError: transformers builds another model than the checkpoint holds.
         """
         state = {}
         for name in module.state_dict():
-            stored = name
-            if moe is not None:  # Mixtral's checkpoints have another name for the block
-                block = moe.family.experts.split(".")[0]
-                stored = name.replace(f"{_MOE_MODULE}.", f"{block}.", 1)
-            tensor = self.source.tensor(prefix + stored).to(self.device)
+            tensor = self.source.tensor(self._stored_name(prefix + name)).to(self.device)
             state[name] = tensor.float() if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -226,6 +244,18 @@ class LayerwiseModel:
                     "transformers needs it"
                 )
 
+    def _stored_name(self, name: str) -> str:
+        """Return where a parameter is on disk; one that is missing is named as in memory."""
+        if name == "lm_head.weight" and name not in self._stored:  # tied
+            name = f"{self._prefix}embed_tokens.weight"
+        return self._stored.get(name, name)
+
+
+def _experts_path(layer: nn.Module) -> str:
+    """Return where the routed experts are in a decoder layer of transformers."""
+    names: list[str] = [name for name, _ in layer.named_modules()]
+    return next(name for name in names if name.split(".")[-1] == "experts")
+
 
 class _Entrance(nn.Module):
     """Stands for a layer and remembers what it would have got."""
@@ -233,9 +263,26 @@ class _Entrance(nn.Module):
     hidden: torch.Tensor
     arguments: dict[str, Any]
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model asks a layer about itself, such as its kind of attention."""
+        return getattr(self.__dict__["_layer"][0], name)
+
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         self.hidden, self.arguments = hidden_states, arguments
         return hidden_states
+
+
+class _Exit(_Entrance):
+    """Stands for all layers, once they have run: gives what the last one gave."""
+
+    output: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return self.output
 
 
 class _Experts(nn.Module):

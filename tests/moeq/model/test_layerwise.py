@@ -8,12 +8,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
+from moeq.errors import MoeqError
 from moeq.model import ExpertSource, run_layer
 from moeq.model.layerwise import LayerwiseModel
 from support.models import FAMILIES, VOCABULARY
 
+NOT_ADDED_UP = {"flex_olmo"}
+every_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in NOT_ADDED_UP])
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize("family", NOT_ADDED_UP)
+def test_layers_that_normalize_what_experts_give_are_refused(
+    family: str, tiny_model: Callable[[str], Path]
+) -> None:
+    source = SourceModel.open(tiny_model(family))
+    with pytest.raises(MoeqError, match=rf"{family} normalizes .*--calib none"):
+        LayerwiseModel(source, torch.device("cpu"))
+
+
+@every_family
 def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model(family)
     tokens = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -37,12 +50,12 @@ def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str
             gate, up, down = model.matrices(layer, expert)
             inner = model.expert_hidden(gate, up, routed.x[places])
             flat.index_add_(0, places, inner @ down.T * weights)
-    with torch.inference_mode():
-        logits = whole.lm_head(whole.model.norm(hidden))
+    with torch.no_grad():
+        logits = torch.stack([model.logits(sequence) for sequence in hidden])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_gradients_are_those_of_transformers(
     family: str, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -56,8 +69,12 @@ def test_gradients_are_those_of_transformers(
             output[0] if isinstance(output, tuple) else output
         )
     )
-    embedded = whole.model.embed_tokens(tokens).detach().requires_grad_()
-    whole(inputs_embeds=embedded)
+    inputs_of_layers: list[torch.Tensor] = []
+    whole.model.layers[0].register_forward_pre_hook(
+        lambda module, args: inputs_of_layers.append(args[0])
+    )
+    whole(tokens)
+    (embedded,) = inputs_of_layers
     gradient = torch.randn(embedded.shape, generator=generator)
     (expected,) = torch.autograd.grad(outputs[0], embedded, gradient)
 
@@ -71,4 +88,4 @@ def test_gradients_are_those_of_transformers(
         run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
     for index in reversed(range(len(model))):
         model.backward(index, inputs[index], gradient)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-3)

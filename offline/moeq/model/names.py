@@ -1,0 +1,26 @@
+"""Which tensor of a checkpoint is which parameter of the model that transformers builds."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the names of tensors on disk by the names of parameters in memory.
+
+    Routed experts, which transformers fuses, keep their names on disk.
+
+    Args:
+        model: Of transformers.
+        names: Of all tensors in a checkpoint.
+    """
+    # transformers gives these two to PEFT, and names no others.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    ours = model.state_dict()
+    return {
+        rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0]: name
+        for name in names
+    }
