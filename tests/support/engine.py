@@ -129,11 +129,9 @@ def run_engine(model: Path, **options: Any) -> EngineRun:
 
 def run_transformers(model: Path) -> list[Completion]:
     """Run :data:`PROMPTS` through transformers in float32."""
-    from transformers import AutoModelForCausalLM
+    from support.models import load_model  # the engine process does without transformers' models
 
-    network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    network = load_model(model, attn_implementation="eager").eval()
     completions = []
     for prompt in PROMPTS:
         ids = list(prompt)

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 320
 NUM_EXPERTS = 8
@@ -67,6 +72,22 @@ _LINEAR_ATTENTION: dict[str, Any] = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "layer_types": ["linear_attention", "full_attention"],
+}
+_VISION: dict[str, Any] = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+    },
+    "tie_word_embeddings": False,
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "vision_start_token_id": 302,
+    "vision_end_token_id": 303,
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -137,8 +158,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {
         "num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "shared_intermediate_size": 128,
     },
+    "qwen3_5_moe": {"text_config": _COMMON | _LINEAR_ATTENTION, **_VISION},
+    "qwen3_vl_moe": {
+        "text_config": {**_COMMON, **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256},
+        **_VISION,
+    },
 }  # fmt: skip
 """What distinguishes each family's configuration, by ``model_type``."""
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Load a checkpoint with all its parts into transformers."""
+    auto = _auto_class(AutoConfig.from_pretrained(folder))
+    return auto.from_pretrained(folder, dtype=dtype, **options)
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -156,8 +192,11 @@ def save_tokenizer(folder: Path) -> None:
 def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a tiny random checkpoint of a family; the same one every time."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **_COMMON | FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    options = FAMILIES[family]
+    config = AutoConfig.for_model(
+        family, **options if "text_config" in options else _COMMON | options
+    )
+    model = _auto_class(config).from_config(config, dtype=torch.float32).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(parameter, std=0.05)

@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+_GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
 FUSED_IN_RELEASES = {
-    "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "qwen3_vl_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 }
-FUSED_IN_RELEASES["granitemoeshared"] = FUSED_IN_RELEASES["granitemoe"]
 """Families without tensors per expert on disk: what holds gate above up, and down, in a layer."""
 _PACKED = re.compile(r"(.*)\.weight_packed")
 _EXPERT = re.compile(

@@ -72,7 +72,9 @@ FAMILIES: tuple[Family, ...] = (
         (
             "qwen2_moe",
             "qwen3_moe",
+            "qwen3_vl_moe",
             "qwen3_next",
+            "qwen3_5_moe",
             "qwen3_5_moe_text",
             "olmoe",
             "deepseek_v2",
@@ -90,7 +92,7 @@ FAMILIES: tuple[Family, ...] = (
             ("mlp.gate.moe_statics.", "mlp.moe_statics."),
             ("self_attn.sinks", "self_attn.attention_sink_bias"),
         ),
-    ),  # fmt: skip
+    ),
     Family(("flex_olmo",), experts="mlp.experts", router="mlp.gate.weight", adds_experts=False),
     Family(("hunyuan_v1_moe",), experts="mlp.experts", router="mlp.gate.wg.weight"),
     Family(

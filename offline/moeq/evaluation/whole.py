@@ -10,6 +10,7 @@ from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource
+from moeq.model.architecture import auto_class
 
 _EXPERTS = re.compile(r"layers\.(\d+)\.[^.]+\.experts(?:\.(gate_up_proj|down_proj))?$")
 """Matches the module of a layer's routed experts, and its parameters."""
@@ -28,9 +29,10 @@ class WholeModel:
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM  # takes seconds to import
+        from transformers import AutoConfig  # takes seconds to import
 
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        auto = auto_class(AutoConfig.from_pretrained(source.folder))
+        model = auto.from_pretrained(source.folder, dtype=torch.float32)
         self._model = model.to(device).eval()
         self._layers = {layer.index: layer for layer in source.layers}
         self._fused = {

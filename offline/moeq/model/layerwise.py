@@ -13,7 +13,7 @@ from torch import nn
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.names import stored_names
+from moeq.model.architecture import auto_class, stored_names
 
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
@@ -58,8 +58,7 @@ class LayerwiseModel:
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        # Takes seconds to import, which other commands should not wait for.
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers import AutoConfig  # takes seconds to import
 
         if not source.layers[0].family.adds_experts:
             raise MoeqError(
@@ -70,10 +69,8 @@ class LayerwiseModel:
         self.source, self.device = source, device
         self.moe_layers = {layer.index: layer for layer in source.layers}
         config = AutoConfig.from_pretrained(source.folder)
-        text = config.get_text_config()
-        auto = AutoModelForCausalLM if text is config else AutoModelForImageTextToText
         with torch.device("meta"):
-            self._model = auto.from_config(config, dtype=torch.float32).eval()
+            self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
         self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()
         modules = self._model.named_modules()
         self._prefix = next(f"{name}." for name, module in modules if module is self._body)
@@ -84,7 +81,7 @@ class LayerwiseModel:
         self._experts = _experts_path(first)
         self._experts_of_transformers: Any = first.get_submodule(self._experts)
         # Granite adds a fraction of what its blocks give to the residual stream.
-        self._residual_multiplier = getattr(text, "residual_multiplier", 1.0)
+        self._residual_multiplier = getattr(config.get_text_config(), "residual_multiplier", 1.0)
         self._arguments: list[dict[str, Any]] = []
         self._exit: _Exit | None = None
         self._stored = stored_names(self._model, source.reader.tensors)

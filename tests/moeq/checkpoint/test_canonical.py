@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.verify import verify_checkpoint
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, INTERMEDIATE, mixtral_tensors, write_checkpoint
+from support.models import load_model
 from support.packed import write_packed
 from support.sources import load, rewrite
 from vllm_moeq.format import BitPlan, LayerBits
@@ -23,7 +23,7 @@ FUSED_UP = f"{CONTAINERS[0]}.gate_up_proj"
 
 def _both(source: Path, folder: Path) -> tuple[Path, Path]:
     """Save a model with a tensor per expert, and as transformers has it in memory."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = load_model(source, torch.bfloat16)
     model.save_pretrained(folder / "split")
     model.save_pretrained(folder / "fused", save_original_format=False)
     return folder / "split", folder / "fused"
@@ -58,8 +58,8 @@ def _split(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @every_family
 def test_transformers_fuses_gate_above_up(tiny_model: TinyModel, name: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(name), dtype=torch.bfloat16)
-    modules = model.model.layers[-1].named_modules()
+    model = load_model(tiny_model(name), torch.bfloat16)
+    modules = model.get_decoder().layers[-1].named_modules()
     (experts,) = (module for path, module in modules if path.split(".")[-1] == "experts")
     assert not experts.is_transposed
     assert experts.is_concatenated

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import Matrix, MoELayer, SourceModel
 from moeq.checkpoint.families import FAMILIES, check_plan_fits, family_of
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
+from support.models import load_model
+from support.reference import FUSED_IN_RELEASES
 from vllm_moeq.format import BitPlan
 
 TinyModel = Callable[[str], Path]
-RELEASED_FUSED = {"granitemoe", "granitemoeshared"}
 every_family = pytest.mark.parametrize("name", models.FAMILIES)
 
 
@@ -42,7 +42,7 @@ def test_all_routed_expert_weights_on_disk_are_found(tiny_model: TinyModel, name
         for layer in SourceModel.open(folder).layers
         for expert, matrix, _ in layer.weights()
     }
-    assert found == on_disk or name in RELEASED_FUSED
+    assert found == on_disk or name in FUSED_IN_RELEASES
 
 
 @every_family
@@ -50,8 +50,8 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
     tiny_model: TinyModel, name: str
 ) -> None:
     folder = tiny_model(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    decoders = model.model.layers
+    model = load_model(folder, torch.bfloat16)
+    decoders = model.get_decoder().layers
     blocks = {
         index: experts
         for index, layer in enumerate(decoders)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.model import ExpertSource, run_layer
 from moeq.model.layerwise import LayerwiseModel
-from support.models import FAMILIES, VOCABULARY
+from support.models import FAMILIES, VOCABULARY, load_model
 
 NOT_ADDED_UP = {"flex_olmo"}
 every_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in NOT_ADDED_UP])
@@ -30,13 +29,13 @@ def test_layers_that_normalize_what_experts_give_are_refused(
 def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model(family)
     tokens = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = load_model(folder).eval()
     with torch.inference_mode():
         expected = whole(tokens).logits
 
     source = SourceModel.open(folder)
     model = LayerwiseModel(source, torch.device("cpu"))
-    hidden = torch.empty(*tokens.shape, whole.config.hidden_size)
+    hidden = torch.empty(*tokens.shape, model.hidden_size)
     x = torch.empty_like(hidden)
     model.embed(tokens, hidden)
     for index in range(len(model)):
@@ -62,15 +61,15 @@ def test_gradients_are_those_of_transformers(
     folder = tiny_model(family)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, 24), generator=generator)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = load_model(folder).eval()
     outputs: list[torch.Tensor] = []
-    whole.model.layers[-1].register_forward_hook(
+    whole.get_decoder().layers[-1].register_forward_hook(
         lambda module, args, output: outputs.append(
             output[0] if isinstance(output, tuple) else output
         )
     )
     inputs_of_layers: list[torch.Tensor] = []
-    whole.model.layers[0].register_forward_pre_hook(
+    whole.get_decoder().layers[0].register_forward_pre_hook(
         lambda module, args: inputs_of_layers.append(args[0])
     )
     whole(tokens)

@@ -1,7 +1,17 @@
-"""Which tensor of a checkpoint is which parameter of the model that transformers builds."""
+"""What transformers says of the model in a checkpoint: its class, and its tensors' names."""
 
 from collections.abc import Iterable
 from typing import Any
+
+
+def auto_class(config: Any) -> Any:
+    """Return what loads a model with all its parts, given its configuration in transformers."""
+    # Takes seconds to import, which other commands should not wait for.
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return (
+        AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+    )
 
 
 def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
