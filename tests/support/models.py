@@ -67,10 +67,10 @@ _LINEAR_ATTENTION: dict[str, Any] = {
     **_FEW_EXPERTS,
     "intermediate_size": 256,
     "shared_expert_intermediate_size": 128,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,  # vLLM's kernel for CPUs takes no fewer than 64
+    "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "full_attention"],
 }
 _VISION: dict[str, Any] = {
@@ -158,6 +158,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {
         "num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "shared_intermediate_size": 128,
     },
+    "gpt_oss": {
+        **_SOME_HEADS,
+        **_FEW_LOCAL_EXPERTS,
+        "intermediate_size": 192,
+        "sliding_window": 64,
+    },
     "qwen3_5_moe": {"text_config": _COMMON | _LINEAR_ATTENTION, **_VISION},
     "qwen3_vl_moe": {
         "text_config": {**_COMMON, **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256},
@@ -165,6 +171,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What distinguishes each family's configuration, by ``model_type``."""
+_RELEASED_AS = {"phimoe": "PhiMoEForCausalLM"}
+"""Classes that releases name, where transformers calls its own otherwise."""
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -200,6 +208,10 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(parameter, std=0.05)
+        elif name.endswith("proj_bias"):  # of experts; zeros as transformers makes them
+            torch.nn.init.normal_(parameter, std=0.5)
+    if family in _RELEASED_AS:
+        model.config.architectures = [_RELEASED_AS[family]]
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

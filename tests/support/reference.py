@@ -14,12 +14,13 @@ _GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_lin
 FUSED_IN_RELEASES = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
+    "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "qwen3_vl_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 }
 """Families without tensors per expert on disk: what holds gate above up, and down, in a layer."""
 _PACKED = re.compile(r"(.*)\.weight_packed")
 _EXPERT = re.compile(
-    r"(?P<layer>.*layers\.\d+\.).*experts\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight"
+    r"(?P<layer>.*layers\.\d+\.).*experts\.(?P<expert>\d+)\.(?P<matrix>\w+\.(weight|bias))"
 )
 
 
@@ -87,9 +88,18 @@ def _as_released(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str,
             of_layer.setdefault(match["matrix"], []).append(tensor)
     gate_up_name, down_name = FUSED_IN_RELEASES[model_type]
     for layer, matrices in experts.items():
-        gate, up, down = (torch.stack(matrices[f"{name}_proj"]) for name in ("gate", "up", "down"))
-        released[layer + gate_up_name] = torch.cat([gate, up], 1)
-        released[layer + down_name] = down
+        fused = {kind: torch.stack(parts) for kind, parts in matrices.items()}
+        if model_type == "gpt_oss":  # alternating and transposed, with biases
+            pair = (fused["gate_proj.weight"].mT, fused["up_proj.weight"].mT)
+            released[layer + gate_up_name] = torch.stack(pair, -1).flatten(2)
+            released[layer + down_name] = fused["down_proj.weight"].mT.contiguous()
+            biases = (fused["gate_proj.bias"], fused["up_proj.bias"])
+            released[f"{layer}{gate_up_name}_bias"] = torch.stack(biases, -1).flatten(1)
+            released[f"{layer}{down_name}_bias"] = fused["down_proj.bias"]
+        else:
+            pair = (fused["gate_proj.weight"], fused["up_proj.weight"])
+            released[layer + gate_up_name] = torch.cat(pair, 1)
+            released[layer + down_name] = fused["down_proj.weight"]
     return released
 
 

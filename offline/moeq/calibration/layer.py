@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.snapshots import Tensors
-from moeq.checkpoint import PROJECTION_MATRICES, MoELayer
+from moeq.checkpoint import MoELayer
 from moeq.errors import MoeqError
 from moeq.model import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import quantize_by_inputs
@@ -117,20 +118,25 @@ class _Batch(NamedTuple):
 
     def rounded(self) -> Iterator[tuple[Tensors, _Share, torch.Tensor]]:
         """Yield of each expert its packed tensors, its share, and what it gives for that."""
-        model, size = self.model, self.layer.intermediate_size
+        model = self.model
         stored: list[Tensors] = [{} for _ in self.experts]
         hidden = [
-            model.expert_hidden(matrix[:size], matrix[size:], tokens)
-            for matrix, tokens in zip(self._round("w13", self.x, stored), self.x, strict=True)
+            model.expert_hidden(original._replace(w13=matrix), tokens)
+            for original, matrix, tokens in zip(
+                self.originals, self._round("w13", self.x, stored), self.x, strict=True
+            )
         ]
         wanted = (
-            model.expert_output(original, tokens) + lack
+            model.expert_output(original._replace(w2_bias=None), tokens) + lack
             for original, tokens, lack in zip(self.originals, self.x, self.lacks, strict=True)
         )
         downs = self._round("w2", hidden, stored, wanted)
         if self.config.route_all:
             hidden = [every[share.places] for every, share in zip(hidden, self.shares, strict=True)]
-        outputs = (tokens @ down.T for tokens, down in zip(hidden, downs, strict=True))
+        outputs = (
+            F.linear(tokens, down, original.w2_bias)
+            for original, tokens, down in zip(self.originals, hidden, downs, strict=True)
+        )
         yield from zip(stored, self.shares, outputs, strict=True)
 
     def _round(
@@ -141,9 +147,9 @@ class _Batch(NamedTuple):
         wanted: Iterable[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Round a projection of all experts; keep what is stored, return the weights."""
-        names, plan = PROJECTION_MATRICES[projection], self.config.plan
+        names, plan = self.layer.projections[projection], self.config.plan
         bits = plan.expert_bits[self.layer.container].width(projection, self.experts[0])
-        matrices = [torch.cat([getattr(o, name) for name in names]) for o in self.originals]
+        matrices = [getattr(original, projection) for original in self.originals]
         try:
             quantized = quantize_by_inputs(
                 matrices,

@@ -4,14 +4,13 @@ That is what the packed checkpoint is named after and what everything behind it 
 disk may be fused, renamed or in lower precision; see ``README.md`` beside this file.
 """
 
-import re
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from moeq.checkpoint.families import family_of
-from moeq.checkpoint.fused import DOWN, GATE_UP, experts_in
+from moeq.checkpoint.fused import FusedNames, experts_in
 from moeq.checkpoint.precision import readings, source_format
 from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
 from moeq.errors import MoeqError
@@ -34,14 +33,13 @@ class CanonicalReader(CheckpointReader):
         lowered = readings(self, precision) if precision else {}
         self._readings: dict[str, Reading] = {}
         fused: dict[str, dict[str, Reading]] = {}
-        container = rf"(?P<container>.*\blayers\.\d+\.{re.escape(family.experts)})"
-        is_fused = re.compile(rf"{container}\.(?P<tensor>{GATE_UP}|{DOWN})(\.weight)?")
+        names = FusedNames(family)
         for name, info in self.tensors.items():
             stored = lowered.get(name, self._as_stored(name, info))
             if stored is None:
                 continue
             model_name = family.canonical_name(name)
-            match = is_fused.fullmatch(model_name)
+            match = names.match(model_name)
             if match is None:
                 self._add(model_name.replace(".weight_packed", ".weight"), stored)
             elif name in lowered:
@@ -50,13 +48,14 @@ class CanonicalReader(CheckpointReader):
                     "that from files with one tensor for each expert only"
                 )
             else:
-                layer = fused.setdefault(match["container"], {})
-                if match["tensor"] in layer:
+                container, tensor = match
+                if tensor in fused.setdefault(container, {}):
                     raise self._stored_twice(model_name)
-                layer[match["tensor"]] = stored
-        for path, tensors in fused.items():
-            for expert, matrix, reading in experts_in(f"{folder}: {path}", tensors):
-                self._add(f"{path}.{expert}.{getattr(family, matrix)}.weight", reading)
+                fused[container][tensor] = stored
+        for container, tensors in fused.items():
+            for part in experts_in(f"{folder}: {container}", tensors, names):
+                stem = f"{container}.{part.expert}.{getattr(family, part.matrix)}"
+                self._add(f"{stem}.{part.kind}", part.reading)
         self.tensors = {name: reading.info for name, reading in self._readings.items()}
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -10,8 +10,6 @@ from vllm_moeq.format import GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
-PROJECTION_MATRICES: dict[Projection, tuple[Matrix, ...]] = {"w13": ("gate", "up"), "w2": ("down",)}
-"""The matrices of an expert that share a width, and the same inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +20,13 @@ class Family:
         model_types: ``model_type`` values of ``config.json``.
         experts: Path of the experts container inside a decoder layer.
         router: Path of the router weight inside a decoder layer.
-        gate: Name of an expert's gate projection, the first projection of MaxVar.
+        gate: Name of an expert's gate projection; None if its experts have none.
         up: Name of its up projection.
         down: Name of its down projection.
         aliases: Starts of other names inside a decoder layer, as transformers or older releases
             save them, each with what stands here instead. The first that fits holds.
+        biased: Whether each matrix of an expert has a bias.
+        interleaved: Whether the rows of gate and up alternate where they are fused.
         adds_experts: Whether what experts give is added to the residual stream as it is, or times
             a constant; not if it is normalized on the way.
     """
@@ -34,10 +34,12 @@ class Family:
     model_types: tuple[str, ...]
     experts: str
     router: str
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     aliases: tuple[tuple[str, str], ...] = ()
+    biased: bool = False
+    interleaved: bool = False
     adds_experts: bool = True
 
     def canonical_name(self, name: str) -> str:
@@ -113,6 +115,13 @@ FAMILIES: tuple[Family, ...] = (
             ("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),
         ),
     ),
+    Family(
+        ("gpt_oss",),
+        experts="mlp.experts",
+        router="mlp.router.weight",
+        biased=True,
+        interleaved=True,
+    ),
 )
 
 
@@ -174,9 +183,19 @@ class MoELayer:
     hidden_size: int
     intermediate_size: int
 
+    @property
+    def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
+        """The matrices of an expert that share a width, and the same inputs."""
+        w13: tuple[Matrix, ...] = ("up",) if self.family.gate is None else ("gate", "up")
+        return {"w13": w13, "w2": ("down",)}
+
     def tensor_name(self, expert: int, matrix: Matrix) -> str:
         """Return the on-disk name of one weight."""
         return f"{self.container}.{expert}.{getattr(self.family, matrix)}.weight"
+
+    def bias_name(self, expert: int, matrix: Matrix) -> str:
+        """Return the on-disk name of one bias, if the family has any."""
+        return f"{self.container}.{expert}.{getattr(self.family, matrix)}.bias"
 
     def shape(self, matrix: Matrix) -> tuple[int, int]:
         """Return (rows, columns) of one weight."""
@@ -187,14 +206,15 @@ class MoELayer:
     def weights(self) -> Iterator[tuple[int, Matrix, Projection]]:
         """Yield (expert, matrix, projection whose width it takes) of every routed weight."""
         for expert in range(self.num_experts):
-            for projection, matrices in PROJECTION_MATRICES.items():
+            for projection, matrices in self.projections.items():
                 for matrix in matrices:
                     yield expert, matrix, projection
 
     @property
     def expert_weights(self) -> int:
         """Number of weights of one expert."""
-        return 3 * self.hidden_size * self.intermediate_size
+        matrices = sum(map(len, self.projections.values()))
+        return matrices * self.hidden_size * self.intermediate_size
 
 
 def expert_widths(plan: BitPlan, layers: list[MoELayer]) -> dict[str, int]:

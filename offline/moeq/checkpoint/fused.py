@@ -1,80 +1,126 @@
 """Cuts tensors that hold all experts of a layer into a matrix for each."""
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
-from moeq.checkpoint.families import Matrix
+from moeq.checkpoint.families import Family, Matrix
 from moeq.checkpoint.mapped import Index
 from moeq.checkpoint.reader import Reading, TensorInfo
 from moeq.errors import MoeqError
 
-GATE_UP = "gate_up_proj"
-DOWN = "down_proj"
-_LAYOUTS = (
-    f"{GATE_UP} [experts, 2 * intermediate_size, hidden_size] beside "
-    f"{DOWN} [experts, hidden_size, intermediate_size], or both transposed"
-)
+_DOWN = "down_proj"
 
 
-def experts_in(
-    container: str, fused: Mapping[str, Reading]
-) -> Iterator[tuple[int, Matrix, Reading]]:
-    """Yield the matrices of fused tensors: (expert, matrix, how it is read).
+class Part(NamedTuple):
+    """What a fused tensor holds of one expert.
+
+    Attributes:
+        expert: Its number.
+        matrix: Which of its matrices.
+        kind: ``weight`` or ``bias``.
+        reading: How it is read.
+    """
+
+    expert: int
+    matrix: Matrix
+    kind: str
+    reading: Reading
+
+
+class FusedNames:
+    """Recognizes the fused tensors of a family: of gate and up, of up without a gate, of down.
+
+    Args:
+        family: Whose.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.first = "up_proj" if family.gate is None else "gate_up_proj"
+        container = rf"(?P<container>.*\blayers\.\d+\.{re.escape(family.experts)})"
+        tensor = rf"(?P<tensor>(?:{self.first}|{_DOWN})(?:_bias)?)"
+        self._pattern = re.compile(rf"{container}\.{tensor}(\.weight)?")
+
+    def match(self, name: str) -> tuple[str, str] | None:
+        """Return the container and the name in it of a fused tensor; None if it is no such."""
+        match = self._pattern.fullmatch(name)
+        return None if match is None else (match["container"], match["tensor"])
+
+
+def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) -> Iterator[Part]:
+    """Yield the matrices of a layer's fused tensors, and their biases.
 
     Shapes say whether the tensors are transposed: no sizes fit both ways.
 
     Args:
         container: Whose experts they are, for messages.
-        fused: ``gate_up_proj``, whose first half is gate, and ``down_proj``.
+        fused: Tensors by their names in the container.
+        names: Of the family.
 
     Raises:
-        MoeqError: One of them is missing, or the shapes do not fit each other.
+        MoeqError: A tensor is missing, or the shapes do not fit each other.
     """
-    for name in (GATE_UP, DOWN):
+    family, halves = names.family, 1 if names.family.gate is None else 2
+    wanted = [names.first, _DOWN]
+    wanted += [f"{name}_bias" for name in wanted] if family.biased else []
+    for name in wanted:
         if name not in fused:
             raise MoeqError(f"{container} lacks {name}; has the checkpoint been cut short?")
-    gate_up, down = fused[GATE_UP], fused[DOWN]
-    transposed = _transposed(gate_up.info.shape, down.info.shape)
-    if transposed is None:
+    first, down = fused[names.first], fused[_DOWN]
+    sizes = _sizes(first.info.shape, down.info.shape, halves)
+    if sizes is None:
+        factor = "2 * " if halves == 2 else ""
         raise MoeqError(
-            f"{container} has {GATE_UP} {list(gate_up.info.shape)} and {DOWN} "
-            f"{list(down.info.shape)}, expected {_LAYOUTS}"
+            f"{container} has {names.first} {list(first.info.shape)} and {_DOWN} "
+            f"{list(down.info.shape)}, expected {names.first} "
+            f"[experts, {factor}intermediate_size, hidden_size] and {_DOWN} "
+            "[experts, hidden_size, intermediate_size], or both transposed"
         )
-    experts, *matrix = down.info.shape
-    hidden_size, intermediate_size = reversed(matrix) if transposed else matrix
-    halves = slice(0, intermediate_size), slice(intermediate_size, 2 * intermediate_size)
+    experts, hidden_size, intermediate_size, transposed = sizes
+    matrices: tuple[Matrix, ...] = ("up",) if family.gate is None else ("gate", "up")
+    shape = (intermediate_size, hidden_size)
     for expert in range(experts):
-        parts: tuple[tuple[Matrix, Reading, slice | None], ...] = (
-            ("gate", gate_up, halves[0]), ("up", gate_up, halves[1]), ("down", down, None),
-        )  # fmt: skip
-        for name, tensor, rows in parts:
-            shape = (hidden_size, intermediate_size)
-            info = tensor.info._replace(shape=shape if name == "down" else shape[::-1])
-            yield expert, name, _part(tensor, info, expert, rows, transposed)
+        for number, matrix in enumerate(matrices):
+            rows = slice(number * intermediate_size, (number + 1) * intermediate_size)
+            if family.interleaved:
+                rows = slice(number, None, halves)
+            weight = _part(first, expert, rows, shape, transposed)
+            yield Part(expert, matrix, "weight", weight)
+            if family.biased:
+                bias = _part(fused[f"{names.first}_bias"], expert, rows, shape[:1])
+                yield Part(expert, matrix, "bias", bias)
+        every = slice(None)
+        weight = _part(down, expert, every, shape[::-1], transposed)
+        yield Part(expert, "down", "weight", weight)
+        if family.biased:
+            bias = _part(fused[f"{_DOWN}_bias"], expert, every, (hidden_size,))
+            yield Part(expert, "down", "bias", bias)
 
 
-def _transposed(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool | None:
-    """Say whether matrices are stored [inputs, outputs]; None if the shapes are no experts'."""
-    if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
-        if gate_up[1:] == (2 * down[2], down[1]):
-            return False
-        if gate_up[1:] == (down[2], 2 * down[1]):
-            return True
+def _sizes(
+    first: tuple[int, ...], down: tuple[int, ...], halves: int
+) -> tuple[int, int, int, bool] | None:
+    """Return experts, hidden_size, intermediate_size and whether a matrix is [inputs, outputs]."""
+    if len(first) == len(down) == 3 and first[0] == down[0]:
+        if first[1:] == (halves * down[2], down[1]):
+            return *down, False
+        if first[1:] == (down[2], halves * down[1]):
+            return down[0], down[2], down[1], True
     return None
 
 
 def _part(
-    tensor: Reading, info: TensorInfo, expert: int, rows: slice | None, transposed: bool
+    fused: Reading, expert: int, rows: slice, shape: tuple[int, ...], transposed: bool = False
 ) -> Reading:
-    every = slice(None)
-    index: Index = (expert, every if rows is None else rows)
-    if transposed:
-        index = (expert, every, index[1])
+    info = TensorInfo(fused.info.file, fused.info.dtype, shape)
 
-    def read(part: Index | None = None) -> torch.Tensor:
-        matrix = tensor.read(index)
-        matrix = matrix.T.contiguous() if transposed else matrix
-        return matrix if part is None else matrix[part]
+    def read(part: Index = ()) -> torch.Tensor:
+        if rows.step is None and not transposed:  # all that is read from disk is what is wanted
+            return fused.read((expert, rows))[part]
+        matrix = fused.read((expert,))
+        return (matrix.T if transposed else matrix)[rows].contiguous()[part]
 
     return Reading(info, read)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moeq.checkpoint.families import PROJECTION_MATRICES, MoELayer
+from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from vllm_moeq.format import BitPlan, packed_bytes
 
@@ -81,7 +81,7 @@ def option_sizes(
                 sum(packed_bytes(*layer.shape(matrix), width, group_size) for matrix in matrices)
                 for width in widths
             ]
-            for matrices in PROJECTION_MATRICES.values()
+            for matrices in layer.projections.values()
         ]
         blocks.append(np.tile(np.array(size, np.int64), (layer.num_experts, 1)))
     return np.concatenate(blocks)

@@ -98,9 +98,10 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
     block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
     expert_tensors = _matching(reader, rf"{block}{re.escape(family.experts)}\.\d+\..+")
     if not expert_tensors:
+        experts = f"layers.0.{family.experts}"
         raise MoeqError(
-            f"{reader.folder} has no tensor like layers.0.{family.experts}.0.{family.gate}.weight "
-            f"or layers.0.{family.experts}.gate_up_proj, as model_type "
+            f"{reader.folder} has no tensor like {experts}.0.{family.gate or family.up}.weight "
+            f"or {experts}.gate_up_proj, as model_type "
             f"{reader.config.get('model_type')!r} should; it has {_found(reader)}"
         )
     routers = _matching(reader, block + re.escape(family.router))
@@ -112,6 +113,12 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
         for layer in layers
         for expert, matrix, _ in layer.weights()
     }
+    if family.biased:
+        weights |= {
+            layer.bias_name(expert, matrix)
+            for layer in layers
+            for expert, matrix, _ in layer.weights()
+        }
     for match in expert_tensors:
         if match.string not in weights:
             raise MoeqError(
@@ -140,10 +147,10 @@ def _matching(reader: CheckpointReader, pattern: str) -> list[re.Match[str]]:
 
 def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int) -> MoELayer:
     container, router = block + family.experts, block + family.router
-    gate_name = f"{container}.0.{family.gate}.weight"
-    gate = reader.info(gate_name)
-    if len(gate.shape) != 2:
-        raise MoeqError(f"{gate_name} has shape {list(gate.shape)}, expected a matrix")
+    first_name = f"{container}.0.{family.gate or family.up}.weight"
+    first = reader.info(first_name)
+    if len(first.shape) != 2:
+        raise MoeqError(f"{first_name} has shape {list(first.shape)}, expected a matrix")
     # The router knows how many experts there are; config.json names the number differently
     # from one release of transformers to the next.
     num_experts = reader.info(router).shape[0]
@@ -153,16 +160,18 @@ def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int)
         router=router,
         family=family,
         num_experts=num_experts,
-        hidden_size=gate.shape[1],
-        intermediate_size=gate.shape[0],
+        hidden_size=first.shape[1],
+        intermediate_size=first.shape[0],
     )
     _check(reader, router, (num_experts, layer.hidden_size))
     for expert, matrix, _ in layer.weights():
         _check(reader, layer.tensor_name(expert, matrix), layer.shape(matrix))
+        if family.biased:
+            _check(reader, layer.bias_name(expert, matrix), layer.shape(matrix)[:1])
     return layer
 
 
-def _check(reader: CheckpointReader, name: str, shape: tuple[int, int]) -> None:
+def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
     info = reader.info(name)
     if info.shape != shape:
         raise MoeqError(f"{name} has shape {list(info.shape)}, expected {list(shape)}")

@@ -66,11 +66,11 @@ def _layer_problems(
 ) -> list[str]:
     router_name = container.removesuffix(family.experts) + family.router
     router = reader.tensors.get(router_name)
-    first = reader.tensors.get(f"{container}.0.{family.gate}.weight_scale")
+    first = reader.tensors.get(f"{container}.0.{family.gate or family.up}.weight_scale")
     if router is None:
         return [f"tensor {router_name} is missing"]
     if first is None:
-        return [f"tensor {container}.0.{family.gate}.weight_scale is missing"]
+        return [f"tensor {container}.0.{family.gate or family.up}.weight_scale is missing"]
     problems = []
     num_experts, hidden_size = router.shape
     intermediate_size = first.shape[0]
@@ -83,6 +83,11 @@ def _layer_problems(
             (family.up, bits.w13[expert], up_or_gate),
             (family.down, bits.w2[expert], up_or_gate[::-1]),
         ):
+            if matrix is None:
+                continue
+            bias = f"{container}.{expert}.{matrix}.bias"
+            if family.biased and bias not in reader.tensors:
+                problems.append(f"tensor {bias} is missing")
             for tensor in packed_tensors(rows, columns, width, group_size):
                 name = f"{container}.{expert}.{matrix}.{tensor.suffix}"
                 stored = reader.tensors.get(name)

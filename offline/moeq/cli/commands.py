@@ -199,7 +199,7 @@ def families(options: Namespace) -> int:
             "model_type": name,
             "experts": f"model.layers.N.{family.experts}",
             "router": f"model.layers.N.{family.router}",
-            "projections": f"{family.gate}, {family.up}, {family.down}",
+            "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
         }
         for family in FAMILIES
         for name in family.model_types

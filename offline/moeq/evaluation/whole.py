@@ -70,8 +70,8 @@ class WholeModel:
             gate_up, down = self._fused[index, "gate_up_proj"], self._fused[index, "down_proj"]
             for expert in range(layer.num_experts):
                 matrices = source.matrices(layer, expert)
-                gate_up[expert].copy_(torch.cat((matrices.gate, matrices.up)))
-                down[expert].copy_(matrices.down)
+                gate_up[expert].copy_(matrices.w13)
+                down[expert].copy_(matrices.w2)
 
     @torch.inference_mode()
     def outputs(self, tokens: torch.Tensor) -> Iterator[Output]:

@@ -52,7 +52,7 @@ def dequantized(
     read: Callable[[str, int], torch.Tensor],
     device: torch.device,
 ) -> ExpertMatrices:
-    """Return the weights of an expert that is stored packed.
+    """Return the weights of an expert that is stored packed, without its biases.
 
     Args:
         layer: Where it is.
@@ -67,8 +67,11 @@ def dequantized(
         stored = (read(name, width).to(device) for name in names)
         return QuantizedWeight(*stored).dequantize(width)
 
-    first, second = widths
-    return ExpertMatrices(weight("gate", first), weight("up", first), weight("down", second))
+    w13, w2 = (
+        torch.cat([weight(matrix, width) for matrix in matrices])
+        for matrices, width in zip(layer.projections.values(), widths, strict=True)
+    )
+    return ExpertMatrices(w13, w2)
 
 
 def run_layer(
@@ -115,9 +118,11 @@ def add_experts(
     flat = hidden.view(-1, hidden.shape[-1])
     for expert in range(layer.num_experts):
         places, weights = routed.of_expert(expert)
+        w13_bias, w2_bias = model.biases(layer, expert)  # whatever the widths of the weights
         streams = places // (len(flat) // len(sources))
         for part, matrices in _weights(sources, layer, expert, streams):
             inputs = routed.x[places[part]].to(model.device)
+            matrices = matrices._replace(w13_bias=w13_bias, w2_bias=w2_bias)
             result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
             flat.index_add_(0, places[part], result)
 

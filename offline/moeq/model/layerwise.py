@@ -39,11 +39,19 @@ class Routed(NamedTuple):
 
 
 class ExpertMatrices(NamedTuple):
-    """float32 weights of one expert: gate and up [I, H], down [H, I]."""
+    """What one expert computes with, in float32.
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+    Attributes:
+        w13: Gate above up [2I, H], or up alone [I, H].
+        w2: Down [H, I].
+        w13_bias: Of the same rows; None if the family has no biases.
+        w2_bias: Likewise.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
 
 
 class LayerwiseModel:
@@ -191,12 +199,17 @@ class LayerwiseModel:
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""
-        return F.linear(self.expert_hidden(matrices.gate, matrices.up, x), matrices.down)
+        return F.linear(self.expert_hidden(matrices, x), matrices.w2, matrices.w2_bias)
 
-    def expert_hidden(self, gate: torch.Tensor, up: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
-        both = torch.cat([F.linear(x, gate), F.linear(x, up)], -1)
-        result: torch.Tensor = self._experts_of_transformers._apply_gate(both)
+        experts = self._experts_of_transformers
+        output = F.linear(x, matrices.w13, matrices.w13_bias)
+        if experts.has_gate and not experts.is_concatenated:
+            gate, up = output.chunk(2, -1)
+            output = torch.stack([gate, up], -1).flatten(-2)  # they alternate
+        activation = experts._apply_gate if experts.has_gate else experts.act_fn
+        result: torch.Tensor = activation(output)
         return result
 
     def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
@@ -205,14 +218,33 @@ class LayerwiseModel:
         Raises:
             MoeqError: They are not finite; names the tensor.
         """
-        names = (layer.tensor_name(expert, matrix) for matrix in ("gate", "up", "down"))
-        return ExpertMatrices(*map(self._finite, names))
+        w13, w2 = (
+            torch.cat([self._finite(layer.tensor_name(expert, matrix)) for matrix in matrices])
+            for matrices in layer.projections.values()
+        )
+        return ExpertMatrices(w13, w2, *self.biases(layer, expert))
+
+    def biases(
+        self, layer: MoELayer, expert: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Read an expert's biases of w13 and w2; None if the family has none.
+
+        Raises:
+            MoeqError: They are not finite; names the tensor.
+        """
+        if not layer.family.biased:
+            return None, None
+        w13, w2 = (
+            torch.cat([self._finite(layer.bias_name(expert, matrix)) for matrix in matrices])
+            for matrices in layer.projections.values()
+        )
+        return w13, w2
 
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self.source.tensor(name).to(self.device).float()
         if not torch.isfinite(tensor).all():
             raise MoeqError(
-                f"{self.source.folder}: cannot quantize {name}: weights are NaN or infinite"
+                f"{self.source.folder}: cannot quantize {name}: values are NaN or infinite"
             )
         return tensor
 

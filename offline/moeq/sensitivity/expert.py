@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from moeq.checkpoint import PROJECTION_MATRICES, MoELayer
+from moeq.checkpoint import MoELayer
 from moeq.errors import MoeqError
 from moeq.model import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import QuantizedWeight, quantize_by_inputs
@@ -104,10 +104,10 @@ class MeasuredExpert:
         Raises:
             MoeqError: A weight cannot be quantized; names it.
         """
-        gate, up, down = self.original
-        hidden = self.model.expert_hidden(gate, up, self.x)
-        expected = hidden @ down.T
-        matrices = {"w13": torch.cat((gate, up)), "w2": down}
+        original = self.original
+        hidden = self.model.expert_hidden(original, self.x)
+        expected = hidden @ original.w2.T  # a bias of w2 does not change
+        matrices = {"w13": original.w13, "w2": original.w2}
         inputs = {"w13": self.x, "w2": hidden}
         quantized = {
             projection: self._quantize(
@@ -117,14 +117,14 @@ class MeasuredExpert:
         }
         for bits in widths:
             for projection in PROJECTIONS:
-                weight, names = quantized[projection][bits], PROJECTION_MATRICES[projection]
+                weight, names = quantized[projection][bits], self.layer.projections[projection]
                 tensors: dict[str, torch.Tensor] = {}
                 for name, part in zip(names, weight.parts(len(names)), strict=True):
                     tensors |= part.named(self.layer.tensor_name(self.expert, name))
                 matrix = weight.dequantize(bits)
                 if projection == "w13":
-                    new_gate, new_up = matrix.chunk(2)
-                    output = self.model.expert_hidden(new_gate, new_up, self.x) @ down.T
+                    changed = original._replace(w13=matrix)
+                    output = self.model.expert_hidden(changed, self.x) @ original.w2.T
                 else:
                     output = hidden @ matrix.T
                 difference = (output - expected) * self.weights
@@ -150,7 +150,7 @@ class MeasuredExpert:
                 [matrix], [x], [self.weights], widths, group_size, method=method
             )
         except ValueError as error:
-            name = self.layer.tensor_name(self.expert, PROJECTION_MATRICES[projection][0])
+            name = self.layer.tensor_name(self.expert, self.layer.projections[projection][0])
             folder = self.model.source.folder
             raise MoeqError(f"{folder}: cannot quantize {name}: {error}") from error
         return {bits: weight for bits, (weight,) in rounded.items()}

@@ -20,7 +20,7 @@ def max_var(source: SourceModel, layer: MoELayer, variant: str = "max-row") -> t
     """
     values = []
     for expert in range(layer.num_experts):
-        name = layer.tensor_name(expert, "gate")
+        name = layer.tensor_name(expert, layer.projections["w13"][0])
         weight = source.tensor(name).float()
         if variant == "max-row":
             value = weight.var(dim=1, correction=0).max()

@@ -3,7 +3,7 @@
 import torch
 
 from moeq.checkpoint import MoELayer
-from moeq.model import ExpertMatrices, LayerwiseModel
+from moeq.model import LayerwiseModel
 from moeq.rounding import quantize_rtn
 
 TOKENS = 512
@@ -41,7 +41,7 @@ def data_free_error(
     errors = []
     for expert in range(layer.num_experts):
         original = model.matrices(layer, expert)
-        changed = ExpertMatrices(*map(rounded, original))
+        changed = original._replace(w13=rounded(original.w13), w2=rounded(original.w2))
         change = model.expert_output(changed, x) - model.expert_output(original, x)
         errors.append(change.square().mean())
     return torch.stack(errors)

@@ -12,6 +12,7 @@ from moeq.checkpoint import CheckpointReader, MoELayer, SourceModel
 from moeq.checkpoint.reader import resolve_model
 from moeq.errors import MoeqError
 
+_ENDS_OF_ROUTERS = (".gate.weight", ".router.weight", ".wg.weight", ".router.layer.weight")
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 
@@ -96,7 +97,7 @@ def _find(names: set[str], layer: MoELayer, source: str) -> str:
     same_layer = [
         name
         for name in sorted(names)
-        if name.endswith((".gate.weight", ".router.weight"))
+        if name.endswith(_ENDS_OF_ROUTERS)
         and (match := _LAYER.search(name))
         and int(match[1]) == layer.index
     ]

@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from moeq.checkpoint import Matrix, MoELayer, SourceModel
+from moeq.checkpoint import MoELayer, SourceModel
 from moeq.errors import MoeqError
-
-_MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
 
 
 def kurtosis(source: SourceModel, layer: MoELayer) -> torch.Tensor:
@@ -56,7 +54,7 @@ def _mean(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     values = []
-    for matrix in _MATRICES:
+    for matrix in (matrix for matrices in layer.projections.values() for matrix in matrices):
         name = layer.tensor_name(expert, matrix)
         value = function(source.tensor(name).float())
         if not torch.isfinite(value):

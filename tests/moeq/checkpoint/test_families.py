@@ -67,8 +67,9 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
         assert any(torch.equal(router, t) for t in _like_routers(decoders[layer.index], layer))
         assert layer.num_experts == len(experts.gate_up_proj)
         for expert in range(layer.num_experts):
-            gate, up = experts.gate_up_proj[expert].chunk(2)
-            down = experts.down_proj[expert]
+            both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+            both, down = (both.T, down.T) if experts.is_transposed else (both, down)
+            gate, up = both.chunk(2) if experts.is_concatenated else (both[::2], both[1::2])
             weights: dict[Matrix, torch.Tensor] = {"gate": gate, "up": up, "down": down}
             for matrix, weight in weights.items():
                 assert layer.shape(matrix) == tuple(weight.shape)

@@ -92,9 +92,9 @@ def test_the_error_is_what_the_layer_gives_differently(
     before = _moe_outputs(whole, layer, made.tokens)
     experts = whole.model.layers[layer].mlp.experts
     if projection == "w13":
-        new, target = torch.cat((rounded.gate, rounded.up)), experts.gate_up_proj
+        new, target = rounded.w13, experts.gate_up_proj
     else:
-        new, target = rounded.down, experts.down_proj
+        new, target = rounded.w2, experts.down_proj
     weight = (new.double() - target[expert].detach().double()).square().sum().item()
     with torch.no_grad():
         target[expert].copy_(new)
