@@ -4,8 +4,9 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 :func:`vllm_moeq.register` turns that into one clear log line.
 """
 
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm import __version__ as vllm_version
@@ -48,7 +49,7 @@ __all__ = [
     "extract_layer_index",
     "init_logger",
     "keep_out_of_lora",
-    "let_gpt_oss_load_zero_points",
+    "let_gpt_oss_load_packed_experts",
     "local_slot",
     "lora_is_enabled",
     "model_path",
@@ -57,6 +58,13 @@ __all__ = [
     "set_weight_attrs",
     "weights_are_dummies",
 ]
+
+_EXPERT_OF_GPT_OSS = re.compile(
+    r"(?P<experts>.*\.mlp\.experts)\.(?P<expert>\d+)\."
+    r"(?P<matrix>gate_proj\.|up_proj\.|down_proj\.|w2_)"
+    r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
+)
+"""A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
 
 
 def local_slot(layer: RoutedExperts, expert: int) -> int:
@@ -122,15 +130,28 @@ def model_path() -> str:
     return str(get_current_vllm_config().model_config.model)
 
 
-def let_gpt_oss_load_zero_points() -> None:
-    """Complete the list of expert tensors that vLLM's gpt-oss loads one expert at a time.
+def let_gpt_oss_load_packed_experts() -> None:
+    """Let vLLM's gpt-oss load the matrices of an expert by the names that its other models take.
 
-    Its other models ask the layer which parameters it has; this one goes by a list of suffixes.
+    The others ask the layer which matrix a tensor is; this one goes by a list of suffixes.
     """
-    from vllm.model_executor.models import gpt_oss
+    from vllm.model_executor.models.gpt_oss import GptOssModel
 
-    table = gpt_oss._GPT_OSS_STREAMED_EXPERT_SUFFIX_TO_SHARD
-    table |= {f"{name}_weight_zero_point": f"gpt_oss_{name}" for name in ("w13", "w2")}
+    of_vllm = GptOssModel._get_streamed_expert_info
+    if getattr(of_vllm, "__module__", None) == __name__:
+        return  # it has been told
+
+    def expert_info(name: str, params: dict[str, Any]) -> tuple[int, str, str] | None:
+        match = _EXPERT_OF_GPT_OSS.fullmatch(name)
+        if match is None:
+            found: tuple[int, str, str] | None = of_vllm(name, params)
+            return found
+        shard = {"gate_proj.": "w1", "up_proj.": "w3"}.get(match["matrix"], "w2")
+        projection = "w2" if shard == "w2" else "w13"
+        parameter = f"{match['experts']}.routed_experts.{projection}_{match['kind']}"
+        return int(match["expert"]), parameter, shard
+
+    GptOssModel._get_streamed_expert_info = staticmethod(expert_info)
 
 
 class CpuFusedMoE(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from vllm_moeq.format import PROJECTIONS, FormatError, Projection
 from vllm_moeq.kernels.layout import ExpertLayout
 
-Shard = Literal["w1", "w2", "w3", "w13"]
+Shard = Literal["w1", "w2", "w3"]
 Kind = Literal["weight_packed", "weight_scale", "weight_zero_point", "bias"]
 
 
@@ -126,7 +126,7 @@ class ExpertBuffers:
             buffer: That of this kind and matrix, as :meth:`allocate` made it. One on the meta
                 device fills nothing: vLLM counts with it what a reload brings.
             kind: Which tensor of a matrix.
-            shard: Which matrix; w13 is gate and up in one, where they alternate.
+            shard: Which matrix.
             slot: Local index of the expert.
             loaded: The whole tensor as it is on disk.
             tensor_name: For messages.
@@ -135,7 +135,7 @@ class ExpertBuffers:
             FormatError: Type or shape differ from what the plan promises, or the experts have no
                 such matrix.
         """
-        if shard not in self.shards and not (shard == "w13" and self.alternating):
+        if shard not in self.shards:
             raise FormatError(
                 f"{self.name}: {tensor_name} is {shard} of experts that have {self.shards}"
             )
@@ -162,8 +162,7 @@ class ExpertBuffers:
             part = target.shape[axis]
             target.copy_(loaded.narrow(axis, self.tp_rank * part, part))
         if not buffer.is_meta:
-            filled: tuple[Shard, ...] = ("w1", "w3") if shard == "w13" else (shard,)
-            self._filled |= {(kind, matrix, slot) for matrix in filled}
+            self._filled.add((kind, shard, slot))
 
     def missing(self) -> list[tuple[Kind, Shard, int]]:
         """Return (kind, shard, local slot) of everything that :meth:`fill` has not seen."""
@@ -192,7 +191,7 @@ class ExpertBuffers:
             matrix = buffer[offset : offset + size].view(rows, -1)
         else:
             matrix = buffer[slot]
-        if shard in ("w2", "w13") or not self.layout.gated:
+        if shard == "w2" or not self.layout.gated:
             return matrix
         if self.alternating:
             return matrix[0 if shard == "w1" else 1 :: 2]

@@ -12,7 +12,7 @@ from vllm_moeq.compat import (
     RoutedExperts,
     init_logger,
     keep_out_of_lora,
-    let_gpt_oss_load_zero_points,
+    let_gpt_oss_load_packed_experts,
     local_slot,
     lora_is_enabled,
     set_weight_attrs,
@@ -38,12 +38,6 @@ _WEIGHTS = tuple(
     for kind in ("weight_packed", "weight_scale", "weight_zero_point")
 )
 """Parameters of a layer, in the order of ``ExpertWeights``."""
-_SHARDS: dict[str, Shard] = {
-    **{shard: shard for shard in ("w1", "w2", "w3")},
-    "gpt_oss_w13": "w13",
-    "gpt_oss_w2": "w2",
-}
-"""vLLM's names of an expert's matrices."""
 _SWIGLU_OPTIONS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
 _PREPARED = "moeq_prepared"
 """Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
@@ -134,7 +128,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             )
             layer.register_parameter(f"{projection}_{kind}", parameter)
         if self.buffers.alternating:
-            let_gpt_oss_load_zero_points()
+            let_gpt_oss_load_packed_experts()
         if lora_is_enabled():
             keep_out_of_lora(_holds_moeq_experts)
 
@@ -230,7 +224,7 @@ def _weight_loader(
         slot = slots[expert_id]
         local = slot >= 0
         if local:
-            shard = _SHARDS[shard_id]
+            shard: Shard = shard_id
             name = f"expert {expert_id} {shard} {kind}"
             buffers.fill(param, kind, shard, slot, loaded_weight, name)
         return local if return_success else None

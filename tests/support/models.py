@@ -210,9 +210,11 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
             torch.nn.init.normal_(parameter, std=0.05)
         elif name.endswith("proj_bias"):  # of experts; zeros as transformers makes them
             torch.nn.init.normal_(parameter, std=0.5)
-    if family in _RELEASED_AS:
-        model.config.architectures = [_RELEASED_AS[family]]
     model.save_pretrained(folder)
+    if family in _RELEASED_AS:
+        path = folder / "config.json"
+        written = json.loads(path.read_text())
+        path.write_text(json.dumps(written | {"architectures": [_RELEASED_AS[family]]}))
     save_tokenizer(folder)
     return folder
 

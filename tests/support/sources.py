@@ -111,3 +111,34 @@ def lowered_and_twin(source: Path, folder: Path, kind: str) -> tuple[Path, Path]
         rewrite(source, folder / "lowered", stored, quantization_config=config),
         rewrite(source, folder / "twin", twin),
     )
+
+
+_E2M1 = [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+
+
+def mxfp4(weight: torch.Tensor) -> Lowered:
+    """Store weights [..., N, K] as OCP's MXFP4, in blocks and scales as gpt-oss has them."""
+    groups = weight.double().unflatten(-1, (-1, 32))
+    exponent = (groups.abs().amax(-1) / 6).log2().ceil().clamp(-127, 127)
+    unit = 2.0 ** exponent.unsqueeze(-1)
+    values = torch.tensor(_E2M1, dtype=torch.float64)
+    codes = ((groups / unit).unsqueeze(-1) - values).abs().argmin(-1)
+    stored = {
+        "blocks": (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8),
+        "scales": (exponent + 127).to(torch.uint8),
+    }
+    return stored, (values[codes] * unit).flatten(-2).bfloat16()
+
+
+def mxfp4_and_twin(source: Path, folder: Path) -> tuple[Path, Path]:
+    """Write gpt-oss as it is released, and the same in bfloat16."""
+    stored, twin = load(source), load(source)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        tensors, dequantized = mxfp4(stored.pop(name).mT)
+        stored |= {f"{name}_{suffix}": tensor for suffix, tensor in tensors.items()}
+        twin[name] = dequantized.mT
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return (
+        rewrite(source, folder / "lowered", stored, quantization_config=config),
+        rewrite(source, folder / "twin", twin),
+    )

@@ -11,7 +11,7 @@ import torch
 
 from moeq.checkpoint.families import family_of
 from moeq.checkpoint.fused import FusedNames, experts_in
-from moeq.checkpoint.precision import readings, source_format
+from moeq.checkpoint.precision import logical_name, readings, source_format
 from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
 from moeq.errors import MoeqError
 
@@ -38,15 +38,10 @@ class CanonicalReader(CheckpointReader):
             stored = lowered.get(name, self._as_stored(name, info))
             if stored is None:
                 continue
-            model_name = family.canonical_name(name)
+            model_name = family.canonical_name(logical_name(name) if name in lowered else name)
             match = names.match(model_name)
             if match is None:
-                self._add(model_name.replace(".weight_packed", ".weight"), stored)
-            elif name in lowered:
-                raise MoeqError(
-                    f"{folder}: {name} holds all experts of a layer in lower precision; moeq reads "
-                    "that from files with one tensor for each expert only"
-                )
+                self._add(model_name, stored)
             else:
                 container, tensor = match
                 if tensor in fused.setdefault(container, {}):

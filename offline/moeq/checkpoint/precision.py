@@ -4,16 +4,22 @@ What is read is one tensor at a time; the largest part of it that is in float32 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from moeq.checkpoint.mapped import Index
 from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
 from moeq.errors import MoeqError
 
 _ROWS_AT_ONCE = 128
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("weight_scale_inv", "weight_scale")
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Values of E2M1 without their sign, which is the fourth bit."""
+_E8M0_BIAS = 127
+_BLOCKS, _BLOCK_SCALES = "_blocks", "_scales"
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point")
 """What a quantized layer stores beside its weight; it says nothing about the weight."""
 
@@ -24,7 +30,7 @@ class SourceFormat(NamedTuple):
     Attributes:
         name: For users; also in the provenance of what is made from it.
         block: (rows, columns) of a block that shares an FP8 scale; None if there are no blocks.
-        bits: Width of packed integers; None for FP8.
+        bits: Width of packed integers; None for floating point.
     """
 
     name: str
@@ -44,6 +50,8 @@ def source_format(config: Mapping[str, Any], folder: object) -> SourceFormat | N
     method = quantization.get("quant_method", "unknown")
     if method == "fp8":
         return SourceFormat("fp8", _pair(quantization.get("weight_block_size")))
+    if method == "mxfp4":
+        return SourceFormat("mxfp4")
     if method == "compressed-tensors":
         groups = quantization.get("config_groups") or {}
         weights = [group["weights"] for group in groups.values() if group.get("weights")]
@@ -58,7 +66,7 @@ def source_format(config: Mapping[str, Any], folder: object) -> SourceFormat | N
         method = f"compressed-tensors {', '.join(sorted(map(str, formats)))}"
     raise MoeqError(
         f"{folder} is quantized already (quant_method {method!r} in config.json); moeq starts from "
-        "16- or 32-bit weights, FP8, or compressed-tensors float-quantized or pack-quantized"
+        "16- or 32-bit weights, FP8, MXFP4, or compressed-tensors float-quantized or pack-quantized"
     )
 
 
@@ -76,9 +84,16 @@ def readings(reader: CheckpointReader, source: SourceFormat) -> dict[str, Readin
     Raises:
         MoeqError: A weight lacks its scales, or they do not fit it; names it.
     """
+    if source.name == "mxfp4":
+        return dict(_mxfp4(reader))
     if source.bits is None:
         return dict(_fp8(reader, source.block))
     return dict(_packed(reader, source.bits))
+
+
+def logical_name(name: str) -> str:
+    """Return what a weight in lower precision is called in 16 bits, given its stored name."""
+    return name.replace(".weight_packed", ".weight").removesuffix(_BLOCKS)
 
 
 def _fp8(
@@ -140,6 +155,38 @@ def _block_sizes(
     if block is not None and scale == (-(-rows // block[0]), -(-columns // block[1])):
         return block
     return None
+
+
+def _mxfp4(reader: CheckpointReader) -> Iterator[tuple[str, Reading | None]]:
+    """OCP's MXFP4: 32 weights of a row in 16 bytes, the first in the low half, share an E8M0."""
+    for name, info in reader.tensors.items():
+        module = name.removesuffix(_BLOCKS)
+        if module == name:
+            continue
+        scale_name = module + _BLOCK_SCALES
+        scale = reader.info(scale_name)
+        fits = len(info.shape) >= 3 and info.shape[-1] == 16 and scale.shape == info.shape[:-1]
+        if not fits or {info.dtype, scale.dtype} != {"U8"}:
+            raise MoeqError(
+                f"{reader.folder}: {name} {info.dtype} {list(info.shape)} with {scale_name} "
+                f"{scale.dtype} {list(scale.shape)} is no MXFP4: expected U8, 16 bytes for each "
+                "scale"
+            )
+        *rows, blocks, _ = info.shape
+        read = partial(_read_mxfp4, reader, (name, info.file), (scale_name, scale.file))
+        yield name, Reading(TensorInfo(info.file, "BF16", (*rows, 32 * blocks)), read)
+        yield scale_name, None
+
+
+def _read_mxfp4(
+    reader: CheckpointReader, blocks: tuple[str, str], scales: tuple[str, str], index: Index = ()
+) -> torch.Tensor:
+    codes = reader.stored(*blocks, index)
+    exponents = reader.stored(*scales, index).int() - _E8M0_BIAS
+    table = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.bfloat16)
+    values = table[torch.stack([codes & 15, codes >> 4], -1).int()]
+    # Exact: a power of two times a value of few bits.
+    return torch.ldexp(values.flatten(-2), exponents.unsqueeze(-1)).bfloat16().flatten(-2)
 
 
 def _packed(reader: CheckpointReader, bits: int) -> Iterator[tuple[str, Reading | None]]:

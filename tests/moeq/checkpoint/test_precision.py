@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.verify import verify_checkpoint
 from moeq.errors import MoeqError
 from support.cli import run_moeq
 from support.packed import write_packed
-from support.sources import LOWERED, Tensors, load, lowered_and_twin, rewrite
+from support.sources import LOWERED, Tensors, load, lowered_and_twin, mxfp4, mxfp4_and_twin, rewrite
 from vllm_moeq.format import BitPlan, LayerBits
 
 TinyModel = Callable[[str], Path]
@@ -42,6 +44,49 @@ def test_it_is_packed_to_the_same_bytes(tiny_model: TinyModel, tmp_path: Path, k
     config = json.loads((packed[0] / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "moeq"
     assert "bfloat16" in config["provenance"]["details"]["source_precision"]
+
+
+def test_mxfp4_is_packed_to_the_same_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folders = mxfp4_and_twin(tiny_model("gpt_oss"), tmp_path)
+    readers = [SourceModel.open(folder).reader for folder in folders]
+    assert readers[0].tensors.keys() == readers[1].tensors.keys()
+    for name, info in readers[1].tensors.items():
+        assert readers[0].info(name).shape == info.shape
+        assert torch.equal(readers[0].tensor(name), readers[1].tensor(name)), name
+    bits = LayerBits((3, 2, 1, 4, 8, 2, 2, 3), (2, 4, 8, 1, 2, 3, 3, 4))
+    plan = BitPlan(32, {layer.container: bits for layer in SourceModel.open(folders[0]).layers})
+    packed = [write_packed(f, tmp_path / f"packed{n}", plan) for n, f in enumerate(folders)]
+    assert verify_checkpoint(packed[0]) == []
+    (first,), (second,) = (list(folder.glob("*.safetensors")) for folder in packed)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_transformers_dequantizes_mxfp4_to_the_same_weights() -> None:
+    stored, twin = mxfp4(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)))
+    dequantized = convert_moe_packed_tensors(stored["blocks"], stored["scales"])
+    assert torch.equal(dequantized.mT, twin)  # it returns [experts, inputs, outputs]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "message"),
+    [
+        ("scales", None, "gate_up_proj_scales is missing"),
+        ("scales", torch.zeros(8, 384, 3, dtype=torch.uint8), "is no MXFP4: expected U8, 16 byt"),
+        ("blocks", torch.zeros(8, 384, 4, 16), "F32 .* is no MXFP4"),
+    ],
+)
+def test_incomplete_mxfp4_is_refused(
+    tiny_model: TinyModel, tmp_path: Path, suffix: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    lowered, _ = mxfp4_and_twin(tiny_model("gpt_oss"), tmp_path)
+    tensors = load(lowered)
+    name = f"model.layers.0.mlp.experts.gate_up_proj_{suffix}"
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    with pytest.raises(MoeqError, match=message):
+        SourceModel.open(rewrite(lowered, tmp_path / "changed", tensors))
 
 
 def test_calibrated_rounding_gives_the_same_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
