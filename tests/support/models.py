@@ -89,6 +89,23 @@ _VISION: dict[str, Any] = {
     "vision_start_token_id": 302,
     "vision_end_token_id": 303,
 }
+_LLAMA4: dict[str, Any] = {
+    **_SOME_HEADS,
+    **_FEW_LOCAL_EXPERTS,
+    "intermediate_size_mlp": 256,
+    "num_experts_per_tok": 1,
+    "use_qk_norm": False,
+}
+_GEMMA4: dict[str, Any] = {
+    **_SOME_HEADS,
+    **_FEW_EXPERTS,
+    "global_head_dim": 32,
+    "intermediate_size": 256,
+    "enable_moe_block": True,
+    "top_k_experts": 2,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "intermediate_size": 256},
@@ -164,6 +181,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 192,
         "sliding_window": 64,
     },
+    "llama4_text": _LLAMA4,
+    "gemma4_text": _GEMMA4,
+    "nemotron_h": {
+        **_SOME_HEADS,
+        **_ROUTED,
+        "moe_shared_expert_intermediate_size": 128,
+        "layers_block_type": ["attention", "moe"],
+    },
+    "glm_moe_dsa": {
+        **_ROUTED, **_LATENT_ATTENTION, "mlp_layer_types": ["dense", "sparse"],
+    },
+    "kimi_k2": _DEEPSEEK_V3,
+    "llama4": {
+        "text_config": _COMMON | _LLAMA4,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "vision_output_dim": 32,
+            "image_size": 28,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+        "tie_word_embeddings": False,
+    },
+    "gemma4": {
+        "text_config": _COMMON | _GEMMA4,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 1,
+            "head_dim": 16,
+            "global_head_dim": 16,
+        },
+        "audio_config": None,
+        "tie_word_embeddings": False,
+    },
     "qwen3_5_moe": {"text_config": _COMMON | _LINEAR_ATTENTION, **_VISION},
     "qwen3_vl_moe": {
         "text_config": {**_COMMON, **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256},
@@ -171,8 +228,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What distinguishes each family's configuration, by ``model_type``."""
-_RELEASED_AS = {"phimoe": "PhiMoEForCausalLM"}
-"""Classes that releases name, where transformers calls its own otherwise."""
+_IMPLEMENTED_AS = {"kimi_k2": "deepseek_v3"}
+_RELEASED_WITH: dict[str, dict[str, Any]] = {
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    "kimi_k2": {"model_type": "kimi_k2"},
+}
+"""What releases say in config.json, where transformers writes something else."""
+
+
+UNKNOWN_TO_TRANSFORMERS = {"kimi_k2"}
+KNOWN = [family for family in FAMILIES if family not in UNKNOWN_TO_TRANSFORMERS]
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -183,6 +248,12 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
 
 def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the decoder layers of a model in transformers."""
+    decoder = model.get_decoder()
+    return (decoder if hasattr(decoder, "layers") else decoder.model).layers
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -202,7 +273,8 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     torch.manual_seed(0)
     options = FAMILIES[family]
     config = AutoConfig.for_model(
-        family, **options if "text_config" in options else _COMMON | options
+        _IMPLEMENTED_AS.get(family, family),
+        **options if "text_config" in options else _COMMON | options,
     )
     model = _auto_class(config).from_config(config, dtype=torch.float32).to(dtype)
     for name, parameter in model.named_parameters():
@@ -211,10 +283,9 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
         elif name.endswith("proj_bias"):  # of experts; zeros as transformers makes them
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
-    if family in _RELEASED_AS:
-        path = folder / "config.json"
-        written = json.loads(path.read_text())
-        path.write_text(json.dumps(written | {"architectures": [_RELEASED_AS[family]]}))
+    path = folder / "config.json"
+    written = json.loads(path.read_text()) | _RELEASED_WITH.get(family, {})
+    path.write_text(json.dumps(written))
     save_tokenizer(folder)
     return folder
 

@@ -15,6 +15,10 @@ FUSED_IN_RELEASES = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "llama4_text": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    "gemma4_text": ("experts.gate_up_proj", "experts.down_proj"),
+    "llama4": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    "gemma4": ("experts.gate_up_proj", "experts.down_proj"),
     "qwen3_vl_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 }
 """Families without tensors per expert on disk: what holds gate above up, and down, in a layer."""
@@ -89,7 +93,11 @@ def _as_released(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str,
     gate_up_name, down_name = FUSED_IN_RELEASES[model_type]
     for layer, matrices in experts.items():
         fused = {kind: torch.stack(parts) for kind, parts in matrices.items()}
-        if model_type == "gpt_oss":  # alternating and transposed, with biases
+        if model_type.startswith("llama4"):  # transposed
+            pair = (fused["gate_proj.weight"].mT, fused["up_proj.weight"].mT)
+            released[layer + gate_up_name] = torch.cat(pair, 2)
+            released[layer + down_name] = fused["down_proj.weight"].mT.contiguous()
+        elif model_type == "gpt_oss":  # alternating and transposed, with biases
             pair = (fused["gate_proj.weight"].mT, fused["up_proj.weight"].mT)
             released[layer + gate_up_name] = torch.stack(pair, -1).flatten(2)
             released[layer + down_name] = fused["down_proj.weight"].mT.contiguous()

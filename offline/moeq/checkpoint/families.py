@@ -27,8 +27,8 @@ class Family:
             save them, each with what stands here instead. The first that fits holds.
         biased: Whether each matrix of an expert has a bias.
         interleaved: Whether the rows of gate and up alternate where they are fused.
-        adds_experts: Whether what experts give is added to the residual stream as it is, or times
-            a constant; not if it is normalized on the way.
+        not_layerwise: Why its layers cannot be run one by one, with experts of ours between router
+            and residual stream; empty if they can.
     """
 
     model_types: tuple[str, ...]
@@ -40,7 +40,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     biased: bool = False
     interleaved: bool = False
-    adds_experts: bool = True
+    not_layerwise: str = ""
 
     def canonical_name(self, name: str) -> str:
         """Return what a tensor on disk is called here."""
@@ -51,6 +51,7 @@ class Family:
         return name
 
 
+_NORMALIZES = "normalizes what its experts give"
 FAMILIES: tuple[Family, ...] = (
     Family(
         ("mixtral", "minimax_m2"),
@@ -84,6 +85,7 @@ FAMILIES: tuple[Family, ...] = (
             "deepseek_v32",
             "glm4_moe",
             "glm4_moe_lite",
+            "kimi_k2",
             "dots1",
             "ernie4_5_moe",
             "mimo_v2_flash",
@@ -95,7 +97,18 @@ FAMILIES: tuple[Family, ...] = (
             ("self_attn.sinks", "self_attn.attention_sink_bias"),
         ),
     ),
-    Family(("flex_olmo",), experts="mlp.experts", router="mlp.gate.weight", adds_experts=False),
+    Family(
+        ("glm_moe_dsa",),
+        experts="mlp.experts",
+        router="mlp.gate.weight",
+        not_layerwise="hands what its attention has chosen from layer to layer",
+    ),
+    Family(
+        ("flex_olmo",),
+        experts="mlp.experts",
+        router="mlp.gate.weight",
+        not_layerwise=_NORMALIZES,
+    ),
     Family(("hunyuan_v1_moe",), experts="mlp.experts", router="mlp.gate.wg.weight"),
     Family(
         ("lfm2_moe",),
@@ -121,6 +134,24 @@ FAMILIES: tuple[Family, ...] = (
         router="mlp.router.weight",
         biased=True,
         interleaved=True,
+    ),
+    Family(
+        ("llama4", "llama4_text"),
+        experts="feed_forward.experts",
+        router="feed_forward.router.weight",
+        not_layerwise="scales what its experts get, not what they give",
+    ),
+    Family(
+        ("gemma4", "gemma4_text"),
+        experts="experts",
+        router="router.proj.weight",
+        not_layerwise=_NORMALIZES,
+    ),
+    Family(
+        ("nemotron_h",),
+        experts="mixer.experts",
+        router="mixer.gate.weight",
+        gate=None,
     ),
 )
 

@@ -62,21 +62,28 @@ class LayerwiseModel:
         device: Where layers run.
 
     Raises:
-        MoeqError: Its layers do more with what experts give than to add it up.
+        MoeqError: transformers does not know the model, or its layers do more with experts than
+            to send tokens there and to add up what they give.
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
         from transformers import AutoConfig  # takes seconds to import
 
-        if not source.layers[0].family.adds_experts:
+        reason = source.layers[0].family.not_layerwise
+        if reason:
             raise MoeqError(
-                f"{source.folder}: {source.reader.config['model_type']} normalizes what its "
-                "experts give, which moeq cannot run layer by layer: no calibration, no "
-                "evaluation. Use `--calib none`"
+                f"{source.folder}: {source.reader.config['model_type']} {reason}, which moeq "
+                "cannot run layer by layer: no calibration, no evaluation. Use `--calib none`"
             )
         self.source, self.device = source, device
         self.moe_layers = {layer.index: layer for layer in source.layers}
-        config = AutoConfig.from_pretrained(source.folder)
+        try:
+            config = AutoConfig.from_pretrained(source.folder)
+        except ValueError as error:
+            raise MoeqError(
+                f"{source.folder}: this release of transformers does not know the model: no "
+                f"calibration, no evaluation. Use `--calib none` ({str(error).splitlines()[0]})"
+            ) from error
         with torch.device("meta"):
             self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
         self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()

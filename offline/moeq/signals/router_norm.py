@@ -12,7 +12,10 @@ from moeq.checkpoint import CheckpointReader, MoELayer, SourceModel
 from moeq.checkpoint.reader import resolve_model
 from moeq.errors import MoeqError
 
-_ENDS_OF_ROUTERS = (".gate.weight", ".router.weight", ".wg.weight", ".router.layer.weight")
+_ENDS_OF_ROUTERS = tuple(
+    f".{name}.weight" for name in ("gate", "router", "gate.wg", "router.layer", "router.proj")
+)
+
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from moeq.checkpoint.families import FAMILIES, check_plan_fits, family_of
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
-from support.models import load_model
+from support.models import decoder_layers, load_model
 from support.reference import FUSED_IN_RELEASES
 from vllm_moeq.format import BitPlan
 
 TinyModel = Callable[[str], Path]
-every_family = pytest.mark.parametrize("name", models.FAMILIES)
+every_family = pytest.mark.parametrize("name", models.KNOWN)
 
 
 def _names_on_disk(folder: Path) -> set[str]:
@@ -51,7 +52,7 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
 ) -> None:
     folder = tiny_model(name)
     model = load_model(folder, torch.bfloat16)
-    decoders = model.get_decoder().layers
+    decoders = decoder_layers(model)
     blocks = {
         index: experts
         for index, layer in enumerate(decoders)
@@ -65,15 +66,26 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
         experts = blocks[layer.index]
         router = source.tensor(layer.router)
         assert any(torch.equal(router, t) for t in _like_routers(decoders[layer.index], layer))
-        assert layer.num_experts == len(experts.gate_up_proj)
+        assert layer.num_experts == len(experts.down_proj)
         for expert in range(layer.num_experts):
-            both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
-            both, down = (both.T, down.T) if experts.is_transposed else (both, down)
-            gate, up = both.chunk(2) if experts.is_concatenated else (both[::2], both[1::2])
-            weights: dict[Matrix, torch.Tensor] = {"gate": gate, "up": up, "down": down}
-            for matrix, weight in weights.items():
+            for matrix, weight in _matrices(experts, expert).items():
                 assert layer.shape(matrix) == tuple(weight.shape)
                 assert torch.equal(source.tensor(layer.tensor_name(expert, matrix)), weight)
+
+
+def _matrices(experts: Any, expert: int) -> dict[Matrix, torch.Tensor]:
+    """Return an expert's matrices [outputs, inputs], cut out as transformers' class says."""
+    if getattr(experts, "has_gate", True):
+        both, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    else:
+        both, down = experts.up_proj[expert], experts.down_proj[expert]
+    if getattr(experts, "is_transposed", "Llama4" in type(experts).__name__):
+        both, down = both.T, down.T
+    if not getattr(experts, "has_gate", True):
+        return {"up": both, "down": down}
+    alternate = not getattr(experts, "is_concatenated", True)
+    gate, up = (both[::2], both[1::2]) if alternate else both.chunk(2)
+    return {"gate": gate, "up": up, "down": down}
 
 
 def _like_routers(decoder: torch.nn.Module, layer: MoELayer) -> list[torch.Tensor]:

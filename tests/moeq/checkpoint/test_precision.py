@@ -71,7 +71,7 @@ def test_transformers_dequantizes_mxfp4_to_the_same_weights() -> None:
     ("suffix", "tensor", "message"),
     [
         ("scales", None, "gate_up_proj_scales is missing"),
-        ("scales", torch.zeros(8, 384, 3, dtype=torch.uint8), "is no MXFP4: expected U8, 16 byt"),
+        ("scales", torch.zeros(8, 384, 3, dtype=torch.uint8), "is no MXFP4: expected U8, 16 bytes"),
         ("blocks", torch.zeros(8, 384, 4, 16), "F32 .* is no MXFP4"),
     ],
 )

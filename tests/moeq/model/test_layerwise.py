@@ -7,21 +7,29 @@ import pytest
 import torch
 
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.families import family_of
 from moeq.errors import MoeqError
 from moeq.model import ExpertSource, run_layer
 from moeq.model.layerwise import LayerwiseModel
-from support.models import FAMILIES, VOCABULARY, load_model
+from support.models import (
+    FAMILIES,
+    KNOWN,
+    UNKNOWN_TO_TRANSFORMERS,
+    VOCABULARY,
+    decoder_layers,
+    load_model,
+)
 
-NOT_ADDED_UP = {"flex_olmo"}
-every_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f not in NOT_ADDED_UP])
+NOT_LAYERWISE = [f for f in FAMILIES if family_of({"model_type": f}).not_layerwise]
+every_family = pytest.mark.parametrize("family", [f for f in KNOWN if f not in NOT_LAYERWISE])
 
 
-@pytest.mark.parametrize("family", NOT_ADDED_UP)
-def test_layers_that_normalize_what_experts_give_are_refused(
+@pytest.mark.parametrize("family", [*NOT_LAYERWISE, *UNKNOWN_TO_TRANSFORMERS])
+def test_layers_that_do_more_with_experts_are_refused(
     family: str, tiny_model: Callable[[str], Path]
 ) -> None:
     source = SourceModel.open(tiny_model(family))
-    with pytest.raises(MoeqError, match=rf"{family} normalizes .*--calib none"):
+    with pytest.raises(MoeqError, match="no calibration, no evaluation. Use `--calib none`"):
         LayerwiseModel(source, torch.device("cpu"))
 
 
@@ -63,13 +71,13 @@ def test_gradients_are_those_of_transformers(
     tokens = torch.randint(VOCABULARY, (2, 24), generator=generator)
     whole = load_model(folder).eval()
     outputs: list[torch.Tensor] = []
-    whole.get_decoder().layers[-1].register_forward_hook(
+    decoder_layers(whole)[-1].register_forward_hook(
         lambda module, args, output: outputs.append(
             output[0] if isinstance(output, tuple) else output
         )
     )
     inputs_of_layers: list[torch.Tensor] = []
-    whole.get_decoder().layers[0].register_forward_pre_hook(
+    decoder_layers(whole)[0].register_forward_pre_hook(
         lambda module, args: inputs_of_layers.append(args[0])
     )
     whole(tokens)
