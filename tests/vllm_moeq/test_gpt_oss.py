@@ -1,6 +1,7 @@
 """gpt-oss: gate and up that alternate, biases, and a loader of vLLM's that names its tensors."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from support.engine import assert_same, run_engine, run_transformers
+from support.checkpoints import change_tensors
+from support.engine import assert_same, launch, run_engine, run_transformers
 from support.experts import random_matrix
 from support.models import save_tokenizer
 from support.reference import dequantize
@@ -89,3 +91,22 @@ def test_equals_transformers(checkpoints: tuple[Path, Path], ranks: int) -> None
     run = run_engine(packed, **(parallel if ranks == 2 else {}))
 
     assert_same(run.completions[0], run_transformers(plain))
+
+
+def test_parameters_that_are_not_filled_are_named(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints[0], model)
+    missing = ["self_attn.sinks", "self_attn.o_proj.bias", "mlp.router.bias"]
+    change_tensors(
+        model, lambda tensors: [tensors.pop(f"model.layers.1.{name}") for name in missing]
+    )
+
+    process = launch(model)
+
+    assert process.returncode != 0
+    assert (
+        "holds NaN: model.layers.1.attn.sinks (4 of 4), model.layers.1.attn.o_proj.bias "
+        "(128 of 128), model.layers.1.mlp.router.bias (4 of 4). Check it with `moeq verify`"
+    ) in process.stdout + process.stderr
