@@ -6,6 +6,8 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -41,12 +42,12 @@ __all__ = [
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
-    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "cpu_fused_moe_bf16",
     "extract_layer_index",
+    "guard_loading",
     "init_logger",
     "keep_out_of_lora",
     "let_gpt_oss_load_packed_experts",
@@ -65,6 +66,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
     r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
+Guard = Callable[[torch.nn.Module], AbstractContextManager[None]]
 
 
 def local_slot(layer: RoutedExperts, expert: int) -> int:
@@ -113,6 +115,31 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
             super()._create_lora_modules()
 
     LRUCacheWorkerLoRAManager._manager_cls = Manager
+
+
+def guard_loading(quantization: str, guard: Guard) -> None:
+    """Let vLLM load whole checkpoints of one ``--quantization`` only inside a context.
+
+    Weights that come otherwise are left alone: dummies, states that vLLM saved and checks itself,
+    and what is loaded into a running model.
+
+    Args:
+        quantization: Models of any other are left alone.
+        guard: Makes the context for a model that is built but not loaded.
+    """
+    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
+        loader.load_weights = _guarded(loader.load_weights, quantization, guard)
+
+
+def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:
+    @wraps(load)
+    def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        # Also of a layer that drafts tokens: it has a config of its own.
+        guarded = model_config.quantization == quantization
+        with guard(model) if guarded else nullcontext():
+            load(self, model, model_config)
+
+    return load_weights
 
 
 def weights_are_dummies() -> bool:

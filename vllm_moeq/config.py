@@ -11,11 +11,10 @@ from vllm_moeq.compat import (
     LinearBase,
     QuantizationConfig,
     RoutedExperts,
-    UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
-    VocabParallelEmbedding,
     extract_layer_index,
+    guard_loading,
     init_logger,
     model_path,
     num_hidden_layers,
@@ -30,8 +29,8 @@ from vllm_moeq.format import (
     LayerBits,
     check_manifest,
 )
+from vllm_moeq.load_check import must_fill
 from vllm_moeq.moe_method import MoeqMoEMethod
-from vllm_moeq.unquantized import checked
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
@@ -42,6 +41,7 @@ def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(MoeqConfig)
+        guard_loading(QUANT_METHOD, must_fill)
 
 
 def drafts_tokens(prefix: str, index: int) -> bool:
@@ -114,7 +114,7 @@ class MoeqConfig(QuantizationConfig):
             self._check_files()
             index = extract_layer_index(prefix)
             if drafts_tokens(prefix, index):
-                return checked(UnquantizedFusedMoEMethod(layer.moe_config), prefix)
+                return UnquantizedFusedMoEMethod(layer.moe_config)
             if index not in self._by_layer:
                 raise FormatError(
                     f"{prefix}: the checkpoint's expert_bits has no entry for layer {index}; it "
@@ -122,18 +122,13 @@ class MoeqConfig(QuantizationConfig):
                 )
             return MoeqMoEMethod(layer.moe_config, self._by_layer[index], self.plan.group_size)
         if isinstance(layer, LinearBase):
-            return checked(UnquantizedLinearMethod(), prefix)
-        if isinstance(layer, VocabParallelEmbedding):
-            if "layers" in prefix.split("."):
-                return None  # a layer that drafts tokens: vLLM puts the model's own head there
-            return checked(UnquantizedEmbeddingMethod(), prefix)
+            return UnquantizedLinearMethod()
         return None
 
     def _check_files(self) -> None:
         """Compare the sizes of the weight files with the manifest before anything is loaded.
 
-        safetensors' own message about a truncated file does not name it, and vLLM does not notice
-        tensors that are missing outside the experts.
+        safetensors' own message about a truncated file does not name it.
         """
         if self._files_checked or weights_are_dummies():
             return

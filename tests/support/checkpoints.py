@@ -1,12 +1,12 @@
 """Small checkpoints whose every tensor the test chooses, in Mixtral's names on disk."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NUM_LAYERS = 2
 NUM_EXPERTS = 4
@@ -60,6 +60,14 @@ def write_checkpoint(
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Change the tensors of a checkpoint that has one weight file."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_config(folder: Path, **config: Any) -> None:

@@ -146,7 +146,9 @@ def run_transformers(model: Path) -> list[Completion]:
     return completions
 
 
-def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
+def assert_same(
+    actual: list[Completion], expected: list[Completion], tolerance: float = LOGPROB_TOLERANCE
+) -> None:
     """Compare completions: equal tokens, log-probabilities within the tolerance."""
     for found, wanted in zip(actual, expected, strict=True):
         assert found.tokens == wanted.tokens
@@ -154,6 +156,6 @@ def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
             torch.testing.assert_close(
                 torch.tensor(getattr(found, name)),
                 torch.tensor(getattr(wanted, name)),
-                atol=LOGPROB_TOLERANCE,
+                atol=tolerance,
                 rtol=0,
             )

@@ -1,16 +1,18 @@
 """Damaged or foreign checkpoints: the engine refuses them and says what is wrong."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from support.checkpoints import change_tensors
 from support.engine import launch
+from support.models import add_prediction_layer
 from support.packed import pack_mixed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -24,13 +26,6 @@ def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     return pack_mixed(tiny_model("mixtral"), tmp_path_factory.mktemp("bad") / "packed")
 
 
-def _change_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    shard = next(model.glob("*.safetensors"))
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard, metadata={"format": "pt"})
-
-
 def _change_config(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = model / "config.json"
     config = json.loads(path.read_text())
@@ -39,24 +34,14 @@ def _change_config(model: Path, change: Callable[[dict[str, Any]], None]) -> Non
 
 
 def _missing_tensor(model: Path) -> None:
-    _change_tensors(model, lambda tensors: tensors.pop(f"{EXPERT}.weight_zero_point"))
-
-
-def _no_head(model: Path) -> None:
-    _change_tensors(model, lambda tensors: tensors.pop("lm_head.weight"))
-
-
-def _part_of_attention_missing(model: Path) -> None:
-    """Of q, k and v, which vLLM holds in one parameter."""
-    name = "model.layers.1.self_attn.k_proj.weight"
-    _change_tensors(model, lambda tensors: tensors.pop(name))
+    change_tensors(model, lambda tensors: tensors.pop(f"{EXPERT}.weight_zero_point"))
 
 
 def _wrong_dtype(model: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{EXPERT}.weight_scale"] = tensors[f"{EXPERT}.weight_scale"].bfloat16()
 
-    _change_tensors(model, change)
+    change_tensors(model, change)
 
 
 def _wrong_shape(model: Path) -> None:
@@ -64,7 +49,7 @@ def _wrong_shape(model: Path) -> None:
         packed_weight = tensors[f"{EXPERT}.weight_packed"]
         tensors[f"{EXPERT}.weight_packed"] = packed_weight[:, :-1].contiguous()
 
-    _change_tensors(model, change)
+    change_tensors(model, change)
 
 
 def _width_of_another_expert(model: Path) -> None:
@@ -111,8 +96,6 @@ def _no_quantization_config(model: Path) -> None:
             _missing_tensor,
             "the checkpoint lacks 1 expert tensors, first w3.weight_zero_point of expert 5",
         ),
-        (_no_head, "lm_head.weight: "),
-        (_part_of_attention_missing, "model.layers.1.self_attn.qkv_proj.weight: "),
         (_wrong_dtype, "expert 5 w3 weight_scale is torch.bfloat16"),
         (_wrong_shape, "expert 5 w3 weight_packed is torch.uint8"),
         (_width_of_another_expert, "the checkpoint does not follow its own bit plan"),
@@ -135,6 +118,90 @@ def test_is_refused(
 
     assert process.returncode != 0
     assert message in process.stdout + process.stderr
+
+
+def _refusal(model: Path, missing: Iterable[str], **llm_options: Any) -> str:
+    """Take tensors out of a checkpoint, load the rest, return what is said of the parameters."""
+    (model / "moeq_manifest.json").unlink()
+    change_tensors(model, lambda tensors: [tensors.pop(name) for name in missing])
+
+    process = launch(model, **llm_options)
+
+    assert process.returncode != 0
+    log = process.stdout + process.stderr
+    match = re.search(r"the checkpoint lacks weights, or holds NaN: (.*)\. Check it", log)
+    assert match is not None, log[-6000:]
+    return match[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "missing", "refusal"),
+    [
+        (
+            "mixtral",
+            [
+                "model.embed_tokens.weight",
+                "model.layers.0.input_layernorm.weight",
+                "model.layers.1.self_attn.k_proj.weight",
+                "model.layers.1.block_sparse_moe.gate.weight",
+                "model.norm.weight",
+                "lm_head.weight",
+            ],
+            "model.embed_tokens.weight (40960 of 40960), "
+            "model.layers.0.input_layernorm.weight (128 of 128), "
+            # vLLM holds q, k and v in one parameter.
+            "model.layers.1.self_attn.qkv_proj.weight (8192 of 32768), "
+            "model.layers.1.block_sparse_moe.gate.weight (1024 of 1024), "
+            "model.norm.weight (128 of 128) and 1 more",
+        ),
+        (
+            "qwen2_moe",
+            [
+                "model.layers.0.self_attn.v_proj.bias",
+                "model.layers.1.mlp.shared_expert_gate.weight",
+            ],
+            "model.layers.0.self_attn.qkv_proj.bias (64 of 256), "
+            "model.layers.1.mlp.shared_expert_gate.weight (128 of 128)",
+        ),
+        (
+            "qwen3_moe",
+            ["model.layers.0.self_attn.q_norm.weight", "lm_head.weight"],
+            "model.layers.0.self_attn.q_norm.weight (32 of 32), lm_head.weight (40960 of 40960)",
+        ),
+        (
+            "deepseek_v3",
+            [
+                "model.layers.1.self_attn.kv_a_layernorm.weight",
+                "model.layers.1.mlp.gate.e_score_correction_bias",
+            ],
+            "model.layers.1.self_attn.kv_a_layernorm.weight (512 of 512), "
+            "model.layers.1.mlp.gate.e_score_correction_bias (8 of 8)",
+        ),
+    ],
+)
+def test_parameters_that_are_not_filled_are_named(
+    family: str,
+    missing: list[str],
+    refusal: str,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    packed = pack_mixed(tiny_model(family), tmp_path / "packed")
+
+    assert _refusal(packed, missing) == refusal
+
+
+def test_a_prediction_layer_lacks_a_norm(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = add_prediction_layer(tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.")
+    packed = pack_mixed(model, tmp_path / "packed")
+
+    refusal = _refusal(
+        packed,
+        ["model.layers.2.enorm.weight"],
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+    )
+
+    assert refusal == "model.layers.2.enorm.weight (128 of 128)"
 
 
 def test_manifest_is_checked_before_loading(packed: Path, tmp_path: Path) -> None:

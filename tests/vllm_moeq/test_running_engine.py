@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from support.checkpoints import change_tensors
 from support.cli import run_moeq
 from support.engine import Completion, assert_same, launch, run_engine, run_transformers
 from support.packed import pack_mixed
@@ -41,10 +42,7 @@ def _copy_with(
 ) -> Path:
     """Copy a checkpoint of one shard and change its tensors."""
     shutil.copytree(folder, target)
-    (shard,) = target.glob("*.safetensors")
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard, metadata={"format": "pt"})
+    change_tensors(target, change)
     return target
 
 
