@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.engine import LOGPROB_TOLERANCE, assert_same, run_engine, run_transformers
-from support.models import FAMILIES, add_prediction_layer
+from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, add_prediction_layer
 from support.packed import pack_mixed
 from support.reference import dequantize_checkpoint
 
@@ -15,23 +15,6 @@ WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-NOT_ON_CPU = {
-    "minimax_m2": "its router takes sigmoid scores of DeepSeek's expert groups only",
-    "phimoe": "its router gives NaN",
-    "deepseek_v32": "no sparse attention",
-    "glm_moe_dsa": "no sparse attention",
-    "nemotron_h": "no experts without a gate",
-    "mimo_v2_flash": "reads a configuration that transformers does not write",
-    "kimi_k2": "its configuration is code in the repository",
-    **dict.fromkeys(
-        ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "llama4", "gemma4"),
-        "needs torchvision",
-    ),
-}
-"""Why vLLM 0.32 cannot run a family on CPUs, quantized or not; for all the tests here know."""
-DIFFERENT_IN_VLLM = {"ernie4_5_moe": "float32", "lfm2_moe": "float32", "qwen3_next": "bfloat16"}
-"""Families whose answers on CPUs are not those of transformers, quantized or not, or that vLLM
-runs in bfloat16 only: the reference is vLLM itself with the dequantized model."""
 TOLERANCE = {"float32": LOGPROB_TOLERANCE, "bfloat16": 0.5}
 TESTED_ELSEWHERE = {"gpt_oss"}
 SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM.keys() - TESTED_ELSEWHERE

@@ -200,6 +200,7 @@ def families(options: Namespace) -> int:
             "experts": f"model.layers.N.{family.experts}",
             "router": f"model.layers.N.{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
+            "calibration": family.not_layerwise or "yes",
         }
         for family in FAMILIES
         for name in family.model_types
@@ -208,8 +209,12 @@ def families(options: Namespace) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        print(f"{row['model_type']:<12} {row['experts']}.E.{{{row['projections']}}}")
-    print("one tensor for each expert, 16 or 32 bits; routed experts are quantized, nothing else")
+        refused = "" if row["calibration"] == "yes" else f"  no calibration: {row['calibration']}"
+        print(f"{row['model_type']:<16} {row['experts']}.E.{{{row['projections']}}}{refused}")
+    print(
+        "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4; routed experts "
+        "are quantized, nothing else"
+    )
     return 0
 
 

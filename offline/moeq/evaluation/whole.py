@@ -12,8 +12,8 @@ from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource
 from moeq.model.architecture import auto_class
 
-_EXPERTS = re.compile(r"layers\.(\d+)\.[^.]+\.experts(?:\.(gate_up_proj|down_proj))?$")
-"""Matches the module of a layer's routed experts, and its parameters."""
+_EXPERTS = re.compile(r"layers\.(\d+)\.(?:[^.]+\.)?experts$")
+"""Matches the module of a layer's routed experts."""
 
 
 class WholeModel:
@@ -35,24 +35,19 @@ class WholeModel:
         model = auto.from_pretrained(source.folder, dtype=torch.float32)
         self._model = model.to(device).eval()
         self._layers = {layer.index: layer for layer in source.layers}
-        self._fused = {
-            (int(match[1]), match[2]): parameter
-            for name, parameter in self._model.named_parameters()
-            if (match := _EXPERTS.search(name))
+        self._experts: dict[int, Any] = {
+            int(match[1]): module
+            for name, module in self._model.named_modules()
+            if (match := _EXPERTS.search(name)) and hasattr(module, "is_transposed")
         }
-        expected = {
-            (layer, name) for layer in self._layers for name in ("gate_up_proj", "down_proj")
-        }
-        if set(self._fused) != expected:
+        if self._experts.keys() != self._layers.keys():
             raise MoeqError(
                 f"{source.folder}: transformers arranges the experts of this model in a way that "
                 "moeq does not know; use `backend` reference"
             )
         self._chosen: dict[str, torch.Tensor] = {}
-        for name, module in self._model.named_modules():
-            match = _EXPERTS.search(name)
-            if match and int(match[1]) in self._layers:
-                module.register_forward_pre_hook(self._recorder(int(match[1])), with_kwargs=True)
+        for index, module in self._experts.items():
+            module.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
 
     def _recorder(self, index: int) -> Callable[..., None]:
         container = self._layers[index].container
@@ -67,11 +62,14 @@ class WholeModel:
     def fill(self, source: ExpertSource) -> None:
         """Give every expert the weights of a source."""
         for index, layer in self._layers.items():
-            gate_up, down = self._fused[index, "gate_up_proj"], self._fused[index, "down_proj"]
+            experts = self._experts[index]
+            first = experts.gate_up_proj if experts.has_gate else experts.up_proj
             for expert in range(layer.num_experts):
-                matrices = source.matrices(layer, expert)
-                gate_up[expert].copy_(matrices.w13)
-                down[expert].copy_(matrices.w2)
+                w13, w2, *_ = source.matrices(layer, expert)
+                if experts.has_gate and not experts.is_concatenated:  # their rows alternate
+                    w13 = torch.stack(w13.chunk(2), 1).flatten(0, 1)
+                first[expert].copy_(w13.T if experts.is_transposed else w13)
+                experts.down_proj[expert].copy_(w2.T if experts.is_transposed else w2)
 
     @torch.inference_mode()
     def outputs(self, tokens: torch.Tensor) -> Iterator[Output]:

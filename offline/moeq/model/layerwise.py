@@ -73,7 +73,8 @@ class LayerwiseModel:
         if reason:
             raise MoeqError(
                 f"{source.folder}: {source.reader.config['model_type']} {reason}, which moeq "
-                "cannot run layer by layer: no calibration, no evaluation. Use `--calib none`"
+                "cannot run layer by layer. Plan and quantize with `--calib none`, evaluate with "
+                "`--backend transformers` or vllm"
             )
         self.source, self.device = source, device
         self.moe_layers = {layer.index: layer for layer in source.layers}
@@ -81,8 +82,9 @@ class LayerwiseModel:
             config = AutoConfig.from_pretrained(source.folder)
         except ValueError as error:
             raise MoeqError(
-                f"{source.folder}: this release of transformers does not know the model: no "
-                f"calibration, no evaluation. Use `--calib none` ({str(error).splitlines()[0]})"
+                f"{source.folder}: this release of transformers does not know the model. Plan and "
+                "quantize with `--calib none`, evaluate with `--backend vllm` "
+                f"({str(error).splitlines()[0]})"
             ) from error
         with torch.device("meta"):
             self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from support.cli import run_moeq
+from support.models import load_model
 from support.reference import dequantize_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,12 @@ def test_texts_that_are_left_out_are_named(
         ("deepseek_v2", "reference"),
         ("deepseek_v3", "transformers"),
         ("deepseek_v3", "reference"),
+        ("gpt_oss", "transformers"),
+        ("gpt_oss", "reference"),
+        ("gemma4_text", "transformers"),
+        ("nemotron_h", "reference"),
+        ("granitemoe", "reference"),
+        ("qwen3_vl_moe", "reference"),
     ],
 )
 def test_scores_are_those_of_transformers(
@@ -78,10 +85,7 @@ def test_scores_are_those_of_transformers(
     found = _evaluate(packed, "--against", source, "--text", text, "--backend", backend)
 
     folders = source, dequantize_checkpoint(packed, tmp_path / "float")
-    first, second = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in folders
-    )
+    first, second = (load_model(folder).eval() for folder in folders)
     # As many sequences of a text as there are, so that the draw takes all of them.
     assert set(found["texts"]) == set(TEXTS)
     totals: dict[str, list[float]] = {"loss": [], "divergence": [], "agreement": []}
@@ -112,7 +116,7 @@ def test_scores_are_those_of_transformers(
             totals[key] += [value] * count
     for key, values in totals.items():
         assert found["total"][key] == pytest.approx(sum(values) / len(values), rel=1e-2)
-    assert len(found["routing_shift"]) == (1 if family.startswith("deepseek") else 2)
+    assert len(found["routing_shift"]) == (1 if family.startswith(("deepseek", "nemotron")) else 2)
 
 
 def _as_tokens(folder: Path, text: str) -> list[int]:

@@ -29,7 +29,7 @@ def test_layers_that_do_more_with_experts_are_refused(
     family: str, tiny_model: Callable[[str], Path]
 ) -> None:
     source = SourceModel.open(tiny_model(family))
-    with pytest.raises(MoeqError, match="no calibration, no evaluation. Use `--calib none`"):
+    with pytest.raises(MoeqError, match="with `--calib none`, evaluate with `--backend"):
         LayerwiseModel(source, torch.device("cpu"))
 
 
