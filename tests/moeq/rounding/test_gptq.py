@@ -12,7 +12,7 @@ from support.reference import dequantize
 
 N, K, GROUP = 24, 256, 64
 MANY = 10**6  # samples: no more damping than the textbook has
-PLAIN = Refinement(rounds=0)
+PLAIN = Refinement(rounds=0, in_feedback=0)
 
 
 def _inputs(tokens: int = 1024, columns: int = K, seed: int = 0) -> np.ndarray:
@@ -109,8 +109,8 @@ def test_refinements_only_lower_the_objective(bits: int) -> None:
     x, weight = _inputs(), _weight()
     hessian = x.T @ x
     values = [
-        _objective(weight, _stored(weight, hessian, bits, refinement=Refinement(n)), hessian)
-        for n in range(4)
+        _objective(weight, _stored(weight, hessian, bits, refinement=refinement), hessian)
+        for refinement in (PLAIN, *(Refinement(n) for n in range(4)))
     ]
     # Up to the damping, which the refinements minimize too.
     assert all(b <= 1.002 * a for a, b in itertools.pairwise(values))
