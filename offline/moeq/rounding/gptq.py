@@ -88,6 +88,20 @@ class Hessian(NamedTuple):
         return cls(sums, torch.stack(orders), factors)
 
 
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the outer products of inputs [n, K] with themselves: [K, K].
+
+    Symmetric, so that little more than a half is computed.
+    """
+    columns = x.shape[1]
+    result = x.new_empty(columns, columns)
+    for first in range(0, columns, _FEWEST_COLUMNS):
+        last = min(first + _FEWEST_COLUMNS, columns)
+        result[first:last, first:] = x[:, first:last].T @ x[:, first:]
+        result[last:, first:last] = result[first:last, last:].T
+    return result
+
+
 def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Tensor:
     """Damp one Hessian, write its factor to ``out``, and return the order."""
     diagonal = hessian.diagonal()
