@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
-from moeq.rounding import REFINEMENT, Hessian, quantize_gptq
+from moeq.rounding import REFINEMENT, Hessian, block_size, quantize_gptq
 
 _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
@@ -64,7 +64,7 @@ def _measured_speed(name: str) -> _Speed:
 
     product = best_time(lambda: square @ square)
     step = best_time(lambda: quantize_gptq(small, hessian, 2, _COLUMNS))
-    return _Speed(2 * _MATRIX**3 / product, step / (_COLUMNS * (1 + REFINEMENT.rounds)))
+    return _Speed(2 * _MATRIX**3 / product, step / (_COLUMNS * REFINEMENT.visits))
 
 
 def working_bytes(layer: MoELayer) -> int:
@@ -95,15 +95,18 @@ def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:
     for layer in layers:
         for _, matrix, _ in layer.weights():
             rows, columns = layer.shape(matrix)
-            # Feedback touches half of the pairs of columns, each round of refinement all of them.
+            # Feedback touches half of the pairs of columns, each round of refinement all of them,
+            # and each visit those within a block.
+            block = min(block_size(columns), columns)
             total += widths * rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
-            total += 4 / 3 * columns**3
+            total += widths * rows * columns * block * 2 * REFINEMENT.visits
+            total += 1 / 3 * columns**3
     return total
 
 
 def gptq_steps(layer: MoELayer) -> int:
     """Return the columns that GPTQ visits one after another for an expert, or a batch of them."""
-    return (1 + REFINEMENT.rounds) * (layer.hidden_size + layer.intermediate_size)
+    return REFINEMENT.visits * (layer.hidden_size + layer.intermediate_size)
 
 
 def hessian_operations(layer: MoELayer) -> int:

@@ -1,7 +1,7 @@
 """Rounding: weights to codes, scales and zero points."""
 
 from moeq.rounding.calibrated import DATA_FREE, FEWEST_TOKENS, METHODS, quantize_by_inputs
-from moeq.rounding.gptq import REFINEMENT, Hessian, quantize_gptq
+from moeq.rounding.gptq import REFINEMENT, Hessian, block_size, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
@@ -14,6 +14,7 @@ __all__ = [
     "REFINEMENT",
     "Hessian",
     "QuantizedWeight",
+    "block_size",
     "fitted",
     "quantize_by_inputs",
     "quantize_gptq",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from moeq.rounding.gptq import Hessian, quantize_gptq
+from moeq.rounding.gptq import Hessian, gram, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
@@ -58,7 +58,7 @@ def quantize_by_inputs(
             bits: [quantize(matrix, bits, group_size) for matrix in matrices] for bits in widths
         }
     weighted = [x * weight for x, weight in zip(inputs, router_weights, strict=True)]
-    hessian = Hessian.of(torch.stack([x.T @ x for x in weighted]), counts)
+    hessian = Hessian.of(torch.stack([gram(x) for x in weighted]), counts)
     weights = torch.stack(matrices)
     if wanted is not None:
         parts = zip(wanted, router_weights, weighted, matrices, strict=True)

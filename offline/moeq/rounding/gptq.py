@@ -2,9 +2,12 @@
 
 Minimizes tr(D H D^T) with D = quantized - original weights and H = X^T X of the inputs X:
 Frantar et al., "GPTQ" (ICLR 2023), columns in the order of their input energy, on grids that are
-fixed beforehand, so that no index is needed when the model runs. Rounds of refinement follow, which
-can only lower the same objective: each group's scale and zero point, and its codes one column at
-a time (coordinate descent, as in Behdin et al., "QuantEase", 2023).
+fixed beforehand, so that no index is needed when the model runs. It is done with a factor of H
+itself, as Babai's nearest plane, which gives the same codes without an inverse (Chen et al., "The
+geometry of LLM quantization", 2025). After each block of columns, and again in rounds of
+refinement, coordinate descent lowers the same objective: it sets each code to what is best while
+all others stay (Behdin et al., "QuantEase", 2023), in the rounds also each group's scale and zero
+point.
 
 Matrices of several experts are rounded at once. Inside this file they are transposed, [B, K, N]:
 all work goes column by column, and a column should be contiguous.
@@ -15,47 +18,57 @@ from typing import NamedTuple
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, storable
+from moeq.rounding.columns import BLOCK, descend, round_columns
+from moeq.rounding.grid import Grid, QuantizedWeight, storable
 
 DAMPING, DAMPING_PER_COLUMN = 0.01, 0.5
 """Added to the diagonal of H, relative to its mean: at least the first, and more the fewer samples
 there are for its columns. What a few samples say about K directions is mostly chance, and would be
 fitted at the cost of all other inputs."""
 _MOST_DAMPING = 1e3
-_BLOCK = 128
-"""Columns after which what lies to the right is updated, in one matrix product; a multiple of
-every group size."""
+_FEWEST_COLUMNS, _MOST_BLOCKS = 1024, 8
+"""Of the blocks in which codes are improved by coordinate descent: larger ones find better codes,
+but their columns are multiplied with each other."""
 _FEWEST_CHANGES = 0.002
 """Share of the codes: a round of refinement that changes fewer is the last."""
 
 
 class Refinement(NamedTuple):
-    """How much is done after GPTQ itself.
+    """How much is done beyond GPTQ itself.
 
     Attributes:
-        rounds: At most.
-        scales: Whether scales and zero points are fitted, too.
+        rounds: Over all columns after GPTQ, at most.
+        sweeps: Over a block of columns in each round.
+        scales: Whether each sweep fits scales and zero points, too.
+        in_feedback: Sweeps over the codes of a block within GPTQ.
     """
 
-    rounds: int = 4
+    rounds: int = 2
+    sweeps: int = 2
     scales: bool = True
+    in_feedback: int = 1
+
+    @property
+    def visits(self) -> int:
+        """How often a column is visited, with GPTQ itself."""
+        return 1 + self.in_feedback + self.rounds * self.sweeps
 
 
 REFINEMENT = Refinement()
 
 
 class Hessian(NamedTuple):
-    """What a batch of matrices is rounded by: damped Hessians and the factors of their inverses.
+    """What a batch of matrices is rounded by: damped Hessians and their factors.
 
     Attributes:
         damped: float32 [B, K, K].
         order: int64 [B, K]: columns by their input energy, most first.
-        upper: float32 [B, K, K]: upper Cholesky factors of the inverses, columns in that order.
+        factor: float32 [B, K, K]: upper R of R R^T = H, columns in that order.
     """
 
     damped: torch.Tensor
     order: torch.Tensor
-    upper: torch.Tensor
+    factor: torch.Tensor
 
     @classmethod
     def of(cls, sums: torch.Tensor, samples: Sequence[int]) -> "Hessian":
@@ -70,30 +83,41 @@ class Hessian(NamedTuple):
         """
         if not torch.isfinite(sums).all():
             raise ValueError("the calibration activations are NaN or infinite")
-        upper = torch.empty_like(sums)
-        orders = [_factor(*parts) for parts in zip(sums, upper, samples, strict=True)]
-        return cls(sums, torch.stack(orders), upper)
+        factors = torch.empty_like(sums)
+        orders = [_factor(*parts) for parts in zip(sums, factors, samples, strict=True)]
+        return cls(sums, torch.stack(orders), factors)
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the outer products of inputs [n, K] with themselves: [K, K].
+
+    Symmetric, so that little more than a half is computed.
+    """
+    columns = x.shape[1]
+    result = x.new_empty(columns, columns)
+    for first in range(0, columns, _FEWEST_COLUMNS):
+        last = min(first + _FEWEST_COLUMNS, columns)
+        result[first:last, first:] = x[:, first:last].T @ x[:, first:]
+        result[last:, first:last] = result[first:last, last:].T
+    return result
 
 
 def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Tensor:
-    """Damp one Hessian, write the factor of its inverse to ``out``, and return the order."""
+    """Damp one Hessian, write its factor to ``out``, and return the order."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if mean <= 0:  # no input at all: every column counts the same
         hessian.zero_()
         mean = torch.ones_like(mean)
     order = diagonal.argsort(descending=True, stable=True)
+    reverse = order.flip(0)  # a lower factor is an upper one with everything in reverse
     undamped = diagonal.clone()
     damping = max(DAMPING, DAMPING_PER_COLUMN * len(hessian) / max(1, samples))
     while True:
         diagonal.copy_(undamped + damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian[order[:, None], order])
+        factor, failed = torch.linalg.cholesky_ex(hessian[reverse[:, None], reverse])
         if not failed.item():
-            # One name for all three: they are large, and only one should stay.
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-        if not failed.item():
-            out.copy_(factor)
+            out.copy_(factor.flip(0, 1))
             return order
         damping *= 10
         if damping > _MOST_DAMPING:
@@ -131,40 +155,68 @@ def quantize_gptq(
         for values in (grid.scale, grid.zero)
     )
     transposed = weights.transpose(1, 2).contiguous()
-    codes = _feed_back(transposed, hessian, scale, zero, bits)
+    codes = _feed_back(transposed, hessian, scale, zero, bits, refinement.in_feedback)
     if refinement.rounds:
         _refine(transposed, hessian.damped, codes, scale, zero, bits, refinement)
     return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(batch)]
 
 
+def block_size(columns: int) -> int:
+    """Return how many columns of so many are improved together, at most."""
+    return max(_FEWEST_COLUMNS, -(-columns // (_MOST_BLOCKS * BLOCK)) * BLOCK)
+
+
+def _blocks(columns: int) -> list[slice]:
+    size = block_size(columns)
+    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+
+
 def _feed_back(
-    weight: torch.Tensor, hessian: Hessian, scale: torch.Tensor, zero: torch.Tensor, bits: int
+    weight: torch.Tensor,
+    hessian: Hessian,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+    sweeps: int,
 ) -> torch.Tensor:
     """Choose codes column by column; what is not chosen yet makes up for the error so far.
 
     Returns:
         Codes as float32 [B, K, N].
     """
-    _, order, upper = hessian
+    _, order, factor = hessian
     columns, rows = weight.shape[1:]
-    index = order[:, :, None].expand(-1, -1, rows)
-    remaining = weight.gather(1, index)
     group = order // (columns // scale.shape[1])
+    sums = torch.zeros_like(weight)  # of the differences times the factor
     codes = torch.empty_like(weight)
-    for first in range(0, columns, _BLOCK):
-        last = min(first + _BLOCK, columns)
-        block, chosen = remaining[:, first:last], codes[:, first:last]
-        place = group[:, first:last, None].expand(-1, -1, rows)
-        step, origin = (grid.gather(1, place) for grid in (scale, zero))
-        errors = torch.empty_like(block)
-        local = upper[:, first:last, first:last, None]
-        for i in range(last - first):
-            code = nearest_codes(block[:, i], step[:, i], origin[:, i], bits)
-            chosen[:, i] = code
-            errors[:, i] = (block[:, i] - (code - origin[:, i]) * step[:, i]) / local[:, i, i]
-            block[:, i + 1 :].addcmul_(local[:, i, i + 1 :], errors[:, i : i + 1], value=-1)
-        remaining[:, last:].baddbmm_(upper[:, first:last, last:].mT, errors, alpha=-1)
-    return torch.empty_like(codes).scatter_(1, index, codes)
+    for block in _blocks(columns):
+        places = order[:, block, None].expand(-1, -1, rows)
+        grids = group[:, block, None].expand(-1, -1, rows)
+        wanted, step, origin = (
+            weight.gather(1, places),
+            scale.gather(1, grids),
+            zero.gather(1, grids),
+        )
+        chosen, local, within = torch.empty_like(wanted), factor[:, block, block], sums[:, block]
+        for first in range(0, wanted.shape[1], BLOCK):
+            part = slice(first, min(first + BLOCK, wanted.shape[1]))
+            chosen[:, part], difference = round_columns(
+                local[:, part, part],
+                wanted[:, part],
+                within[:, part],
+                step[:, part],
+                origin[:, part],
+                bits,
+            )
+            within[:, first:].baddbmm_(local[:, part, first:].mT, difference)
+        if sweeps:  # what follows will make up for errors, so that only these columns of d R count
+            curved, gradient = local @ local.mT, local @ within
+            for _ in range(sweeps):
+                descend(curved, step, chosen, gradient, bits)
+        codes.scatter_(1, places, chosen)
+        difference = chosen.sub_(origin).mul_(step).sub_(wanted)
+        sums[:, block.stop :].baddbmm_(factor[:, block, block.stop :].mT, difference)
+    return codes
 
 
 def _refine(
@@ -182,35 +234,53 @@ def _refine(
     difference = _dequantize(codes, scale, zero).sub_(weight)
     for _ in range(refinement.rounds):
         changes = torch.zeros((), dtype=torch.int64, device=codes.device)
-        for first in range(0, columns, _BLOCK):
-            block = slice(first, min(first + _BLOCK, columns))
+        for block in _blocks(columns):
+            local = hessian[:, block, block]
             gradient = hessian[:, block] @ difference
-            if refinement.scales:
-                for start in range(first, block.stop, group_size):
-                    part = slice(start, start + group_size)
-                    change = _fit_grid(
-                        hessian[:, part, part],
-                        gradient[:, start - first : start - first + group_size],
-                        codes[:, part],
-                        scale[:, start // group_size],
-                        zero[:, start // group_size],
-                        bits,
-                    )
-                    difference[:, part] += change
-                    gradient.baddbmm_(hessian[:, block, part], change)
-            local = hessian[:, block, block, None]
-            for i, place in enumerate(range(first, block.stop)):
-                step, origin = scale[:, place // group_size], zero[:, place // group_size]
-                wanted = weight[:, place] + difference[:, place] - gradient[:, i] / local[:, i, i]
-                code = nearest_codes(wanted, step, origin, bits)
-                change = code - codes[:, place]
-                changes += change.count_nonzero()
-                codes[:, place] = code
-                change *= step
-                difference[:, place] += change
-                gradient[:, i:].addcmul_(local[:, i, i:], change[:, None])
+            groups = slice(block.start // group_size, block.stop // group_size)
+            chosen, steps, origins = codes[:, block], scale[:, groups], zero[:, groups]
+            before = chosen.clone()
+            for _ in range(refinement.sweeps):
+                if refinement.scales:
+                    _fit_grids(local, gradient, chosen, steps, origins, bits)
+                step = steps.repeat_interleave(group_size, 1)
+                descend(local, step, chosen, gradient, bits)
+            changes += (chosen != before).sum()
+            difference[:, block] = _dequantize(chosen, steps, origins).sub_(weight[:, block])
         if changes < _FEWEST_CHANGES * codes.numel():
             break
+
+
+def _fit_grids(
+    hessian: torch.Tensor,
+    gradient: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+) -> None:
+    """Fit the grids of a block, group after group, each while all others stay.
+
+    Args:
+        hessian: [B, k, k] of the block's columns.
+        gradient: [B, k, N]: all differences times H, in the block's columns; kept up to date.
+        codes: [B, k, N].
+        scale: [B, k / G, N], changed in place.
+        zero: [B, k / G, N], changed in place.
+        bits: Width.
+    """
+    group_size = codes.shape[1] // scale.shape[1]
+    for group in range(scale.shape[1]):
+        part = slice(group * group_size, (group + 1) * group_size)
+        change = _fit_grid(
+            hessian[:, part, part],
+            gradient[:, part],
+            codes[:, part],
+            scale[:, group],
+            zero[:, group],
+            bits,
+        )
+        gradient.baddbmm_(hessian[:, :, part], change)
 
 
 def _fit_grid(
@@ -236,28 +306,26 @@ def _fit_grid(
     Returns:
         The change of the group's dequantized weights [B, G, N].
     """
-    old = (codes - zero[:, None]) * scale[:, None]
-    # Of the differences without this group's quantized weights.
-    others = gradient - hessian @ old
-    # Minimize over quantized = s * code + l: two equations for each row.
+    # Quantized weights are s * code + l: the objective is a quadratic form in changes of s and l.
     code_h = hessian @ codes
     a, b, c = (code_h * codes).sum(1), code_h.sum(1), hessian.sum((1, 2))[:, None]
-    p, q = -(others * codes).sum(1), -others.sum(1)
+    p, q = -(gradient * codes).sum(1), -gradient.sum(1)
     determinant = a * c - b * b
     solvable = determinant > 1e-6 * a * c
     determinant = torch.where(solvable, determinant, torch.ones_like(determinant))
-    new_scale, low = (p * c - q * b) / determinant, (q * a - p * b) / determinant
+    new_scale = scale + (p * c - q * b) / determinant
+    low = (q * a - p * b) / determinant - zero * scale
     solvable &= new_scale > 0
     new_scale, new_zero = storable(new_scale, low, bits)
-    change = (codes - new_zero[:, None]) * new_scale[:, None] - old
-    gain = ((2 * gradient + hessian @ change) * change).sum(1)
+    by, shift = new_scale - scale, zero * scale - new_zero * new_scale
+    gain = by * (a * by + 2 * (b * shift - p)) + shift * (c * shift - 2 * q)
     better = solvable & (gain < 0)
     scale.copy_(torch.where(better, new_scale, scale))
     zero.copy_(torch.where(better, new_zero, zero))
-    return torch.where(better[:, None], change, torch.zeros_like(change))
+    return codes * (by * better)[:, None] + (shift * better)[:, None]
 
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     batch, groups, rows = scale.shape
     grouped = codes.view(batch, groups, -1, rows)
-    return ((grouped - zero[:, :, None]) * scale[:, :, None]).view_as(codes)
+    return ((grouped - zero[:, :, None]) * scale[:, :, None]).view(codes.shape)

@@ -25,7 +25,10 @@ def fitted(weights: torch.Tensor, hessian: Hessian, missing: torch.Tensor) -> to
         missing: Sums of the outer products of what the outputs lack, wanted - output, and the
             inputs: float32 [B, N, K].
     """
-    order, upper = hessian.order[:, None].expand_as(missing), hessian.upper
-    # The factor is of the inverse with its columns in that order.
-    change = missing.gather(2, order) @ upper.mT @ upper
+    order, factor = hessian.order[:, None].expand_as(missing), hessian.factor
+    # missing times the inverse of R R^T, with the columns in that order.
+    change = torch.linalg.solve_triangular(
+        factor.mT, missing.gather(2, order), upper=False, left=False
+    )
+    change = torch.linalg.solve_triangular(factor, change, upper=True, left=False)
     return weights + torch.empty_like(change).scatter_(2, order, change)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moeq.rounding import REFINEMENT, QuantizedWeight, quantize_gptq, quantize_rtn
-from moeq.rounding.gptq import Hessian, Refinement
+from moeq.rounding.gptq import Hessian, Refinement, gram
 from support.reference import dequantize
 
 N, K, GROUP = 24, 256, 64
 MANY = 10**6  # samples: no more damping than the textbook has
-PLAIN = Refinement(rounds=0)
+PLAIN = Refinement(rounds=0, in_feedback=0)
 
 
 def _inputs(tokens: int = 1024, columns: int = K, seed: int = 0) -> np.ndarray:
@@ -109,8 +109,8 @@ def test_refinements_only_lower_the_objective(bits: int) -> None:
     x, weight = _inputs(), _weight()
     hessian = x.T @ x
     values = [
-        _objective(weight, _stored(weight, hessian, bits, refinement=Refinement(n)), hessian)
-        for n in range(4)
+        _objective(weight, _stored(weight, hessian, bits, refinement=refinement), hessian)
+        for refinement in (PLAIN, *(Refinement(n) for n in range(4)))
     ]
     # Up to the damping, which the refinements minimize too.
     assert all(b <= 1.002 * a for a, b in itertools.pairwise(values))
@@ -218,3 +218,12 @@ def test_matrices_of_a_batch_are_rounded_as_if_alone(bits: int) -> None:
         )
     together_all, alone_all = zip(*objectives, strict=True)
     np.testing.assert_allclose(together_all, alone_all, rtol=0.02)
+
+
+@pytest.mark.parametrize("columns", [8, 1024, 1100, 2500])
+def test_a_gram_matrix_is_that_in_float64(columns: int) -> None:
+    x = torch.from_numpy(_inputs(20, columns)[:, :columns]).float()
+    found = gram(x)
+    expected = x.double().T @ x.double()
+    scale = expected.diagonal().sqrt()
+    assert ((found - expected) / (scale[:, None] * scale)).abs().max() < 1e-5

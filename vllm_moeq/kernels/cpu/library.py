@@ -67,6 +67,8 @@ _SIGNATURES = {
     "moeq_use_huge_pages": (None, [_pointer, _int64]),
     "moeq_fused_experts": (_int32, [ctypes.POINTER(Call)]),
     "moeq_read": (ctypes.c_uint64, [_pointer, _int64]),
+    "moeq_round_columns": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 7),
+    "moeq_descend": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 5),
 }
 
 

@@ -19,6 +19,7 @@
 
 #include "numeric.h"
 #include "repack.h"
+#include "rounding.h"
 #ifdef MOEQ_ISA_AVX2
 #include "avx2.h"
 #include "avx2_int8.h"
@@ -405,4 +406,16 @@ uint64_t moeq_read(const uint8_t* memory, int64_t bytes) {
 #pragma omp parallel for schedule(static) reduction(^ : result)
   for (int64_t i = 0; i < bytes / 8; ++i) result ^= words[i];
   return result;
+}
+
+void moeq_round_columns(int64_t columns, int64_t rows, float largest, const float* factor,
+                        const float* wanted, const float* sums, const float* scale,
+                        const float* zero, float* codes, float* difference) {
+  moeq::round_columns({columns, rows, scale, codes, largest}, factor, wanted, sums, zero,
+                      difference);
+}
+
+void moeq_descend(int64_t columns, int64_t rows, float largest, const float* hessian,
+                  const float* curvature, const float* scale, float* codes, float* gradient) {
+  moeq::descend({columns, rows, scale, codes, largest}, hessian, curvature, gradient);
 }

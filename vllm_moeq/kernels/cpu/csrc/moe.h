@@ -54,3 +54,11 @@ MOEQ_EXPORT void moeq_use_huge_pages(void* memory, int64_t bytes);
 MOEQ_EXPORT int32_t moeq_fused_experts(const moeq::Call* call);
 // Read memory once with all threads, as a yardstick of bandwidth; the result has no meaning.
 MOEQ_EXPORT uint64_t moeq_read(const uint8_t* memory, int64_t bytes);
+// The column loops of GPTQ; see round_columns and descend in rounding.h.
+MOEQ_EXPORT void moeq_round_columns(int64_t columns, int64_t rows, float largest,
+                                    const float* factor, const float* wanted, const float* sums,
+                                    const float* scale, const float* zero, float* codes,
+                                    float* difference);
+MOEQ_EXPORT void moeq_descend(int64_t columns, int64_t rows, float largest, const float* hessian,
+                              const float* curvature, const float* scale, float* codes,
+                              float* gradient);

@@ -1,0 +1,125 @@
+"""What GPTQ does column after column: in C++ on a CPU, else in torch, where each is a few launches.
+
+Matrices are transposed, [B, K, N], so that a column is contiguous; all are float32, and blocks of
+columns have their grids column by column. Rows do not depend on each other, nor on the number of
+threads.
+"""
+
+import torch
+
+from moeq.rounding.grid import largest_code, nearest_codes
+from vllm_moeq.kernels import cpu
+from vllm_moeq.kernels.cpu import library
+
+BLOCK = 128
+"""Columns after which what lies to the right is updated, in one matrix product."""
+
+
+def round_columns(
+    factor: torch.Tensor,
+    wanted: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose codes column by column: each makes up for the errors of the columns before it.
+
+    With an upper factor R of the Hessian, R R^T, and differences d = quantized - wanted, the
+    objective is |d R|^2; column j of d R has only d_0 to d_j, and d_j is chosen last of them.
+
+    Args:
+        factor: The block's own part of R [B, k, k].
+        wanted: Weights [B, k, N].
+        sums: What the differences of earlier blocks contribute to d R: [B, k, N].
+        scale: [B, k, N].
+        zero: In codes, [B, k, N].
+        bits: Width of the codes.
+
+    Returns:
+        Codes and differences, [B, k, N].
+    """
+    if not _compiled(wanted):
+        return round_columns_torch(factor, wanted, sums, scale, zero, bits)
+    codes, difference = torch.empty_like(wanted), torch.empty_like(wanted)
+    for parts in zip(factor, wanted, sums, scale, zero, codes, difference, strict=True):
+        given = [part.contiguous() for part in parts[:-2]]
+        addresses = [part.data_ptr() for part in (*given, *parts[-2:])]
+        library.load().moeq_round_columns(*wanted.shape[1:], largest_code(bits), *addresses)
+    return codes, difference
+
+
+def descend(
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    gradient: torch.Tensor,
+    bits: int,
+) -> None:
+    """Lower d H d^T code by code, where each is set to what is best while all others stay.
+
+    Args:
+        hessian: The block's own part of H [B, k, k].
+        scale: [B, k, N].
+        codes: [B, k, N], changed in place; each of the matrices is contiguous.
+        gradient: d H in the columns of the block, of the same form, changed in place.
+        bits: Width of the codes.
+    """
+    if not _compiled(codes):
+        descend_torch(hessian, scale, codes, gradient, bits)
+        return
+    for local, steps, chosen, slope in zip(hessian, scale, codes, gradient, strict=True):
+        given = local.contiguous(), local.diagonal().contiguous(), steps.contiguous()
+        addresses = [part.data_ptr() for part in (*given, chosen, slope)]
+        library.load().moeq_descend(*codes.shape[1:], largest_code(bits), *addresses)
+
+
+def _compiled(tensor: torch.Tensor) -> bool:
+    return cpu.unavailable(tensor.device) is None
+
+
+def round_columns_torch(
+    factor: torch.Tensor,
+    wanted: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what :func:`round_columns` does, on any device."""
+    codes, difference = torch.empty_like(wanted), torch.empty_like(wanted)
+    sums, local = sums.clone(), factor[..., None]
+    for i in range(wanted.shape[1]):
+        step, origin = scale[:, i], zero[:, i]
+        code = nearest_codes(wanted[:, i] - sums[:, i] / local[:, i, i], step, origin, bits)
+        codes[:, i] = code
+        difference[:, i] = (code - origin) * step - wanted[:, i]
+        sums[:, i + 1 :].addcmul_(local[:, i, i + 1 :], difference[:, i : i + 1])
+    return codes, difference
+
+
+def descend_torch(
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    gradient: torch.Tensor,
+    bits: int,
+) -> None:
+    """Do what :func:`descend` does, on any device."""
+    columns = codes.shape[1]
+    for first in range(0, columns, BLOCK):
+        part = slice(first, min(first + BLOCK, columns))
+        local, near, chosen = (
+            hessian[:, part, part, None],
+            gradient[:, part].clone(),
+            codes[:, part],
+        )
+        change = torch.empty_like(near)
+        for i in range(near.shape[1]):
+            step = scale[:, first + i]
+            code = chosen[:, i] - near[:, i] / (local[:, i, i] * step)
+            code = code.round_().clamp_(0, largest_code(bits))
+            change[:, i] = (code - chosen[:, i]) * step
+            chosen[:, i] = code
+            near[:, i:].addcmul_(local[:, i, i:], change[:, i : i + 1])
+        gradient.baddbmm_(hessian[:, part].mT, change)
