@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 TOLERANCE = {"float32": LOGPROB_TOLERANCE, "bfloat16": 0.5}
+WITH_LATENT_ATTENTION = ("deepseek", "glm4_moe_lite")
 TESTED_ELSEWHERE = {"gpt_oss"}
 SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM.keys() - TESTED_ELSEWHERE
 
@@ -41,11 +42,11 @@ def test_equals_the_dequantized_model(
         model = add_prediction_layer(model, tmp_path / "model", "model.layers.2.")
     packed = pack_mixed(model, tmp_path / "packed")
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
-    # vLLM 0.32's own CPU rotary op is wrong for DeepSeek's attention, with or without
-    # quantization. It is used in eager mode only, and its torch twin agrees with transformers.
+    # vLLM 0.32's own CPU rotary op is wrong for latent attention, with or without quantization.
+    # It is used in eager mode only, and its torch twin agrees with transformers.
     torch_ops = {"compilation_config": {"custom_ops": ["none"]}}
 
-    run = run_engine(packed, **(torch_ops if family.startswith("deepseek") else {}))
+    run = run_engine(packed, **(torch_ops if family.startswith(WITH_LATENT_ATTENTION) else {}))
 
     assert_same(run.completions[0], run_transformers(plain))
 
