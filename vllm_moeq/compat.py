@@ -26,7 +26,6 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
-    QuantizeMethodBase,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -40,7 +39,6 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "QuantizationConfig",
-    "QuantizeMethodBase",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",

@@ -85,7 +85,6 @@ FAMILIES: tuple[Family, ...] = (
             "deepseek_v32",
             "glm4_moe",
             "glm4_moe_lite",
-            "kimi_k2",
             "dots1",
             "ernie4_5_moe",
             "mimo_v2_flash",
@@ -96,6 +95,12 @@ FAMILIES: tuple[Family, ...] = (
             ("mlp.gate.moe_statics.", "mlp.moe_statics."),
             ("self_attn.sinks", "self_attn.attention_sink_bias"),
         ),
+    ),
+    Family(
+        ("kimi_k2",),
+        experts="mlp.experts",
+        router="mlp.gate.weight",
+        not_layerwise="is code of its own, not part of transformers",
     ),
     Family(
         ("glm_moe_dsa",),

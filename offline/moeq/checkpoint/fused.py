@@ -53,7 +53,7 @@ class FusedNames:
 def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) -> Iterator[Part]:
     """Yield the matrices of a layer's fused tensors, and their biases.
 
-    Shapes say whether the tensors are transposed: no sizes fit both ways.
+    Shapes say whether the tensors are transposed: with a gate no sizes fit both ways.
 
     Args:
         container: Whose experts they are, for messages.
@@ -61,7 +61,7 @@ def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) 
         names: Of the family.
 
     Raises:
-        MoeqError: A tensor is missing, or the shapes do not fit each other.
+        MoeqError: A tensor is missing or one too many, or the shapes do not fit each other.
     """
     family, halves = names.family, 1 if names.family.gate is None else 2
     wanted = [names.first, _DOWN]
@@ -69,17 +69,26 @@ def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) 
     for name in wanted:
         if name not in fused:
             raise MoeqError(f"{container} lacks {name}; has the checkpoint been cut short?")
+    for name in fused:
+        if name not in wanted:
+            raise MoeqError(f"{container} has {name}, which experts of this family have not")
     first, down = fused[names.first], fused[_DOWN]
     sizes = _sizes(first.info.shape, down.info.shape, halves)
     if sizes is None:
-        factor = "2 * " if halves == 2 else ""
+        factor, or_else = ("2 * ", ", or both transposed") if halves == 2 else ("", "")
         raise MoeqError(
             f"{container} has {names.first} {list(first.info.shape)} and {_DOWN} "
             f"{list(down.info.shape)}, expected {names.first} "
             f"[experts, {factor}intermediate_size, hidden_size] and {_DOWN} "
-            "[experts, hidden_size, intermediate_size], or both transposed"
+            f"[experts, hidden_size, intermediate_size]{or_else}"
         )
     experts, hidden_size, intermediate_size, transposed = sizes
+    for name, length in zip(wanted[2:], (halves * intermediate_size, hidden_size), strict=False):
+        if fused[name].info.shape != (experts, length):
+            raise MoeqError(
+                f"{container} has {name} {list(fused[name].info.shape)}, expected "
+                f"[{experts}, {length}]"
+            )
     matrices: tuple[Matrix, ...] = ("up",) if family.gate is None else ("gate", "up")
     shape = (intermediate_size, hidden_size)
     for expert in range(experts):
@@ -107,7 +116,7 @@ def _sizes(
     if len(first) == len(down) == 3 and first[0] == down[0]:
         if first[1:] == (halves * down[2], down[1]):
             return *down, False
-        if first[1:] == (down[2], halves * down[1]):
+        if halves == 2 and first[1:] == (down[2], halves * down[1]):
             return down[0], down[2], down[1], True
     return None
 
@@ -118,9 +127,8 @@ def _part(
     info = TensorInfo(fused.info.file, fused.info.dtype, shape)
 
     def read(part: Index = ()) -> torch.Tensor:
-        if rows.step is None and not transposed:  # all that is read from disk is what is wanted
-            return fused.read((expert, rows))[part]
-        matrix = fused.read((expert,))
-        return (matrix.T if transposed else matrix)[rows].contiguous()[part]
+        if transposed:
+            return fused.read((expert,)).T[rows].contiguous()[part]
+        return fused.read((expert, rows)).contiguous()[part]
 
     return Reading(info, read)

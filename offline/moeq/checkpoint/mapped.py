@@ -52,10 +52,18 @@ class MappedFiles:
             with _uninterrupted():
                 handle = self.open(path)
                 tensor: torch.Tensor = (
-                    handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
+                    _selected(handle.get_slice(name), index) if index else handle.get_tensor(name)
                 )
             self._read += tensor.nbytes
         return tensor
+
+
+def _selected(stored: Any, index: Index) -> torch.Tensor:
+    """Return a part of a tensor; safetensors knows no steps, so what they skip is read as well."""
+    read = tuple(slice(None) if isinstance(i, slice) and i.step else i for i in index)
+    steps = tuple(i if i.step else slice(None) for i in index if isinstance(i, slice))
+    tensor: torch.Tensor = stored[read]
+    return tensor[steps]
 
 
 @contextmanager

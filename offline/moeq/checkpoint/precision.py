@@ -181,12 +181,18 @@ def _mxfp4(reader: CheckpointReader) -> Iterator[tuple[str, Reading | None]]:
 def _read_mxfp4(
     reader: CheckpointReader, blocks: tuple[str, str], scales: tuple[str, str], index: Index = ()
 ) -> torch.Tensor:
-    codes = reader.stored(*blocks, index)
+    codes = reader.stored(*blocks, index).contiguous()
     exponents = reader.stored(*scales, index).int() - _E8M0_BIAS
+    *rows, groups = exponents.shape
+    codes, exponents = codes.view(-1, groups, 16), exponents.reshape(-1, groups, 1)
     table = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.bfloat16)
-    values = table[torch.stack([codes & 15, codes >> 4], -1).int()]
-    # Exact: a power of two times a value of few bits.
-    return torch.ldexp(values.flatten(-2), exponents.unsqueeze(-1)).bfloat16().flatten(-2)
+    result = torch.empty(len(codes), 32 * groups, dtype=torch.bfloat16)
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        halves = torch.stack([codes[part] & 15, codes[part] >> 4], -1).flatten(2)
+        # Exact: a power of two times a value of few bits.
+        result[part] = torch.ldexp(table[halves.int()], exponents[part]).flatten(1)
+    return result.view(*rows, 32 * groups)
 
 
 def _packed(reader: CheckpointReader, bits: int) -> Iterator[tuple[str, Reading | None]]:

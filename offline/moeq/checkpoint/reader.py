@@ -19,6 +19,8 @@ _DTYPES = {
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 """Bytes of each safetensors type."""
+FLOATS = ("F16", "BF16", "F32")
+"""Types of weights that are not in lower precision."""
 _CHAT_TEMPLATES = "additional_chat_templates"
 
 

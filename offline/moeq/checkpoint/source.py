@@ -10,11 +10,9 @@ from moeq.checkpoint.canonical import CanonicalReader
 from moeq.checkpoint.completeness import check_expert_counts, check_head, drafts_tokens
 from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.precision import source_format
-from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.checkpoint.reader import FLOATS, CheckpointReader, resolve_model
 from moeq.errors import MoeqError
 from moeq.units import public_name
-
-_FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,5 +173,5 @@ def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
     info = reader.info(name)
     if info.shape != shape:
         raise MoeqError(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
-    if info.dtype not in _FLOATS:
-        raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(_FLOATS)}")
+    if info.dtype not in FLOATS:
+        raise MoeqError(f"{name} has type {info.dtype}, expected one of {', '.join(FLOATS)}")

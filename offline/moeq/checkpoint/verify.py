@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moeq.checkpoint.completeness import check_head
 from moeq.checkpoint.families import Family, family_of
-from moeq.checkpoint.reader import CheckpointReader
+from moeq.checkpoint.reader import FLOATS, CheckpointReader
 from moeq.errors import MoeqError
 from vllm_moeq.format import (
     BitPlan,
@@ -85,9 +85,8 @@ def _layer_problems(
         ):
             if matrix is None:
                 continue
-            bias = f"{container}.{expert}.{matrix}.bias"
-            if family.biased and bias not in reader.tensors:
-                problems.append(f"tensor {bias} is missing")
+            if family.biased:
+                problems += _bias_problems(reader, f"{container}.{expert}.{matrix}.bias", rows)
             for tensor in packed_tensors(rows, columns, width, group_size):
                 name = f"{container}.{expert}.{matrix}.{tensor.suffix}"
                 stored = reader.tensors.get(name)
@@ -100,3 +99,15 @@ def _layer_problems(
                         f"{width} needs {wanted[0]} {list(wanted[1])}"
                     )
     return problems
+
+
+def _bias_problems(reader: CheckpointReader, name: str, rows: int) -> list[str]:
+    stored = reader.tensors.get(name)
+    if stored is None:
+        return [f"tensor {name} is missing"]
+    if stored.shape != (rows,) or stored.dtype not in FLOATS:
+        return [
+            f"tensor {name} is {stored.dtype} {list(stored.shape)}, expected [{rows}] of "
+            f"{', '.join(FLOATS)}"
+        ]
+    return []

@@ -10,7 +10,7 @@ from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource
-from moeq.model.architecture import auto_class
+from moeq.model.architecture import auto_class, model_config
 
 _EXPERTS = re.compile(r"layers\.(\d+)\.(?:[^.]+\.)?experts$")
 """Matches the module of a layer's routed experts."""
@@ -24,15 +24,13 @@ class WholeModel:
         device: Where it runs.
 
     Raises:
-        MoeqError: transformers arranges the experts of this model in another way than this class
-            knows.
+        MoeqError: transformers does not know the model, or arranges its experts in another way than
+            this class knows.
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        from transformers import AutoConfig  # takes seconds to import
-
-        auto = auto_class(AutoConfig.from_pretrained(source.folder))
-        model = auto.from_pretrained(source.folder, dtype=torch.float32)
+        auto = auto_class(model_config(source.folder))
+        model = auto.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
         self._model = model.to(device).eval()
         self._layers = {layer.index: layer for layer in source.layers}
         self._experts: dict[int, Any] = {
@@ -43,7 +41,7 @@ class WholeModel:
         if self._experts.keys() != self._layers.keys():
             raise MoeqError(
                 f"{source.folder}: transformers arranges the experts of this model in a way that "
-                "moeq does not know; use `backend` reference"
+                "moeq does not know; use `backend` reference or vllm"
             )
         self._chosen: dict[str, torch.Tensor] = {}
         for index, module in self._experts.items():

@@ -1,7 +1,28 @@
 """What transformers says of the model in a checkpoint: its class, and its tensors' names."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from moeq.errors import MoeqError
+
+
+def model_config(folder: Path) -> Any:
+    """Return the configuration of a checkpoint in transformers; no code of its own is run.
+
+    Raises:
+        MoeqError: transformers does not know the model.
+    """
+    from transformers import AutoConfig  # takes seconds to import
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        raise MoeqError(
+            f"{folder}: this release of transformers does not know the model. Plan and quantize "
+            "with `--calib none`, evaluate with `--backend vllm` "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def auto_class(config: Any) -> Any:

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
+from moeq.checkpoint.completeness import text_config
 from moeq.rounding import REFINEMENT, Hessian, block_size, quantize_gptq
 
+_TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"
+"""Names of the number of experts that get each token."""
 _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
 
@@ -71,7 +74,7 @@ def working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes, without its inputs."""
     most = 0.0
     for rows, columns in (
-        (2 * layer.intermediate_size, layer.hidden_size),
+        (len(layer.projections["w13"]) * layer.intermediate_size, layer.hidden_size),
         (layer.hidden_size, layer.intermediate_size),
     ):
         # A Hessian and the factor of its inverse, and a third such matrix while it is factored.
@@ -81,7 +84,10 @@ def working_bytes(layer: MoELayer) -> int:
 
 def experts_of_a_token(source: SourceModel, layer: MoELayer) -> int:
     """Return how many experts of a layer get each token."""
-    return int(source.reader.config.get("num_experts_per_tok", layer.num_experts))
+    config = text_config(source.reader.config)
+    stated = (config[name] for name in _TOP_K if name in config)
+    top_k = next(stated, layer.num_experts)
+    return int(max(top_k) if isinstance(top_k, list) else top_k)  # one for each layer
 
 
 def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:

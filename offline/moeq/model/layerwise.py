@@ -13,7 +13,7 @@ from torch import nn
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, stored_names
+from moeq.model.architecture import auto_class, model_config, stored_names
 
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
@@ -67,8 +67,6 @@ class LayerwiseModel:
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        from transformers import AutoConfig  # takes seconds to import
-
         reason = source.layers[0].family.not_layerwise
         if reason:
             raise MoeqError(
@@ -78,14 +76,8 @@ class LayerwiseModel:
             )
         self.source, self.device = source, device
         self.moe_layers = {layer.index: layer for layer in source.layers}
-        try:
-            config = AutoConfig.from_pretrained(source.folder)
-        except ValueError as error:
-            raise MoeqError(
-                f"{source.folder}: this release of transformers does not know the model. Plan and "
-                "quantize with `--calib none`, evaluate with `--backend vllm` "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        config = model_config(source.folder)
+        config.get_text_config().output_router_logits = False  # there is nothing to balance here
         with torch.device("meta"):
             self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
         self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()
@@ -203,7 +195,9 @@ class LayerwiseModel:
             self._fill(self._head, "lm_head.")
         self._exit.output = hidden.to(self.device)[None]
         # transformers' own end of the model: some scale the logits, or cap them.
-        logits: torch.Tensor = self._model(inputs_embeds=self._exit.output).logits[0]
+        logits: torch.Tensor = self._model(inputs_embeds=self._exit.output, use_cache=False).logits[
+            0
+        ]
         return logits
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:

@@ -125,6 +125,24 @@ def test_what_cannot_be_cut_apart_is_refused(
         SourceModel.open(write_checkpoint(tmp_path, tensors))
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("gpt_oss", "down_proj_bias", r"has down_proj_bias \[8, 3\], expected \[8, 128\]"),
+        ("gpt_oss", "gate_up_proj_bias", r"has gate_up_proj_bias \[8, 3\], expected \[8, 384\]"),
+        ("qwen3_vl_moe", "down_proj_bias", "has down_proj_bias, which experts of this family have"),
+    ],
+)
+def test_biases_of_another_kind_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, name: str, tensor: str, message: str
+) -> None:
+    tensors = load(tiny_model(name))
+    down = next(name for name in tensors if name.endswith("experts.down_proj"))
+    tensors[down.removesuffix("down_proj") + tensor] = torch.zeros(8, 3).bfloat16()
+    with pytest.raises(MoeqError, match=message):
+        SourceModel.open(rewrite(tiny_model(name), tmp_path / "changed", tensors))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
 def test_transposed_fused_tensors_are_read_by_their_shapes(
     tiny_model: TinyModel, tmp_path: Path, name: str

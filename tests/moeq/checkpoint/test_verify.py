@@ -1,6 +1,7 @@
 """``moeq verify`` finds every kind of damage, and names it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeq.checkpoint import CheckpointReader
+from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.verify import read_plan, verify_checkpoint
 from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, ROUTERS, plan_dict, write_checkpoint
 from support.packed import write_packed
-from vllm_moeq.format import BitPlan, write_manifest
+from vllm_moeq.format import BitPlan, LayerBits, write_manifest
 
 SHARD = "model-00001-of-00001.safetensors"
 W1 = f"{CONTAINERS[1]}.2.w1"
@@ -156,3 +157,32 @@ def test_plan_is_read_back(packed: Path) -> None:
 def test_an_unquantized_checkpoint_has_no_plan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config.json has no quantization_config"):
         read_plan(CheckpointReader(write_checkpoint(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (None, "is missing"),
+        (torch.zeros(3).bfloat16(), r"is BF16 \[3\], expected \[192\] of F16"),
+        (torch.zeros(192, dtype=torch.int32), r"is I32 \[192\], expected \[192\] of F16"),
+    ],
+)
+def test_a_wrong_bias_is_found(
+    tiny_model: Callable[[str], Path], tmp_path: Path, bias: torch.Tensor | None, message: str
+) -> None:
+    source = tiny_model("gpt_oss")
+    bits = LayerBits((2,) * 8, (3,) * 8)
+    plan = BitPlan(32, {layer.container: bits for layer in SourceModel.open(source).layers})
+    packed = write_packed(source, tmp_path / "packed", plan)
+    (file,) = packed.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.5.up_proj.bias"
+    del tensors[name]
+    if bias is not None:
+        tensors[name] = bias
+    save_file(tensors, file)
+    index = packed / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
+    write_manifest(packed)
+    (problem,) = verify_checkpoint(packed)
+    assert re.search(f"{re.escape(name)} {message}", problem)

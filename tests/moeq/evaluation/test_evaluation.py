@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeq.checkpoint import SourceModel
+from moeq.errors import MoeqError
+from moeq.evaluation.whole import WholeModel
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from support.cli import run_moeq
 from support.models import load_model
@@ -209,3 +212,17 @@ def test_bad_arguments_are_named(
     done = run_moeq("eval", *(places.get(word, word) for word in arguments), "--text", text)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("kimi_k2", "transformers does not know the model.*--backend vllm"),
+        ("llama4_text", "use `backend` reference or vllm"),
+    ],
+)
+def test_models_that_transformers_cannot_exchange_experts_of_are_refused(
+    family: str, message: str, tiny_model: Callable[[str], Path]
+) -> None:
+    with pytest.raises(MoeqError, match=message):
+        WholeModel(SourceModel.open(tiny_model(family)), torch.device("cpu"))

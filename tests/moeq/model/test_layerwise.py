@@ -14,17 +14,17 @@ from moeq.model.layerwise import LayerwiseModel
 from support.models import (
     FAMILIES,
     KNOWN,
-    UNKNOWN_TO_TRANSFORMERS,
     VOCABULARY,
     decoder_layers,
     load_model,
 )
+from support.sources import load, rewrite
 
 NOT_LAYERWISE = [f for f in FAMILIES if family_of({"model_type": f}).not_layerwise]
 every_family = pytest.mark.parametrize("family", [f for f in KNOWN if f not in NOT_LAYERWISE])
 
 
-@pytest.mark.parametrize("family", [*NOT_LAYERWISE, *UNKNOWN_TO_TRANSFORMERS])
+@pytest.mark.parametrize("family", NOT_LAYERWISE)
 def test_layers_that_do_more_with_experts_are_refused(
     family: str, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -60,6 +60,22 @@ def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str
     with torch.no_grad():
         logits = torch.stack([model.logits(sequence) for sequence in hidden])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_models_that_tell_of_their_routers_have_the_same_logits(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As configurations do that are left from training."""
+    source = tiny_model("mixtral")
+    told = rewrite(source, tmp_path / "told", load(source), output_router_logits=True)
+    hidden = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    logits = []
+    for folder in (source, told):
+        model = LayerwiseModel(SourceModel.open(folder), torch.device("cpu"))
+        model.embed(torch.zeros(1, 4, dtype=torch.int64), torch.empty(1, 4, 128))
+        with torch.no_grad():
+            logits.append(model.logits(hidden))
+    assert torch.equal(*logits)
 
 
 @every_family
