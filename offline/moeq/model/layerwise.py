@@ -247,7 +247,7 @@ class LayerwiseModel:
         tensor = self.source.tensor(name).to(self.device).float()
         if not torch.isfinite(tensor).all():
             raise MoeqError(
-                f"{self.source.folder}: cannot quantize {name}: values are NaN or infinite"
+                f"{self.source.folder}: cannot quantize {name}: weights are NaN or infinite"
             )
         return tensor
 
