@@ -1,5 +1,7 @@
 """Writes the table of families from what tests found: ``python -m support.family_table RESULTS``.
 
+It runs in ``tests`` with ``PYTHONPATH=..:../offline``: else ``tests/moeq`` stands for ``moeq``.
+
 RESULTS are files of ``pytest --junitxml`` over ``tests/moeq/checkpoint``, ``tests/moeq/model`` and
 ``tests/vllm_moeq``. A cell says yes where all its tests passed, why not where there can be none,
 and a dash where none was run.

@@ -272,3 +272,8 @@ def test_rows_of_gate_and_up_alternate(rank: int, size: int) -> None:
     rows = 2 * INTERMEDIATE // size
     whole = torch.stack(parts, 1).flatten(0, 1)
     assert torch.equal(_matrix(weights, "w13", 1), whole[rank * rows : (rank + 1) * rows])
+    assert not [
+        entry
+        for entry in buffers.missing()
+        if entry[1:] in (("w1", 1), ("w3", 1)) and entry[0] != "bias"
+    ]

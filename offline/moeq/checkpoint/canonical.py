@@ -49,8 +49,8 @@ class CanonicalReader(CheckpointReader):
                 fused[container][tensor] = stored
         for container, tensors in fused.items():
             for part in experts_in(f"{folder}: {container}", tensors, names):
-                stem = f"{container}.{part.expert}.{getattr(family, part.matrix)}"
-                self._add(f"{stem}.{part.kind}", part.reading)
+                expert_name = family.tensor_name(container, part.expert, part.matrix, part.kind)
+                self._add(expert_name, part.reading)
         self.tensors = {name: reading.info for name, reading in self._readings.items()}
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -42,6 +42,15 @@ class Family:
     interleaved: bool = False
     not_layerwise: str = ""
 
+    @property
+    def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
+        """The matrices of an expert that share a width, and the same inputs."""
+        return {"w13": ("up",) if self.gate is None else ("gate", "up"), "w2": ("down",)}
+
+    def tensor_name(self, container: str, expert: int, matrix: Matrix, kind: str = "weight") -> str:
+        """Return the name of an expert's tensor: a ``weight``, a ``bias``, or what is packed."""
+        return f"{container}.{expert}.{getattr(self, matrix)}.{kind}"
+
     def canonical_name(self, name: str) -> str:
         """Return what a tensor on disk is called here."""
         layer, inside = _inside_layer(name)
@@ -54,16 +63,7 @@ class Family:
 _NORMALIZES = "normalizes what its experts give"
 FAMILIES: tuple[Family, ...] = (
     Family(
-        ("mixtral", "minimax_m2"),
-        experts="block_sparse_moe.experts",
-        router="block_sparse_moe.gate.weight",
-        gate="w1",
-        up="w3",
-        down="w2",
-        aliases=(("mlp.", "block_sparse_moe."),),
-    ),
-    Family(
-        ("phimoe",),
+        ("mixtral", "minimax_m2", "phimoe"),
         experts="block_sparse_moe.experts",
         router="block_sparse_moe.gate.weight",
         gate="w1",
@@ -221,17 +221,16 @@ class MoELayer:
 
     @property
     def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
-        """The matrices of an expert that share a width, and the same inputs."""
-        w13: tuple[Matrix, ...] = ("up",) if self.family.gate is None else ("gate", "up")
-        return {"w13": w13, "w2": ("down",)}
+        """As of its family."""
+        return self.family.projections
 
     def tensor_name(self, expert: int, matrix: Matrix) -> str:
         """Return the on-disk name of one weight."""
-        return f"{self.container}.{expert}.{getattr(self.family, matrix)}.weight"
+        return self.family.tensor_name(self.container, expert, matrix)
 
     def bias_name(self, expert: int, matrix: Matrix) -> str:
         """Return the on-disk name of one bias, if the family has any."""
-        return f"{self.container}.{expert}.{getattr(self.family, matrix)}.bias"
+        return self.family.tensor_name(self.container, expert, matrix, "bias")
 
     def shape(self, matrix: Matrix) -> tuple[int, int]:
         """Return (rows, columns) of one weight."""

@@ -63,7 +63,8 @@ def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) 
     Raises:
         MoeqError: A tensor is missing or one too many, or the shapes do not fit each other.
     """
-    family, halves = names.family, 1 if names.family.gate is None else 2
+    family, matrices = names.family, names.family.projections["w13"]
+    halves = len(matrices)
     wanted = [names.first, _DOWN]
     wanted += [f"{name}_bias" for name in wanted] if family.biased else []
     for name in wanted:
@@ -89,7 +90,6 @@ def experts_in(container: str, fused: Mapping[str, Reading], names: FusedNames) 
                 f"{container} has {name} {list(fused[name].info.shape)}, expected "
                 f"[{experts}, {length}]"
             )
-    matrices: tuple[Matrix, ...] = ("up",) if family.gate is None else ("gate", "up")
     shape = (intermediate_size, hidden_size)
     for expert in range(experts):
         for number, matrix in enumerate(matrices):

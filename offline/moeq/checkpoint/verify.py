@@ -79,16 +79,14 @@ def _layer_problems(
     up_or_gate = (intermediate_size, hidden_size)
     for expert in range(num_experts):
         for matrix, width, (rows, columns) in (
-            (family.gate, bits.w13[expert], up_or_gate),
-            (family.up, bits.w13[expert], up_or_gate),
-            (family.down, bits.w2[expert], up_or_gate[::-1]),
+            *((name, bits.w13[expert], up_or_gate) for name in family.projections["w13"]),
+            ("down", bits.w2[expert], up_or_gate[::-1]),
         ):
-            if matrix is None:
-                continue
             if family.biased:
-                problems += _bias_problems(reader, f"{container}.{expert}.{matrix}.bias", rows)
+                bias = family.tensor_name(container, expert, matrix, "bias")
+                problems += _bias_problems(reader, bias, rows)
             for tensor in packed_tensors(rows, columns, width, group_size):
-                name = f"{container}.{expert}.{matrix}.{tensor.suffix}"
+                name = family.tensor_name(container, expert, matrix, tensor.suffix)
                 stored = reader.tensors.get(name)
                 wanted = (_SAFETENSORS_NAMES[str(tensor.dtype)], tensor.shape)
                 if stored is None:

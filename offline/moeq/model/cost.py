@@ -77,7 +77,7 @@ def working_bytes(layer: MoELayer) -> int:
         (len(layer.projections["w13"]) * layer.intermediate_size, layer.hidden_size),
         (layer.hidden_size, layer.intermediate_size),
     ):
-        # A Hessian and the factor of its inverse, and a third such matrix while it is factored.
+        # A Hessian and its factor, and a third such matrix while it is factored.
         most = max(most, 3 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
     return round(4 * (layer.expert_weights + most))
 

@@ -4,13 +4,14 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 from moeq.model.architecture import auto_class, model_config, stored_names
@@ -195,9 +196,8 @@ class LayerwiseModel:
             self._fill(self._head, "lm_head.")
         self._exit.output = hidden.to(self.device)[None]
         # transformers' own end of the model: some scale the logits, or cap them.
-        logits: torch.Tensor = self._model(inputs_embeds=self._exit.output, use_cache=False).logits[
-            0
-        ]
+        output = self._model(inputs_embeds=self._exit.output, use_cache=False)
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
@@ -221,10 +221,7 @@ class LayerwiseModel:
         Raises:
             MoeqError: They are not finite; names the tensor.
         """
-        w13, w2 = (
-            torch.cat([self._finite(layer.tensor_name(expert, matrix)) for matrix in matrices])
-            for matrices in layer.projections.values()
-        )
+        w13, w2 = self._joined(layer, lambda matrix: layer.tensor_name(expert, matrix))
         return ExpertMatrices(w13, w2, *self.biases(layer, expert))
 
     def biases(
@@ -237,8 +234,14 @@ class LayerwiseModel:
         """
         if not layer.family.biased:
             return None, None
+        return self._joined(layer, lambda matrix: layer.bias_name(expert, matrix))
+
+    def _joined(
+        self, layer: MoELayer, name: Callable[[Matrix], str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a tensor of each matrix, joined as w13 and w2."""
         w13, w2 = (
-            torch.cat([self._finite(layer.bias_name(expert, matrix)) for matrix in matrices])
+            torch.cat([self._finite(name(matrix)) for matrix in matrices])
             for matrices in layer.projections.values()
         )
         return w13, w2

@@ -138,7 +138,7 @@ def quantize_gptq(
         hessian: Of their inputs.
         bits: Width, one of the format's.
         group_size: Weights of a row that share a grid.
-        refinement: What to do after GPTQ.
+        refinement: What to do beyond GPTQ itself.
 
     Raises:
         ValueError: The weights are not finite, or too large for float16 scales.

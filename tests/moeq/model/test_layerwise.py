@@ -20,6 +20,8 @@ from support.models import (
 )
 from support.sources import load, rewrite
 
+ATOL = {"deepseek_v3": 5e-4, "deepseek_v32": 5e-4, "granitemoeshared": 2e-3}
+"""Where gradients reach 900: transformers' own, in float32, are 0.0015 and 0.025 from float64's."""
 NOT_LAYERWISE = [f for f in FAMILIES if family_of({"model_type": f}).not_layerwise]
 every_family = pytest.mark.parametrize("family", [f for f in KNOWN if f not in NOT_LAYERWISE])
 
@@ -111,4 +113,4 @@ def test_gradients_are_those_of_transformers(
         run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
     for index in reversed(range(len(model))):
         model.backward(index, inputs[index], gradient)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=ATOL.get(family, 1e-4))
