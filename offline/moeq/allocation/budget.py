@@ -69,12 +69,41 @@ def bits_per_weight_budget(
 def average_bits(budget: int, layers: list[MoELayer], group_size: int) -> float:
     """Return the average width that fills a budget of bytes, the inverse of :func:`bits_budget`.
 
-    Rounded down to whole experts of the layer that has fewest, and at most the largest width.
+    At most the largest width.
     """
     low, high = (_uniform_bytes(layers, group_size, width) for width in (WIDTHS[0], WIDTHS[-1]))
     exact = WIDTHS[0] + Fraction(budget - low, high - low) * (WIDTHS[-1] - WIDTHS[0])
-    experts = min(layer.num_experts for layer in layers)
-    return float(min(Fraction(math.floor(exact * experts), experts), Fraction(WIDTHS[-1])))
+    return float(min(exact, Fraction(WIDTHS[-1])))
+
+
+def bits_by_layer(
+    budget: int, layers: list[MoELayer], group_size: int, levels: tuple[int, ...]
+) -> list[float]:
+    """Return the average width of each layer with which whole experts use up a budget of bytes.
+
+    Layers differ by one expert's step between two levels at most, and so does what they take
+    together from the budget, which is never exceeded.
+
+    Args:
+        budget: Bytes of all packed experts.
+        layers: MoE layers of the model.
+        group_size: Weights of a row that share a scale.
+        levels: Widths to use, highest first, equally spaced.
+    """
+    lowest, spacing = levels[-1], levels[0] - levels[1] if len(levels) > 1 else 0
+    least = [_uniform_bytes([layer], group_size, lowest) for layer in layers]
+    most = [_uniform_bytes([layer], group_size, levels[0]) for layer in layers]
+    if spacing == 0 or not sum(least) <= budget <= sum(most):
+        return [average_bits(budget, layers, group_size)] * len(layers)
+    share = Fraction(budget - sum(least), sum(most) - sum(least))
+    result, left = [], Fraction(0)
+    for layer, low, high in zip(layers, least, most, strict=True):
+        left += share * (high - low)
+        of_an_expert = Fraction(high - low, layer.num_experts * (len(levels) - 1))
+        steps = min(left // of_an_expert, layer.num_experts * (len(levels) - 1))
+        left -= steps * of_an_expert
+        result.append(float(lowest + Fraction(spacing * steps, layer.num_experts)))
+    return result
 
 
 def target_size_budget(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moeq.allocation.budget import bits_by_layer
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.order import (
@@ -40,6 +41,8 @@ class PlanOptions:
         maxvar: Definition of MaxVar.
         reorder: How often the re-order runs.
         constraints: What a measured plan must fulfil beside its size.
+        budget: Bytes of all packed experts, to be used up to the last whole expert: layers may
+            differ by one. None gives every layer the average next to ``bits``.
     """
 
     bits: float
@@ -52,6 +55,7 @@ class PlanOptions:
     maxvar: str = "max-row"
     reorder: str = "stable"
     constraints: Constraints = NO_CONSTRAINTS
+    budget: int | None = None
 
     def resolved_levels(self) -> tuple[int, ...]:
         """Return the widths to use, highest first.
@@ -74,6 +78,12 @@ class PlanOptions:
         below = max(width for width in WIDTHS if width <= self.bits)
         return (above,) if above == below else (above, below)
 
+    def layer_bits(self, layers: list[MoELayer]) -> list[float]:
+        """Return the average width of each layer."""
+        if self.budget is None or self.strategy == "uniform":
+            return [self.bits] * len(layers)
+        return bits_by_layer(self.budget, layers, self.group_size, self.resolved_levels())
+
 
 def ordered_bits(order: list[int], bits: float, levels: tuple[int, ...]) -> LayerBits:
     """Give the widths of :func:`expert_counts` to a layer's experts, the highest to the first."""
@@ -95,8 +105,9 @@ def make_plan(source: SourceModel, options: PlanOptions) -> BitPlan:
     levels = options.resolved_levels()
     expert_bits = {}
     details: dict[str, object] = {"levels": list(levels)}
-    for layer, order in _orders(source, options, details):
-        expert_bits[layer.container] = ordered_bits(order, options.bits, levels)
+    averages = options.layer_bits(source.layers)
+    for bits, (layer, order) in zip(averages, _orders(source, options, details), strict=True):
+        expert_bits[layer.container] = ordered_bits(order, bits, levels)
     provenance = Provenance(
         strategy=options.strategy,
         requested_bits=options.bits,

@@ -12,7 +12,7 @@ from moeq.planning.measurement import Measurement
 from moeq.sensitivity import Bank
 from moeq.signals.table import PMQ, Evidence
 from vllm_moeq._version import __version__
-from vllm_moeq.format import WIDTHS, BitPlan, Provenance
+from vllm_moeq.format import BitPlan, Provenance
 
 RANDOM_PLANS = 3
 
@@ -51,12 +51,14 @@ def unmeasured_plans(measurement: Measurement) -> list[BitPlan]:
 
 def _unmeasured(measurement: Measurement) -> Iterator[BitPlan]:
     source, asked = measurement.source, measurement.options
-    plain = PlanOptions(asked.bits, asked.levels, group_size=asked.group_size)
+    plain = PlanOptions(
+        asked.bits, asked.levels, group_size=asked.group_size, budget=measurement.budget
+    )
+    if len(plain.resolved_levels()) == 1:  # every plan by layers is the uniform one
+        yield make_plan(source, PlanOptions(asked.bits, None, "uniform", asked.group_size))
+        return
     routers = {name: getattr(asked, name) for name in ("base_router", "zeta", "maxvar", "reorder")}
     yield make_plan(source, replace(plain, strategy="combined", **routers))
-    if asked.levels is None and asked.bits in WIDTHS:
-        yield make_plan(source, replace(plain, strategy="uniform"))
-        return
     yield make_plan(source, replace(plain, strategy="maxvar", maxvar=asked.maxvar))
     for seed in range(measurement.seed, measurement.seed + RANDOM_PLANS):
         yield make_plan(source, replace(plain, strategy=f"random:{seed}"))
@@ -69,9 +71,10 @@ def routing_plans(measurement: Measurement, model: LayerwiseModel, bank: Bank) -
     if len(levels) == 1:
         return []  # it is the uniform plan
     values = PMQ.compute(Evidence(model, None, bank, min(levels)), layers)
+    averages = replace(asked, budget=measurement.budget).layer_bits(layers)
     bits = {
-        container: ordered_bits(PMQ.order(of_layer), asked.bits, levels)
-        for container, of_layer in values.items()
+        layer.container: ordered_bits(PMQ.order(values[layer.container]), average, levels)
+        for layer, average in zip(layers, averages, strict=True)
     }
     provenance = Provenance(
         strategy=PMQ.name,

@@ -21,7 +21,7 @@ from moeq.planning.stamp import stamped
 from moeq.progress import Progress, silent
 from moeq.requests import DEFAULT_BITS, PlanRequest
 from moeq.units import parse_size
-from vllm_moeq.format import BitPlan
+from vllm_moeq.format import WIDTHS, BitPlan
 
 _RANK_TOLERANCE = 0.01
 """Expert-parallel ranks of equal bytes may differ from their mean by this share of it."""
@@ -43,8 +43,8 @@ def measurement_of(
     """
     bits, budget = _size(source, request)
     return Measurement(
-        source, _options(request, bits), tokens, request.chosen_method, device, request.seed,
-        budget,
+        source, _options(request, bits, budget), tokens, request.chosen_method, device,
+        request.seed,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def decide(
     """
     bits, budget = _size(source, request)
     if measurement is None:
-        decision = Decision(make_plan(source, _options(request, bits)), None)
+        decision = Decision(make_plan(source, _options(request, bits, budget)), None)
     elif folder is None:
         decision = measured_plan(measurement, progress)
     else:
@@ -81,11 +81,16 @@ def decide(
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:
     """Return a plan of the size of a measured one, to tell what rounding will take."""
-    bits, group_size = measurement.options.bits, measurement.options.group_size
-    return make_plan(source, PlanOptions(bits, strategy="random:0", group_size=group_size))
+    asked = measurement.options
+    return make_plan(
+        source,
+        PlanOptions(
+            asked.bits, strategy="random:0", group_size=asked.group_size, budget=asked.budget
+        ),
+    )
 
 
-def _options(request: PlanRequest, bits: float) -> PlanOptions:
+def _options(request: PlanRequest, bits: float, budget: int | None) -> PlanOptions:
     sizes = request.group_sizes
     return PlanOptions(
         bits=bits,
@@ -104,6 +109,7 @@ def _options(request: PlanRequest, bits: float) -> PlanOptions:
             rank_tolerance=_RANK_TOLERANCE if request.ranks > 1 else 0.0,
             same_width=request.same_width,
         ),
+        budget=budget,
     )
 
 
@@ -117,7 +123,10 @@ def _size(source: SourceModel, request: PlanRequest) -> tuple[float, int | None]
         budget = target_size_budget(target, source, group_size)
     else:
         return float(DEFAULT_BITS if request.bits is None else request.bits), None
-    return average_bits(budget, layers, group_size), budget
+    average = average_bits(budget, layers, group_size)
+    if request.chosen_strategy == "uniform":
+        average = max(width for width in WIDTHS if width <= average)
+    return average, budget
 
 
 def _check_size(

@@ -43,7 +43,6 @@ class Measurement:
         method: How experts are rounded, one of :data:`moeq.rounding.METHODS`.
         device: Where layers run and experts are rounded.
         seed: Of random plans, and of the tokens drawn for the Fisher information.
-        size: Bytes that the experts may take, if it is not the average width that was asked for.
     """
 
     source: SourceModel
@@ -52,7 +51,6 @@ class Measurement:
     method: str
     device: torch.device
     seed: int = 0
-    size: int | None = None
 
     @property
     def held_back(self) -> torch.Tensor:
@@ -73,8 +71,8 @@ class Measurement:
     @property
     def budget(self) -> int:
         """Bytes that the experts may take, with the largest of several group sizes."""
-        if self.size is not None:
-            return self.size
+        if self.options.budget is not None:
+            return self.options.budget
         return bits_budget(self.options.bits, self.source.layers, self.options.group_size)
 
     @property
@@ -113,7 +111,6 @@ class Measurement:
             "algorithm version": _ALGORITHM_VERSION,
             "choice of options for the plan": asdict(self.options),
             "initial router": self._router_changes(),
-            "size": self.size,
             "method": self.method,
             "seed": self.seed,
         }

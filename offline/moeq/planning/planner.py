@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from moeq.allocation import allocate, expert_counts, possible_group_sizes
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.families import check_group_size
-from moeq.checkpoint.sizes import plan_sizes, with_sizes
+from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (
     begin,
     check_space,
@@ -45,13 +45,13 @@ def check(measurement: Measurement) -> None:
     options.constraints.check(len(source.layers))
     if options.strategy == "auto" and options.levels is not None:  # for the plans that it tries
         expert_counts(options.bits, options.levels, source.layers[0].num_experts)
-    _possible(measurement, measurement.budget)
+    _possible(measurement)
 
 
-def _possible(measurement: Measurement, budget: int) -> list[int]:
+def _possible(measurement: Measurement) -> list[int]:
     """Return the group sizes with which there is a plan."""
     return possible_group_sizes(
-        measurement.group_sizes, measurement.source.layers, measurement.widths, budget,
+        measurement.group_sizes, measurement.source.layers, measurement.widths, measurement.budget,
         measurement.options.constraints,
     )  # fmt: skip
 
@@ -113,10 +113,7 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
 def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Decision:
     """Measure, choose and judge."""
     others = unmeasured_plans(measurement) if len(measurement.held_back) else []
-    budget = measurement.budget
-    for plan in others[:1]:  # its bits are whole experts: all are to take the same bytes
-        budget = plan_sizes(plan, measurement.source).expert_bytes
-    group_sizes = _possible(measurement, budget)
+    group_sizes = _possible(measurement)
     for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
         path.unlink()
     check_space(measurement.cost().disk_bytes, folder)
@@ -130,10 +127,10 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
             model, tokens, measurement.widths, group_size, measurement.method, of_outputs, part,
             progress,
         )  # fmt: skip
-    best = _least_loss(measurement, banks, budget)
+    best = _least_loss(measurement, banks)
     if not len(measurement.held_back):
         return Decision(best, _report(best, banks, measurement))
-    plans = [best, *others, *routing_plans(measurement, model, banks[max(banks)])]
+    plans = _different([best, *others, *routing_plans(measurement, model, banks[max(banks)])])
     sources = [banks[plan.group_size].source(plan, measurement.device) for plan in plans]
     judged = judge(model, sources, {"held back": measurement.held_back}, progress)
     tried = [
@@ -151,6 +148,12 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     )
     winner = replace(winner, provenance=provenance)
     return Decision(winner, _report(winner, banks, measurement))
+
+
+def _different(plans: list[BitPlan]) -> list[BitPlan]:
+    """Leave out plans whose widths are those of an earlier one."""
+    widths = [(plan.group_size, plan.expert_bits) for plan in plans]
+    return [plan for i, plan in enumerate(plans) if widths[i] not in widths[:i]]
 
 
 def _report(plan: BitPlan, banks: Mapping[int, Bank], measurement: Measurement) -> dict[str, Any]:
@@ -179,12 +182,12 @@ def _report(plan: BitPlan, banks: Mapping[int, Bank], measurement: Measurement) 
     }
 
 
-def _least_loss(measurement: Measurement, banks: Mapping[int, Bank], budget: int) -> BitPlan:
+def _least_loss(measurement: Measurement, banks: Mapping[int, Bank]) -> BitPlan:
     """Return the plan of least estimated loss within the budget."""
     source, options = measurement.source, measurement.options
     tables = {group_size: bank.losses("loss") for group_size, bank in banks.items()}
     group_size, bits, solution = allocate(
-        tables, source.layers, measurement.widths, budget, options.constraints
+        tables, source.layers, measurement.widths, measurement.budget, options.constraints
     )
     provenance = Provenance(
         strategy="sensitivity",

@@ -1,5 +1,6 @@
 """Budgets in bytes against tensors that were really packed."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moeq.allocation import PlanOptions, make_plan
+from moeq.allocation import PlanOptions, expert_counts, make_plan
 from moeq.allocation.budget import (
     bits_budget,
+    bits_by_layer,
     bits_per_weight_budget,
     target_size_budget,
 )
@@ -38,6 +40,11 @@ def _packed(bits: int, group_size: int = GROUP) -> tuple[int, int]:
         return sum(tensor.nbytes for tensor in weight)
 
     return 2 * size(INTERMEDIATE, HIDDEN), size(HIDDEN, INTERMEDIATE)
+
+
+@functools.cache
+def _expert(bits: int) -> int:
+    return sum(_packed(bits))
 
 
 def _experts(bits: int, group_size: int = GROUP) -> int:
@@ -123,3 +130,21 @@ def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     layers = SourceModel.open(write_checkpoint(tmp_path)).layers
     with pytest.raises(FormatError, match="group size 128"):
         option_sizes(layers, 128, (2,))
+
+
+@pytest.mark.parametrize("levels", [(3, 2), (3, 2, 1), (8, 4), (4, 2)])
+def test_layers_share_a_budget_to_the_last_expert(
+    source: SourceModel, levels: tuple[int, ...]
+) -> None:
+    layers = [layer for layer in source.layers for _ in range(3)]
+    least, most = (3 * _experts(level) for level in (levels[-1], levels[0]))
+    step = (levels[0] - levels[1]) * 3 * HIDDEN * INTERMEDIATE // 8
+    for budget in range(least, most + 1, 1009):
+        counts = [
+            expert_counts(bits, levels, NUM_EXPERTS)
+            for bits in bits_by_layer(budget, layers, GROUP, levels)
+        ]
+        averages = [sum(bits * n for bits, n in of_layer.items()) for of_layer in counts]
+        spent = sum(n * _expert(bits) for of_layer in counts for bits, n in of_layer.items())
+        assert budget - step < spent <= budget
+        assert max(averages) - min(averages) <= levels[0] - levels[1]

@@ -89,8 +89,8 @@ def test_auto_takes_the_best_of_what_it_tried(
         if "  +" in line or "  -" in line
     ]
     names = {row[0].strip() for row in table}
-    fixed = {"uniform"} if bits == 3 else {"maxvar", "pmq", "random:0", "random:1", "random:2"}
-    assert names == {"sensitivity", "combined", *fixed}
+    rules = {"combined", "maxvar", "pmq", "random:0", "random:1", "random:2"}
+    assert names == {"sensitivity", *({"uniform"} if bits == 3 else rules)}
     divergences = [float(row[2]) for row in table]
     assert divergences == sorted(divergences)
     sizes = [int(row[1].replace(",", "")) for row in table]
@@ -382,11 +382,15 @@ def test_a_measurement_is_not_resumed_with_another_initial_router(
     assert "the unfinished run had another initial router" in other.stderr
 
 
-@pytest.mark.parametrize("strategy", ["combined", "random:3"])
+EXPERT_WEIGHTS, EXPERTS = 3 * 128 * 256, 2 * 8
+"""Of the tiny Mixtral."""
+
+
+@pytest.mark.parametrize("strategy", ["combined", "random:3", "uniform"])
 @pytest.mark.parametrize(
     ("option", "value"), [("--target-size", "900kB"), ("--bits-per-weight", 3.3)]
 )
-def test_budgets_are_kept(
+def test_budgets_are_kept_and_used_up(
     option: str, value: object, strategy: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source, out = tiny_model("mixtral"), tmp_path / "out"
@@ -398,12 +402,48 @@ def test_budgets_are_kept(
     tensors = load_file(next(out.glob("*.safetensors")))
     total = sum(tensor.nbytes for tensor in tensors.values())
     packed = sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)
-    weights = 2 * 8 * 3 * 128 * 256
-    # One step of a plan with whole experts is 1/8 bit.
+    experts_in_a_step = EXPERTS if strategy == "uniform" else 1
+    step = experts_in_a_step * EXPERT_WEIGHTS / 8  # one bit more
     if option == "--target-size":
-        assert 900_000 - weights / 8 / 4 < total <= 900_000
+        assert 900_000 - step < total <= 900_000
     else:
-        assert 3.3 - 1 / 4 < packed * 8 / weights <= 3.3
+        assert (
+            3.3 * EXPERTS * EXPERT_WEIGHTS / 8 - step < packed <= 3.3 * EXPERTS * EXPERT_WEIGHTS / 8
+        )
+
+
+@pytest.mark.parametrize("strategy", ["auto", "sensitivity"])
+@pytest.mark.parametrize(
+    ("option", "value", "bits"),
+    [
+        ("--bits-per-weight", 2.625 + 0.75, 2.625),
+        ("--bits-per-weight", 3.29, 2.54),
+        ("--bits", 2.7, 2.7),
+    ],
+)
+def test_measured_plans_use_up_their_budget(
+    option: str,
+    value: float,
+    bits: float,
+    strategy: str,
+    tiny_model: Callable[[str], Path],
+    text: Path,
+) -> None:
+    plan = _plan(
+        tiny_model("mixtral"), option, value, "--group-size", 32, "--calib", text, *CALIBRATION,
+        "--method", "rtn", "--strategy", strategy,
+    )  # fmt: skip
+    allowed = (bits + 0.75) * EXPERTS * EXPERT_WEIGHTS / 8
+    sizes = [plan["provenance"]["expert_bytes"]]
+    sizes += [tried["expert_bytes"] for tried in plan["provenance"]["details"].get("tried", ())]
+    for size in sizes:
+        assert allowed - EXPERT_WEIGHTS / 8 < size <= allowed
+
+
+def test_identical_plans_are_tried_once(tiny_model: Callable[[str], Path], text: Path) -> None:
+    options = ("--bits", 3, "--levels", 3, "--calib", text, *CALIBRATION, "--method", "rtn")
+    tried = _plan(tiny_model("mixtral"), *options)["provenance"]["details"]["tried"]
+    assert [plan["strategy"] for plan in tried] == ["sensitivity"]
 
 
 @pytest.mark.parametrize(
