@@ -76,6 +76,8 @@ def _layer_problems(
     intermediate_size = first.shape[0]
     if num_experts != bits.num_experts:
         return [f"{router_name} has {num_experts} experts, the plan {bits.num_experts}"]
+    if hidden_size % group_size:
+        return [f"{container}: group size {group_size} does not divide hidden_size {hidden_size}"]
     up_or_gate = (intermediate_size, hidden_size)
     for expert in range(num_experts):
         for matrix, width, (rows, columns) in (

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from moeq.rounding import quantize_rtn
 from support.checkpoints import HIDDEN, INTERMEDIATE, NUM_EXPERTS, NUM_LAYERS, write_checkpoint
-from vllm_moeq.format import FormatError
 
 GROUP = 32
 WEIGHTS = NUM_LAYERS * NUM_EXPERTS * 3 * HIDDEN * INTERMEDIATE
@@ -124,12 +122,6 @@ def test_bits_per_weight_out_of_range_are_refused(source: SourceModel, bits: flo
     # 1 bit and 24 for each group of 32 are 1.75.
     with pytest.raises(MoeqError, match=re.escape(f"`bits_per_weight` {bits:g} ")):
         bits_per_weight_budget(bits, source.layers, GROUP)
-
-
-def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    layers = SourceModel.open(write_checkpoint(tmp_path)).layers
-    with pytest.raises(FormatError, match="group size 128"):
-        option_sizes(layers, 128, (2,))
 
 
 @pytest.mark.parametrize("levels", [(3, 2), (3, 2, 1), (8, 4), (4, 2)])
