@@ -1,6 +1,6 @@
 """In which precision a checkpoint is stored, as its ``config.json`` says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ from moeq.checkpoint.dequantize import BLOCKS, Block, mxfp4_blocks, packed_integ
 from moeq.checkpoint.reader import CheckpointReader, Reading
 from moeq.errors import MoeqError
 
-_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where ``config.json``, or its part on the language model, says how weights are quantized."""
 _OF_CACHE = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 """Scales of keys and values that a server stores in FP8; they say nothing about weights."""
 _LOWER = ("F8_", "F6_", "F4")
@@ -38,7 +39,7 @@ def source_format(config: Mapping[str, Any], folder: object) -> SourceFormat | N
         MoeqError: In a way that moeq does not read.
     """
     parts = (config, text_config(config))
-    stated = (part[key] for part in parts for key in _KEYS if part.get(key))
+    stated = (part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key))
     quantization = next(stated, None)
     if quantization is None:
         return None
@@ -68,7 +69,7 @@ def source_format(config: Mapping[str, Any], folder: object) -> SourceFormat | N
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``config.json`` without what it says of the precision of the source."""
-    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if isinstance(kept.get("text_config"), Mapping):
         kept["text_config"] = unquantized(kept["text_config"])
     return kept
@@ -108,6 +109,25 @@ def readings(reader: CheckpointReader, source: SourceFormat | None) -> dict[str,
                 "is quantized, or from the model in 16 bits"
             )
     return found
+
+
+def in_16_bits(reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint, by name, as they are in its 16-bit release.
+
+    Args:
+        reader: The checkpoint as stored.
+
+    Raises:
+        MoeqError: As :func:`readings`.
+    """
+    lowered = readings(reader, source_format(reader.config, reader.folder))
+    for name, info in reader.tensors.items():
+        if name not in lowered:
+            yield name, reader.stored(name, info.file)
+        elif (reading := lowered[name]) is not None:
+            tensor = reading.read()
+            # Blocks are along the inputs, which come first in gpt-oss's 16-bit tensors.
+            yield logical_name(name), tensor.mT.contiguous() if name.endswith(BLOCKS) else tensor
 
 
 def logical_name(name: str) -> str:

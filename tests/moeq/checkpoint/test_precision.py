@@ -15,7 +15,7 @@ from moeq.checkpoint import SourceModel
 from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.verify import verify_checkpoint
 from moeq.errors import MoeqError
-from support.models import load_model
+from support.models import load_model, save_tokenizer
 from support.packed import write_packed
 from support.sources import (
     FUSED,
@@ -60,6 +60,7 @@ def fused(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("fused") / "model"
     model = load_model(tiny_model("qwen3_moe"), torch.bfloat16)
     model.save_pretrained(folder, save_original_format=False)
+    save_tokenizer(folder)
     return folder
 
 
@@ -137,19 +138,24 @@ def test_incomplete_mxfp4_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("deepseek_v3", "fp8 blocks"), ("qwen3_moe", "int4 zero points"), ("gpt_oss", "mxfp4")],
+    [
+        ("deepseek_v3", "fp8 blocks"),
+        ("qwen3_moe", "int4 zero points"),
+        ("qwen3_moe", "fused"),
+        ("gpt_oss", "mxfp4"),
+    ],
 )
 def test_calibration_and_evaluation_cannot_tell_them_apart(
-    tiny_model: TinyModel, tmp_path: Path, name: str, kind: str
+    tiny_model: TinyModel, fused: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Experts learn what their router sends them. " * 200)
-    source = tiny_model(name)
-    both = (
-        mxfp4_and_twin(source, tmp_path)
-        if kind == "mxfp4"
-        else lowered_and_twin(source, tmp_path, kind)
-    )
+    if kind == "fused":
+        both = fused_and_twin(fused, tmp_path, "blocks")
+    elif kind == "mxfp4":
+        both = mxfp4_and_twin(tiny_model(name), tmp_path)
+    else:
+        both = lowered_and_twin(tiny_model(name), tmp_path, kind)
     plan, sequences = _mixed_plan(both[0]), {"nsamples": 4, "seqlen": 64}
     results = []
     for folder in both:
@@ -157,10 +163,14 @@ def test_calibration_and_evaluation_cannot_tell_them_apart(
         moeq.quantize(folder, output, plan=plan, method="gptq", calib=text, **sequences)
         assert moeq.verify(output) == []
         (file,) = output.glob("*.safetensors")
-        found = moeq.evaluate(output, against=folder, text=text, **sequences)
-        results.append((file.read_bytes(), found))
+        found = [
+            moeq.evaluate(output, against=folder, text=text, backend=backend, **sequences)
+            for backend in ("reference", "transformers")
+        ]
+        results.append((file.read_bytes(), *found))
     assert results[0] == results[1]
-    assert results[0][1].total.divergence > 0
+    _, ours, transformers = results[0]
+    assert ours.total.divergence == pytest.approx(transformers.total.divergence, rel=1e-3)
 
 
 @pytest.mark.parametrize("stored_as", ["F4", "U8"])
