@@ -29,8 +29,7 @@ class CanonicalReader(CheckpointReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         family = family_of(self.config, self.tensors)
-        precision = source_format(self.config, folder)
-        lowered = readings(self, precision) if precision else {}
+        lowered = readings(self, source_format(self.config, folder))
         self._readings: dict[str, Reading] = {}
         fused: dict[str, dict[str, Reading]] = {}
         names = FusedNames(family)

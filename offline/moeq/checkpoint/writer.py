@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint.families import check_plan_fits, expert_widths
 from moeq.checkpoint.model_card import write_model_card
+from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
@@ -170,7 +171,8 @@ class Conversion:
         for path in reader.other_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(reader.folder / path, folder / path)
-        config = {**reader.config, "quantization_config": CheckpointConfig(self.plan).to_dict()}
+        config = unquantized(reader.config)
+        config["quantization_config"] = CheckpointConfig(self.plan).to_dict()
         _write_json(folder / "config.json", config)
         for file in set(weight_map.values()):
             # safetensors makes files that only their owner may read.
