@@ -64,7 +64,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
     r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
-Guard = Callable[[torch.nn.Module], AbstractContextManager[None]]
+Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
 
 
 def local_slot(layer: RoutedExperts, expert: int) -> int:
@@ -123,7 +123,8 @@ def guard_loading(quantization: str, guard: Guard) -> None:
 
     Args:
         quantization: Models of any other are left alone.
-        guard: Makes the context for a model that is built but not loaded.
+        guard: Makes the context for a model that is built but not loaded, given whether it is the
+            prediction layer of another.
     """
     for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
         loader.load_weights = _guarded(loader.load_weights, quantization, guard)
@@ -132,9 +133,10 @@ def guard_loading(quantization: str, guard: Guard) -> None:
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:
     @wraps(load)
     def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
-        # Also of a layer that drafts tokens: it has a config of its own.
+        # Also of a layer that drafts tokens: it has a config of its own, to which vLLM adds this.
+        predicts = getattr(model_config.hf_config, "n_predict", None) is not None
         guarded = model_config.quantization == quantization
-        with guard(model) if guarded else nullcontext():
+        with guard(model, predicts) if guarded else nullcontext():
             load(self, model, model_config)
 
     return load_weights

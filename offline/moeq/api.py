@@ -349,9 +349,9 @@ def verify(path: AnyPath) -> list[str]:
     Raises:
         MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
     """
-    from moeq.checkpoint.verify import verify_checkpoint
+    from moeq import pipeline
 
-    return verify_checkpoint(Path(path))
+    return pipeline.verify(Path(path))
 
 
 def inspect(path: AnyPath, html: AnyPath | None = None) -> "Inspection":

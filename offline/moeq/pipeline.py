@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.families import (
     check_group_size,
@@ -18,6 +18,7 @@ from moeq.checkpoint.families import (
     fitting_group_size,
 )
 from moeq.checkpoint.plan_file import load_plan, write_plan
+from moeq.checkpoint.verify import packed_layers, verify_checkpoint
 from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
 from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
@@ -25,6 +26,7 @@ from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation, PackedModel
 from moeq.model.cost import Cost
 from moeq.model.device import torch_device
+from moeq.model.structure import check_structure, structure_problems
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from moeq.planning import (
     MEASUREMENT_NAME,
@@ -119,7 +121,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     output = request.output.absolute()
     check_output_is_free(output)
     given = _given_plan(request)
-    source = SourceModel.open(request.model)
+    source = _opened(request.model)
     if given is None:
         request = _with_group_size(request, source)
     else:
@@ -168,7 +170,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = SourceModel.open(request.model)
+    source = _opened(request.model)
     request = _with_group_size(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
@@ -185,7 +187,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = silent) -> Evaluatio
     Raises:
         MoeqError: It does not come from the original, or the backend cannot run it.
     """
-    original = SourceModel.open(request.against)
+    original = _opened(request.against)
     device = torch_device(request.device)
     packed = PackedModel.open(request.packed, original)
     sequences = evaluation_sequences(
@@ -205,7 +207,7 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
     with new_folder(request.output.absolute()) as folder:
-        source = SourceModel.open(request.model)
+        source = _opened(request.model)
         tokens = calibration_sequences(
             source.folder, request.calib, request.nsamples, request.seqlen, request.seed
         )
@@ -218,6 +220,37 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
             folder, replace(request, group_size=study.group_size), findings, tokens, heldout
         )
     return findings
+
+
+def verify(folder: Path) -> list[str]:
+    """Check a packed checkpoint: its files, its experts, and then all other tensors.
+
+    Returns:
+        One sentence for each problem; empty if the checkpoint is sound.
+
+    Raises:
+        MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
+    """
+    problems = verify_checkpoint(folder)
+    if problems:  # experts of unknown sizes can be compared with nothing
+        return problems
+    reader = CheckpointReader(folder)
+    return structure_problems(reader, packed_layers(reader))
+
+
+def _opened(model: str) -> SourceModel:
+    """Open a source and check that it is whole."""
+    source = SourceModel.open(model)
+    check_structure(source.reader, source.layers)
+    if source.left_out:
+        logger.warning(
+            "%s: %d tensors of prediction layers are left out, the first is %s: vLLM has none for "
+            "this model and would not start",
+            source.folder,
+            len(source.left_out),
+            source.left_out[0],
+        )
+    return source
 
 
 def _with_group_size(request: AnyPlanRequest, source: SourceModel) -> AnyPlanRequest:

@@ -13,11 +13,15 @@ from moeq.checkpoint.families import family_of
 from moeq.checkpoint.fused import FusedNames, experts_in
 from moeq.checkpoint.precision import logical_name, readings, source_format
 from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
+from moeq.checkpoint.servable import check_servable, is_left_out
 from moeq.errors import MoeqError
 
 
 class CanonicalReader(CheckpointReader):
     """Reads a source: its tensors have canonical names, whatever the files call them.
+
+    Attributes:
+        left_out: Stored names of tensors that would keep vLLM from starting.
 
     Args:
         folder: Holds ``config.json`` and safetensors files.
@@ -29,10 +33,15 @@ class CanonicalReader(CheckpointReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         family = family_of(self.config, self.tensors)
-        lowered = readings(self, source_format(self.config, folder))
+        precision = source_format(self.config, folder)
+        check_servable(self.config, folder, self.tensors)
+        lowered = readings(self, precision)
         self._readings: dict[str, Reading] = {}
         fused: dict[str, dict[str, Reading]] = {}
         names = FusedNames(family)
+        self.left_out = [name for name in self.tensors if is_left_out(self.config, name)]
+        for name in self.left_out:
+            del self.tensors[name]
         for name, info in self.tensors.items():
             stored = lowered.get(name, self._as_stored(name, info))
             if stored is None:

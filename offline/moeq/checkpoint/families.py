@@ -27,6 +27,8 @@ class Family:
             save them, each with what stands here instead. The first that fits holds.
         biased: Whether each matrix of an expert has a bias.
         interleaved: Whether the rows of gate and up alternate where they are fused.
+        activations: What ``config.json`` may call the activation of experts: vLLM takes many for
+            granted, whatever is there.
         not_layerwise: Why its layers cannot be run one by one, with experts of ours between router
             and residual stream; empty if they can.
     """
@@ -40,6 +42,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     biased: bool = False
     interleaved: bool = False
+    activations: tuple[str, ...] = ("silu",)
     not_layerwise: str = ""
 
     @property
@@ -150,6 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         ("gemma4", "gemma4_text"),
         experts="experts",
         router="router.proj.weight",
+        activations=("gelu_pytorch_tanh",),
         not_layerwise=_NORMALIZES,
     ),
     Family(
@@ -157,6 +161,7 @@ FAMILIES: tuple[Family, ...] = (
         experts="mixer.experts",
         router="mixer.gate.weight",
         gate=None,
+        activations=("relu2", "silu", "gelu", "gelu_pytorch_tanh"),
     ),
 )
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeq.checkpoint.completeness import text_config
 from moeq.checkpoint.dequantize import BLOCKS, Block, mxfp4_blocks, packed_integers, scaled
 from moeq.checkpoint.reader import CheckpointReader, Reading
+from moeq.checkpoint.servable import text_config
 from moeq.errors import MoeqError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")

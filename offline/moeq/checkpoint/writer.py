@@ -95,7 +95,10 @@ class Conversion:
         conversion = cls(source, with_sizes(plan, source), shards)
         if source.precision is not None:
             note = f"{source.precision}; all but the experts is written in bfloat16"
-            return conversion.noting("source_precision", note)
+            conversion = conversion.noting("source_precision", note)
+        if source.left_out:
+            note = f"{len(source.left_out)} tensors of prediction layers, as {source.left_out[0]}"
+            conversion = conversion.noting("left_out", note)
         return conversion
 
     def noting(self, name: str, text: str) -> "Conversion":

@@ -19,7 +19,14 @@ from moeq.checkpoint import SourceModel
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from moeq.rounding import quantize_rtn
-from support.checkpoints import HIDDEN, INTERMEDIATE, NUM_EXPERTS, NUM_LAYERS, write_checkpoint
+from support.checkpoints import (
+    HIDDEN,
+    INTERMEDIATE,
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    OTHER_WEIGHTS,
+    write_checkpoint,
+)
 
 GROUP = 32
 WEIGHTS = NUM_LAYERS * NUM_EXPERTS * 3 * HIDDEN * INTERMEDIATE
@@ -89,8 +96,7 @@ def test_bits_per_weight_count_scales(source: SourceModel, bits: float) -> None:
 
 
 def test_target_size_counts_all_tensors(source: SourceModel) -> None:
-    routers, embedding = NUM_LAYERS * NUM_EXPERTS * HIDDEN * 2, 32 * HIDDEN * 2
-    other = routers + embedding
+    other = (NUM_LAYERS * NUM_EXPERTS * HIDDEN + OTHER_WEIGHTS) * 2
     assert target_size_budget(200_000, source, GROUP) == 200_000 - other
     least = _experts(1) + other
     assert target_size_budget(least, source, GROUP) == _experts(1)
