@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from moeq.checkpoint.families import family_of
 from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, UNKNOWN_TO_TRANSFORMERS
 from support.reference import FUSED_IN_RELEASES
 
@@ -68,7 +67,6 @@ def _row(family: str, results: Results) -> str:
         return (yes if all(found) else "FAILED") if found else "-"
 
     unknown = "transformers does not know it" if family in UNKNOWN_TO_TRANSFORMERS else None
-    reason = family_of({"model_type": family}).not_layerwise or unknown
     dtype = DIFFERENT_IN_VLLM.get(family)
     same = "yes" if dtype is None else f"yes, as vLLM itself in {dtype}"
     cells = (
@@ -76,7 +74,7 @@ def _row(family: str, results: Results) -> str:
         "fused" if family in FUSED_IN_RELEASES else "a tensor per expert",
         cell((_LAYOUTS,), unknown),
         cell((_PACKED,)),
-        cell(_LAYERWISE, reason),
+        cell(_LAYERWISE),
         cell(_SERVED, NOT_ON_CPU.get(family), same),
     )
     return f"| {' | '.join(cells)} |"

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -191,7 +192,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["attention", "moe"],
     },
     "glm_moe_dsa": {
-        **_ROUTED, **_LATENT_ATTENTION, "mlp_layer_types": ["dense", "sparse"],
+        **_ROUTED,
+        **_LATENT_ATTENTION,
+        "mlp_layer_types": ["dense", "sparse"],
+        "indexer_types": ["full", "shared"],
     },
     "kimi_k2": _DEEPSEEK_V3,
     "llama4": {
@@ -220,6 +224,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "global_head_dim": 16,
         },
         "audio_config": None,
+        # In the vocabulary; taken for padding, which text has none of.
+        **dict.fromkeys(("image_token_id", "video_token_id", "audio_token_id"), 2),
         "tie_word_embeddings": False,
     },
     "qwen3_5_moe": {"text_config": _COMMON | _LINEAR_ATTENTION, **_VISION},
@@ -232,7 +238,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 _IMPLEMENTED_AS = {"kimi_k2": "deepseek_v3"}
 _RELEASED_WITH: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
-    "kimi_k2": {"model_type": "kimi_k2"},
+    "kimi_k2": {
+        "model_type": "kimi_k2",
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+    },
 }
 """What releases say in config.json, where transformers writes something else."""
 
@@ -258,6 +270,14 @@ KNOWN = [family for family in FAMILIES if family not in UNKNOWN_TO_TRANSFORMERS]
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Load a checkpoint with all its parts into transformers."""
+    stated = json.loads((folder / "config.json").read_text())
+    if stated["model_type"] in UNKNOWN_TO_TRANSFORMERS:
+        with TemporaryDirectory() as known:
+            shutil.copytree(folder, known, dirs_exist_ok=True)
+            del stated["auto_map"]
+            stated["model_type"] = _IMPLEMENTED_AS[stated["model_type"]]
+            (Path(known) / "config.json").write_text(json.dumps(stated))
+            return load_model(Path(known), dtype, **options)
     auto = _auto_class(AutoConfig.from_pretrained(folder))
     return auto.from_pretrained(folder, dtype=dtype, **options)
 

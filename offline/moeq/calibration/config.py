@@ -81,6 +81,13 @@ class CalibrationConfig:
         """Bytes of the hidden states of all tokens."""
         return 4 * self.tokens.numel() * self.source.hidden_size
 
+    @property
+    def _stream_bytes(self) -> int:
+        """Bytes of all activations that are kept."""
+        # Where a norm follows experts, their sums are apart from the hidden states.
+        apart = 2 if self.source.layers[0].family.normalized else 0
+        return (STREAMS + apart) * self._activation_bytes
+
     def _input_bytes(self, layer: MoELayer) -> int:
         """Return the most that what an expert gets may take, as it is and with router weights."""
         columns = 2 * layer.hidden_size + 2 * layer.intermediate_size
@@ -104,9 +111,9 @@ class CalibrationConfig:
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        return STREAMS * self._activation_bytes + inputs + one + size * working_bytes(largest)
+        return self._stream_bytes + inputs + one + size * working_bytes(largest)
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.source).expert_bytes
-        return packed + (STREAMS + 2 * _SAVED) * self._activation_bytes
+        return packed + self._stream_bytes + 2 * _SAVED * self._activation_bytes

@@ -20,19 +20,19 @@ def round_layer(
     model: LayerwiseModel,
     layer: MoELayer,
     routed: Routed,
-    hidden: torch.Tensor,
-    residual_error: torch.Tensor,
+    sums: torch.Tensor,
+    lacks: torch.Tensor,
 ) -> Iterator[Tensors]:
-    """Round the experts of a layer, and add their outputs to the hidden states.
+    """Round the experts of a layer, and add up their shares.
 
     Args:
         config: What to round, and how.
         model: Runs the experts.
         layer: Where they are.
         routed: What they get.
-        hidden: float32 [n, L, hidden_size]: the residual stream, changed in place.
-        residual_error: Of the same shape: what the stream would lack after this layer, compared
-            with the original model, if its experts were not rounded. Changed in place.
+        sums: float32 [n, L, hidden_size]: what their shares are added to, in place.
+        lacks: Of the same shape: what the sums would lack, compared with the original model, if
+            the experts were not rounded. Changed in place.
 
     Yields:
         The packed tensors of an expert, by name.
@@ -42,8 +42,8 @@ def round_layer(
     """
     # All experts of a token make up for its error: each by the same, times its router weight.
     totals = routed.weights.sum(1, keepdim=True)
-    missing = residual_error.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
-    flat = hidden.view(routed.x.shape)
+    missing = lacks.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
+    flat = sums.view(routed.x.shape)
     for experts in _batches(config, layer, routed):
         batch = _Batch.of(config, model, layer, experts, routed, missing)
         for stored, share, output in batch.rounded():
@@ -83,7 +83,7 @@ class _Batch(NamedTuple):
         shares: What the router gives to them.
         x: Inputs [n, hidden_size] of each: of its share, or of all tokens.
         weights: Router weights [n, 1] that go with them.
-        lacks: What the residual stream lacks there [n, hidden_size].
+        lacks: What the sums of shares lack there [n, hidden_size], for all experts of a token.
     """
 
     config: CalibrationConfig

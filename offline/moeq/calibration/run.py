@@ -2,7 +2,9 @@
 
 The original model runs beside the rounded one. Before its down projections are rounded, they are
 fitted to what brings the residual stream back to where it is in the original: see
-:mod:`moeq.rounding.target`. That is not done for experts rounded without calibration.
+:mod:`moeq.rounding.target`. Where a layer does more with the sum of its experts than to add it to
+the stream, that sum is brought back to what it is in the original. Neither is done for experts
+rounded without calibration.
 """
 
 from pathlib import Path
@@ -56,11 +58,17 @@ def _calibrate(
     model = LayerwiseModel(source, torch.device(config.device))
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)
-    hidden, original, residual_error, x = (
-        mapped(folder / f"{name}.bin", shape)
-        for name in ("hidden", "original", "residual_error", "x")
+
+    def memory(name: str) -> torch.Tensor:
+        return mapped(folder / f"{name}.bin", shape)
+
+    streams = {name: memory(name) for name in ("hidden", "original")}
+    hidden, original = streams.values()
+    lacks, x = memory("lacks"), memory("x")
+    # What experts' shares are added to.
+    sums, original_sums = (
+        stream if model.adds_up else memory(f"{name}-sums") for name, stream in streams.items()
     )
-    streams = {"hidden": hidden, "original": original}
     done, saved = snapshots.restore(streams) if resume else (0, {})
     coverage = {container: Coverage(*values) for container, values in saved.items()}
     if done == 0:
@@ -72,20 +80,21 @@ def _calibrate(
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:
         for index in range(done, last + 1):
-            run_layer(model, index, original, x, own)
+            run_layer(model, index, original, x, own, original_sums)
             model.check_finite(index, original)
-            routed = model.run(index, hidden, x)
+            routed = model.run(index, hidden, x, sums)
             model.check_finite(index, hidden)
             if routed is not None:
                 layer = model.moe_layers[index]
-                residual_error.copy_(hidden)
-                add_experts(model, layer, routed, residual_error, own)
-                torch.sub(original, residual_error, out=residual_error)
+                lacks.copy_(sums)
+                add_experts(model, layer, routed, lacks, own)
+                torch.sub(original_sums, lacks, out=lacks)
                 coverage[layer.container] = _coverage(routed, layer.num_experts)
                 tensors: Tensors = {}
-                for stored in round_layer(config, model, layer, routed, hidden, residual_error):
+                for stored in round_layer(config, model, layer, routed, sums, lacks):
                     tensors |= stored
                     advance(1)
+                model.complete(index, hidden, sums)
                 snapshots.save_layer(index, tensors)
             snapshots.save(index + 1, streams, coverage)
     read = snapshots.stored(layer.index for layer in source.layers)

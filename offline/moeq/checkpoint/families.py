@@ -29,8 +29,11 @@ class Family:
         interleaved: Whether the rows of gate and up alternate where they are fused.
         activations: What ``config.json`` may call the activation of experts: vLLM takes many for
             granted, whatever is there.
-        not_layerwise: Why its layers cannot be run one by one, with experts of ours between router
-            and residual stream; empty if they can.
+        norm: Path of the norm in front of its experts inside a decoder layer; empty if none is.
+        normalized: Whether what its experts give together is normalized before it is added to the
+            residual stream.
+        scaled_inputs: Whether router weights scale what its experts get, instead of what they give.
+        runs_as: Another ``model_type``, as which transformers runs the same model.
     """
 
     model_types: tuple[str, ...]
@@ -43,7 +46,10 @@ class Family:
     biased: bool = False
     interleaved: bool = False
     activations: tuple[str, ...] = ("silu",)
-    not_layerwise: str = ""
+    norm: str = "post_attention_layernorm"
+    normalized: bool = False
+    scaled_inputs: bool = False
+    runs_as: str | None = None
 
     @property
     def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
@@ -63,7 +69,6 @@ class Family:
         return name
 
 
-_NORMALIZES = "normalizes what its experts give"
 FAMILIES: tuple[Family, ...] = (
     Family(
         ("mixtral", "minimax_m2", "phimoe"),
@@ -91,6 +96,7 @@ FAMILIES: tuple[Family, ...] = (
             "dots1",
             "ernie4_5_moe",
             "mimo_v2_flash",
+            "glm_moe_dsa",
         ),
         experts="mlp.experts",
         router="mlp.gate.weight",
@@ -103,19 +109,14 @@ FAMILIES: tuple[Family, ...] = (
         ("kimi_k2",),
         experts="mlp.experts",
         router="mlp.gate.weight",
-        not_layerwise="is code of its own, not part of transformers",
-    ),
-    Family(
-        ("glm_moe_dsa",),
-        experts="mlp.experts",
-        router="mlp.gate.weight",
-        not_layerwise="hands what its attention has chosen from layer to layer",
+        runs_as="deepseek_v3",
     ),
     Family(
         ("flex_olmo",),
         experts="mlp.experts",
         router="mlp.gate.weight",
-        not_layerwise=_NORMALIZES,
+        norm="",
+        normalized=True,
     ),
     Family(("hunyuan_v1_moe",), experts="mlp.experts", router="mlp.gate.wg.weight"),
     Family(
@@ -125,6 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         gate="w1",
         up="w3",
         down="w2",
+        norm="ffn_norm",
     ),
     Family(
         ("granitemoe", "granitemoeshared"),
@@ -147,14 +149,15 @@ FAMILIES: tuple[Family, ...] = (
         ("llama4", "llama4_text"),
         experts="feed_forward.experts",
         router="feed_forward.router.weight",
-        not_layerwise="scales what its experts get, not what they give",
+        scaled_inputs=True,
     ),
     Family(
         ("gemma4", "gemma4_text"),
         experts="experts",
         router="router.proj.weight",
         activations=("gelu_pytorch_tanh",),
-        not_layerwise=_NORMALIZES,
+        norm="pre_feedforward_layernorm_2",
+        normalized=True,
     ),
     Family(
         ("nemotron_h",),
@@ -162,6 +165,7 @@ FAMILIES: tuple[Family, ...] = (
         router="mixer.gate.weight",
         gate=None,
         activations=("relu2", "silu", "gelu", "gelu_pytorch_tanh"),
+        norm="norm",
     ),
 )
 

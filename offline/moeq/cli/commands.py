@@ -200,7 +200,6 @@ def families(options: Namespace) -> int:
             "experts": f"model.layers.N.{family.experts}",
             "router": f"model.layers.N.{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
-            "calibration": family.not_layerwise or "yes",
         }
         for family in FAMILIES
         for name in family.model_types
@@ -209,8 +208,7 @@ def families(options: Namespace) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        refused = "" if row["calibration"] == "yes" else f"  no calibration: {row['calibration']}"
-        print(f"{row['model_type']:<16} {row['experts']}.E.{{{row['projections']}}}{refused}")
+        print(f"{row['model_type']:<16} {row['experts']}.E.{{{row['projections']}}}")
     print(
         "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4; routed experts "
         "are quantized, nothing else"

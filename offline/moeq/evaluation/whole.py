@@ -85,7 +85,9 @@ def _load(source: SourceModel) -> Any:
     config = model_config(source.folder)
     auto = auto_class(config)
     if source.precision is None:
-        return auto.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
+        return auto.from_pretrained(
+            source.folder, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     for part in (config, config.get_text_config()):
         for key in QUANTIZATION_KEYS:
             vars(part).pop(key, None)

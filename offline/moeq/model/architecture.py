@@ -1,9 +1,11 @@
 """What transformers says of the model in a checkpoint: its class, and its tensors' names."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moeq.checkpoint.families import Family, family_of
 from moeq.errors import MoeqError
 
 
@@ -13,8 +15,14 @@ def model_config(folder: Path) -> Any:
     Raises:
         MoeqError: transformers does not know the model.
     """
-    from transformers import AutoConfig  # takes seconds to import
+    from transformers import CONFIG_MAPPING, AutoConfig  # takes seconds to import
 
+    stated = json.loads((folder / "config.json").read_text())
+    runs_as = family_of(stated).runs_as
+    if runs_as is not None:
+        # Its own code, which it names there, is that of the other model.
+        stated = {key: value for key, value in stated.items() if key != "auto_map"}
+        return CONFIG_MAPPING[runs_as].from_dict(stated | {"model_type": runs_as})
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -23,6 +31,22 @@ def model_config(folder: Path) -> Any:
             "with `--calib none`, evaluate with `--backend vllm` "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def not_layerwise(config: Any, family: Family) -> str:
+    """Return why the layers of a model cannot be run one by one; empty if they can.
+
+    Args:
+        config: Of its language model in transformers.
+        family: Of the model.
+    """
+    if family.scaled_inputs and config.num_experts_per_tok > 1:
+        return "scales what several experts get of a token"  # vLLM refuses it, too
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "gives each layer another embedding of the tokens"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers"
+    return ""
 
 
 def auto_class(config: Any) -> Any:

@@ -7,7 +7,8 @@ import torch
 
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Routed
+from moeq.model.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.model.stand_ins import Routed
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
 
@@ -83,6 +84,7 @@ def run_layer(
     hidden: torch.Tensor,
     x: torch.Tensor,
     sources: Sequence[ExpertSource],
+    sums: torch.Tensor | None = None,
 ) -> Routed | None:
     """Run one layer in place, with its experts.
 
@@ -92,13 +94,20 @@ def run_layer(
         hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
         x: Memory of the same shape.
         sources: Sets of experts.
+        sums: Likewise, for what the experts' shares are added to; not needed where the model adds
+            up.
 
     Returns:
         What the experts got; None for a layer without experts.
     """
-    routed = model.run(index, hidden, x)
+    if model.adds_up:
+        sums = hidden
+    elif sums is None:
+        sums = torch.empty_like(hidden)
+    routed = model.run(index, hidden, x, sums)
     if routed is not None:
-        add_experts(model, model.moe_layers[index], routed, hidden, sources)
+        add_experts(model, model.moe_layers[index], routed, sums, sources)
+        model.complete(index, hidden, sums)
     return routed
 
 
@@ -106,19 +115,19 @@ def add_experts(
     model: LayerwiseModel,
     layer: MoELayer,
     routed: Routed,
-    hidden: torch.Tensor,
+    sums: torch.Tensor,
     sources: Sequence[ExpertSource],
 ) -> None:
-    """Add, in place, what the experts of a layer give.
+    """Add, in place, the shares of a layer's experts.
 
     Args:
         model: Runs them.
         layer: Where they are.
         routed: What they get.
-        hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
+        sums: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
         sources: Sets of experts.
     """
-    flat = hidden.view(-1, hidden.shape[-1])
+    flat = sums.view(-1, sums.shape[-1])
     for expert in range(layer.num_experts):
         places, weights = routed.of_expert(expert)
         w13_bias, w2_bias = model.biases(layer, expert)  # whatever the widths of the weights

@@ -4,8 +4,10 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +16,11 @@ from torch import nn
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, model_config, stored_names
+from moeq.model.architecture import auto_class, model_config, not_layerwise, stored_names
+from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
 
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
-
-
-class Routed(NamedTuple):
-    """What the experts of one layer get, for all tokens.
-
-    Attributes:
-        x: float32 [T, hidden_size].
-        ids: int64 [T, top_k].
-        weights: float32 [T, top_k], as the experts' outputs are multiplied with.
-    """
-
-    x: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-    def of_expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens that an expert gets: their places [n] and router weights [n, 1]."""
-        places, turns = (self.ids == expert).nonzero(as_tuple=True)
-        return places, self.weights[places, turns].unsqueeze(1)
 
 
 class ExpertMatrices(NamedTuple):
@@ -62,13 +46,19 @@ class LayerwiseModel:
         source: The checkpoint.
         device: Where layers run.
 
+    Attributes:
+        adds_up: Whether a layer gives what it would without experts, and their sum. Else it does
+            more with their sum, and runs a second time once that is known.
+
     Raises:
-        MoeqError: transformers does not know the model, or its layers do more with experts than
-            to send tokens there and to add up what they give.
+        MoeqError: transformers does not know the model, or its layers get more than what the one
+            before has given.
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        reason = source.layers[0].family.not_layerwise
+        family, config = source.layers[0].family, model_config(source.folder)
+        self._config = config.get_text_config()
+        reason = not_layerwise(self._config, family)
         if reason:
             raise MoeqError(
                 f"{source.folder}: {source.reader.config['model_type']} {reason}, which moeq "
@@ -76,24 +66,34 @@ class LayerwiseModel:
                 "`--backend transformers` or vllm"
             )
         self.source, self.device = source, device
+        self.adds_up = not family.normalized
         self.moe_layers = {layer.index: layer for layer in source.layers}
-        config = model_config(source.folder)
-        config.get_text_config().output_router_logits = False  # there is nothing to balance here
+        self._config.output_router_logits = False  # there is nothing to balance here
         with torch.device("meta"):
             self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
         self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()
-        modules = self._model.named_modules()
-        self._prefix = next(f"{name}." for name, module in modules if module is self._body)
+        if not hasattr(self._body, "layers"):  # Llama-4's is the language model with its head
+            self._body = self._body.model
+        prefixes = {module: f"{name}." for name, module in self._model.named_modules()}
+        self._prefix, self._head_prefix = prefixes[self._body], prefixes[self._head]
         self.hidden_size = source.hidden_size
-        self._make_rotary_embeddings()
-        self._layers: list[nn.Module] = list(self._body.layers)
+        self._layers: list[Any] = list(self._body.layers)
         first = self._layers[source.layers[0].index]
         self._experts = _experts_path(first)
         self._experts_of_transformers: Any = first.get_submodule(self._experts)
         # Granite adds a fraction of what its blocks give to the residual stream.
-        self._residual_multiplier = getattr(config.get_text_config(), "residual_multiplier", 1.0)
-        self._arguments: list[dict[str, Any]] = []
-        self._exit: _Exit | None = None
+        self._residual_multiplier = getattr(self._config, "residual_multiplier", 1.0)
+        # GLM's attention uses the tokens again that an earlier layer has chosen.
+        self._in_tuple = "prev_topk_indices" in inspect.signature(type(first).forward).parameters
+        self._choosing_again = [
+            layer.self_attn
+            for layer in self._layers
+            if self._in_tuple and layer.self_attn.skip_topk
+        ]
+        for attention in self._choosing_again:
+            attention.indexer = AllTokens()
+        self._entrances = [Entrance(layer, self._in_tuple) for layer in self._layers]
+        self._exit: Exit | None = None
         self._stored = stored_names(self._model, source.reader.tensors)
 
     def __len__(self) -> int:
@@ -106,52 +106,87 @@ class LayerwiseModel:
         Args:
             tokens: int64 [n, L]; all sequences are full, none is padded.
             hidden: float32 [n, L, hidden_size].
+
+        Raises:
+            MoeqError: Attention chooses tokens of such long sequences, and layers share the choice.
         """
-        entrances = [_Entrance(layer) for layer in self._layers]
-        self._body.layers = nn.ModuleList(entrances)
+        if self._choosing_again and tokens.shape[1] > self._config.index_topk:
+            raise MoeqError(
+                f"{self.source.folder}: layers share what attention chooses of sequences of more "
+                f"than {self._config.index_topk} tokens (index_topk), which moeq cannot run layer "
+                f"by layer. Give a `seqlen` of at most {self._config.index_topk}"
+            )
+        self._body.layers = nn.ModuleList(self._entrances)
         for name, module in self._body.named_children():
             if name != "layers":
                 self._fill(module, f"{self._prefix}{name}.")
         for sequence, target in zip(tokens, hidden, strict=True):
             self._body(input_ids=sequence[None].to(self.device), use_cache=False)
-            target.copy_(entrances[0].hidden[0])
-        self._arguments = [entrance.arguments for entrance in entrances]
-        self._body.get_input_embeddings().to("meta")
+            target.copy_(self._entrances[0].hidden[0])
+        embeddings = self._body.get_input_embeddings()
+        # Gemma-4 looks for those of images among hidden states: without memory, equal to nothing.
+        nothing = torch.tensor(torch.nan, device=self.device).expand_as(embeddings.weight)
+        embeddings.weight = nn.Parameter(nothing, requires_grad=False)
+        self._exit = None  # entrances are where it was
 
     @torch.no_grad()
-    def run(self, index: int, hidden: torch.Tensor, x: torch.Tensor) -> Routed | None:
-        """Run one layer in place, all but its routed experts.
+    def run(
+        self, index: int, hidden: torch.Tensor, x: torch.Tensor, sums: torch.Tensor
+    ) -> Routed | None:
+        """Run one layer, all but its routed experts; if it has any, :meth:`complete` has to follow.
 
         Args:
             index: Which layer.
-            hidden: float32 [n, L, hidden_size]: input, and then output, to which the experts'
-                share has to be added.
+            hidden: float32 [n, L, hidden_size]: input, and the output of a layer without experts.
             x: Memory of the same shape for the result.
+            sums: Becomes what the experts' shares have to be added to: ``hidden`` itself where the
+                model adds up, else other memory of the same shape.
 
         Returns:
             What the experts get; None for a layer without experts.
         """
-        layer = self._layers[index]
-        moe, router = self.moe_layers.get(index), _Recorder()
-        if moe is not None:
-            layer.set_submodule(self._experts, router)
-        self._fill(layer, f"{self._prefix}layers.{index}.")
-        ids, weights = [], []
-        size = max(1, _TOKENS_AT_ONCE // hidden.shape[1])
-        for sequences, target in zip(torch.split(hidden, size), torch.split(x, size), strict=True):
-            output = layer(sequences.to(self.device), **self._arguments[index])
-            sequences.copy_(output[0] if isinstance(output, tuple) else output)
-            if moe is not None:
-                target.copy_(router.routed.x.view(target.shape))
-                ids.append(router.routed.ids.cpu())
-                weights.append(router.routed.weights.float().cpu())
-        layer.to("meta")
+        moe, size = self.moe_layers.get(index), self._batch_size(hidden)
+        targets, ids, weights = iter(torch.split(x, size)), [], []
+
+        def record(routed: Routed) -> torch.Tensor:
+            target = next(targets)
+            target.copy_(routed.x.view(target.shape))
+            ids.append(routed.ids.cpu())
+            weights.append(routed.weights.float().cpu())
+            return torch.zeros_like(routed.x)
+
+        with self._loaded(index, record) as layer:
+            for sequences in torch.split(hidden, size):
+                output = layer(sequences.to(self.device))
+                if moe is None or self.adds_up:
+                    sequences.copy_(output)
         if moe is None:
             return None
+        if not self.adds_up:
+            sums.zero_()
         shares = torch.cat(weights) * self._residual_multiplier
         return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), shares)
 
-    def backward(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+    @torch.no_grad()
+    def complete(self, index: int, hidden: torch.Tensor, sums: torch.Tensor) -> None:
+        """Turn ``hidden``, in place, into the output of a layer with experts.
+
+        Args:
+            index: Which layer; :meth:`run` has just run it.
+            hidden: float32 [n, L, hidden_size], as run has left it.
+            sums: As run has left it, and the experts' shares.
+        """
+        if self.adds_up:
+            return
+        size = self._batch_size(hidden)
+        parts = iter(torch.split(sums, size))
+        with self._loaded(index, lambda routed: next(parts).to(self.device)) as layer:
+            for sequences in torch.split(hidden, size):
+                sequences.copy_(layer(sequences.to(self.device)))
+
+    def backward(
+        self, index: int, hidden: torch.Tensor, gradient: torch.Tensor, of_sums: torch.Tensor
+    ) -> None:
         """Turn the gradient of a layer's output, in place, into that of its input.
 
         All experts of the layer are in memory at once.
@@ -160,21 +195,58 @@ class LayerwiseModel:
             index: Which layer.
             hidden: float32 [n, L, hidden_size]: its input.
             gradient: Of the same shape.
+            of_sums: Becomes the gradient of the sums of the experts' shares; without experts, that
+                of the output.
         """
-        layer, moe = self._layers[index], self.moe_layers.get(index)
-        if moe is not None:
-            layer.set_submodule(self._experts, _Experts(self, moe))
-        self._fill(layer, f"{self._prefix}layers.{index}.")
-        with torch.enable_grad():
-            for sequence, target in zip(hidden, gradient, strict=True):
+        moe = self.moe_layers.get(index)
+        experts = [] if moe is None else [self.matrices(moe, i) for i in range(moe.num_experts)]
+        sums: list[torch.Tensor] = []
+
+        def give(routed: Routed) -> torch.Tensor:
+            result = torch.zeros_like(routed.x)
+            for expert, matrices in enumerate(experts):
+                places, weights = routed.of_expert(expert)
+                output = self.expert_output(matrices, routed.x[places])
+                result = result.index_add(0, places, output * weights)
+            sums.append(result)
+            return result
+
+        of_sums.copy_(gradient)
+        with self._loaded(index, give) as layer, torch.enable_grad():
+            for sequence, target, of_sum in zip(hidden, gradient, of_sums, strict=True):
                 inputs = sequence[None].to(self.device, copy=True).requires_grad_()
-                output = layer(inputs, **self._arguments[index])
-                output = output[0] if isinstance(output, tuple) else output
-                (of_input,) = torch.autograd.grad(output, inputs, target[None].to(self.device))
-                target.copy_(of_input[0])
+                output = layer(inputs)
+                of_output = target[None].to(self.device)
+                (of_input,), *rest = torch.autograd.grad(output, (inputs, *sums), of_output)
+                if moe is not None:  # first, since it may be the memory of the other one
+                    of_sum.copy_(rest[0] / self._residual_multiplier)  # as the shares are times it
+                    sums.clear()
+                target.copy_(of_input)
+
+    @contextmanager
+    def _loaded(
+        self, index: int, give: Callable[[Routed], torch.Tensor]
+    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Give a layer its tensors, and what stands for its experts, to run it on sequences."""
+        layer, moe = self._layers[index], self.moe_layers.get(index)
+        args, kwargs = self._entrances[index].arguments
         if moe is not None:
-            layer.set_submodule(self._experts, _Recorder())
+            layer.set_submodule(self._experts, Experts(moe, give))
+        self._fill(layer, f"{self._prefix}layers.{index}.")
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            output = layer(hidden, *args, **kwargs)
+            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        yield run
+        if moe is not None:
+            layer.set_submodule(self._experts, nn.Module())  # what stood there may hold memory
         layer.to("meta")
+
+    @staticmethod
+    def _batch_size(hidden: torch.Tensor) -> int:
+        return max(1, _TOKENS_AT_ONCE // hidden.shape[1])
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
         """Check what a layer gives.
@@ -191,12 +263,12 @@ class LayerwiseModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
         if self._exit is None:
-            self._exit = _Exit(self._layers[-1])
+            self._exit = Exit(self._layers[-1], self._in_tuple)
             self._body.layers = nn.ModuleList([self._exit])
-            self._fill(self._head, "lm_head.")
-        self._exit.output = hidden.to(self.device)[None]
+            self._fill(self._head, self._head_prefix)
+        self._exit.hidden = hidden.to(self.device)[None]
         # transformers' own end of the model: some scale the logits, or cap them.
-        output = self._model(inputs_embeds=self._exit.output, use_cache=False)
+        output = self._model(inputs_embeds=self._exit.hidden, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -208,12 +280,15 @@ class LayerwiseModel:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
         experts = self._experts_of_transformers
         output = F.linear(x, matrices.w13, matrices.w13_bias)
+        apply_gate = getattr(experts, "_apply_gate", None)
+        if apply_gate is None:  # Llama-4's
+            gate, up = output.chunk(2, -1)
+            return cast(torch.Tensor, experts.act_fn(gate) * up)
         if experts.has_gate and not experts.is_concatenated:
             gate, up = output.chunk(2, -1)
             output = torch.stack([gate, up], -1).flatten(-2)  # they alternate
-        activation = experts._apply_gate if experts.has_gate else experts.act_fn
-        result: torch.Tensor = activation(output)
-        return result
+        activation = apply_gate if experts.has_gate else experts.act_fn
+        return cast(torch.Tensor, activation(output))
 
     def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
         """Read an expert's 16- or 32-bit weights.
@@ -254,19 +329,18 @@ class LayerwiseModel:
             )
         return tensor
 
-    def _make_rotary_embeddings(self) -> None:
-        """Make what has no tensors on disk, so that it is not left on the meta device."""
-        for name, module in list(self._body.named_children()):
-            if "Rotary" in type(module).__name__:
-                with torch.device(self.device):
-                    setattr(self._body, name, type(module)(config=module.config))
-
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Give a module of the model its tensors from the checkpoint.
 
         Raises:
             MoeqError: transformers builds another model than the checkpoint holds.
         """
+        module.to("meta")  # so that nothing but what is not on disk is initialized
+        for part in module.modules():
+            if names := part._non_persistent_buffers_set:
+                for name in names:
+                    setattr(part, name, torch.empty_like(getattr(part, name), device=self.device))
+                self._model._init_weights(part)
         state = {}
         for name in module.state_dict():
             tensor = self.source.tensor(self._stored_name(prefix + name)).to(self.device)
@@ -281,7 +355,7 @@ class LayerwiseModel:
 
     def _stored_name(self, name: str) -> str:
         """Return where a parameter is on disk; one that is missing is named as in memory."""
-        if name == "lm_head.weight" and name not in self._stored:  # tied
+        if name == f"{self._head_prefix}weight" and name not in self._stored:  # tied
             name = f"{self._prefix}embed_tokens.weight"
         return self._stored.get(name, name)
 
@@ -290,63 +364,3 @@ def _experts_path(layer: nn.Module) -> str:
     """Return where the routed experts are in a decoder layer of transformers."""
     names: list[str] = [name for name, _ in layer.named_modules()]
     return next(name for name in names if name.split(".")[-1] == "experts")
-
-
-class _Entrance(nn.Module):
-    """Stands for a layer and remembers what it would have got."""
-
-    hidden: torch.Tensor
-    arguments: dict[str, Any]
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = (layer,)  # not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the model asks a layer about itself, such as its kind of attention."""
-        return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
-        return hidden_states
-
-
-class _Exit(_Entrance):
-    """Stands for all layers, once they have run: gives what the last one gave."""
-
-    output: torch.Tensor
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        return self.output
-
-
-class _Experts(nn.Module):
-    """The experts of a layer, with gradients of what they get."""
-
-    def __init__(self, model: LayerwiseModel, layer: MoELayer) -> None:
-        super().__init__()
-        self._model = (model,)  # not a submodule
-        self._matrices = [model.matrices(layer, expert) for expert in range(layer.num_experts)]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        routed = Routed(hidden_states, top_k_index, top_k_weights)
-        result = torch.zeros_like(hidden_states)
-        for expert, matrices in enumerate(self._matrices):
-            places, weights = routed.of_expert(expert)
-            output = self._model[0].expert_output(matrices, hidden_states[places])
-            result = result.index_add(0, places, output * weights)
-        return result
-
-
-class _Recorder(nn.Module):
-    """Stands for the experts: remembers what they get and gives zeros."""
-
-    routed: Routed
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        self.routed = Routed(hidden_states, top_k_index, top_k_weights)
-        return torch.zeros_like(hidden_states)

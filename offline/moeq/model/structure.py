@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
 _OLDEST = Version("5.15")
 """Of transformers: releases before build some models in another way than they are on disk."""
-_SAME_AS = {"kimi_k2": "deepseek_v3"}
-"""Models that transformers knows by another ``model_type`` only."""
 _EXPERTS = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)")
 """Matches the parameters of routed experts, which transformers fuses."""
 _OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -45,7 +43,7 @@ def check_structure(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Non
         MoeqError: Tensors are missing or have other shapes than ``config.json`` says, or it
             describes no model; names them.
     """
-    model = _meta_model(reader)
+    model = _meta_model(reader, layers)
     if model is None:
         return
     problems = list(_problems(model, reader, layers))
@@ -77,17 +75,16 @@ def structure_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) -> 
     Raises:
         MoeqError: ``config.json`` describes no model.
     """
-    model = _meta_model(reader)
+    model = _meta_model(reader, layers)
     return [] if model is None else list(_problems(model, reader, layers))
 
 
-def _meta_model(reader: CheckpointReader) -> Any:
+def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
     """Return the model of ``config.json`` without memory; None if transformers does not know it."""
     # Takes seconds to import, which other commands should not wait for.
     from transformers import CONFIG_MAPPING, __version__
 
-    model_type = str(reader.config.get("model_type"))
-    model_type = _SAME_AS.get(model_type, model_type)
+    model_type = layers[0].family.runs_as or str(reader.config.get("model_type"))
     if Version(__version__) < _OLDEST or model_type not in CONFIG_MAPPING:
         logger.info(
             "transformers %s %s: tensors outside the experts are not checked",

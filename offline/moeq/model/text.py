@@ -96,7 +96,7 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MoeqError(

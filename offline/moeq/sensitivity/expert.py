@@ -1,4 +1,4 @@
-"""One expert at several widths: what each of them does to its layer's output, and to the loss."""
+"""One expert at several widths: what each of them does to its layer's sum, and to the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class QuantizationError(NamedTuple):
 
     Attributes:
         weight: Squared errors of its weights.
-        output: Squared errors of the layer's output, as a sum over the calibration tokens.
+        output: Squared errors of what the layer's experts give together, before any norm behind
+            them, as a sum over the calibration tokens.
         loss: Estimate of the increase of the model's divergence from itself, in nats per token:
             half of the squared products of output errors and gradients, see
             :mod:`moeq.sensitivity.fisher`.
@@ -61,7 +62,7 @@ class MeasuredExpert:
         original: Its weights.
         x: float32 [n, hidden_size].
         weights: Router weights [n, 1].
-        gradient: Of the loss with respect to the layer's output [n, hidden_size].
+        gradient: Of the loss with respect to the sum of the experts' shares [n, hidden_size].
         tokens: Of the calibration text.
     """
 

@@ -1,7 +1,7 @@
-"""How much the loss grows by an error in the output of a layer, token by token.
+"""How much the loss grows by an error in what a layer's experts give together, token by token.
 
-The loss of a model whose layer outputs are off by d grows by about half of sum_t (g_t . d_t)^2,
-where g_t is the gradient, with respect to the output at token t, of the log-probability of tokens
+The loss of a model whose experts' sums are off by d grows by about half of sum_t (g_t . d_t)^2,
+where g_t is the gradient, with respect to the sum at token t, of the log-probability of tokens
 drawn from the model's own distribution: the Fisher information, which is the Hessian of the
 Kullback-Leibler divergence from the model itself (Amari, "Natural gradient works efficiently in
 learning", 1998). Terms between different tokens are left out.
@@ -23,7 +23,9 @@ def gradients(
     seed: int,
     progress: Progress = silent,
 ) -> list[torch.Tensor]:
-    """Return the gradient of the outputs of every layer: float32 [n, L, hidden_size] each.
+    """Return the gradient of the experts' sums of every layer: float32 [n, L, hidden_size] each.
+
+    Of a layer without experts it is that of the output.
 
     Args:
         model: The model, with its own experts.
@@ -52,8 +54,7 @@ def gradients(
         results = []
         for index in reversed(range(len(model))):
             results.append(mapped(folder / f"gradient-{index}.bin", shape))
-            results[-1].copy_(gradient)
-            model.backward(index, states.pop(), gradient)
+            model.backward(index, states.pop(), gradient, results[-1])
             paths[index].unlink()
             advance(1)
     return results[::-1]

@@ -8,7 +8,6 @@ from moeq.rounding import quantize_rtn
 
 TOKENS = 512
 """Random inputs; the same ones for every expert."""
-_NORM = "post_attention_layernorm.weight"
 
 
 def data_free_error(
@@ -17,8 +16,8 @@ def data_free_error(
     """Return the error of each expert's output on random inputs, float32 [num_experts].
 
     The mean squared change when all its weights are rounded to nearest. What an expert gets was
-    normalized, so inputs are standard normal, times the weights of the norm in front of the layer
-    where the checkpoint has one.
+    normalized, so inputs are standard normal, times the weights of the norm in front of the experts
+    where there is one.
 
     Args:
         model: Runs the checkpoint.
@@ -30,7 +29,7 @@ def data_free_error(
         MoeqError: Weights that are not finite; names the tensor.
     """
     x = torch.randn(TOKENS, layer.hidden_size, generator=torch.Generator().manual_seed(0))
-    norm = layer.container.removesuffix(layer.family.experts) + _NORM
+    norm = f"{layer.container.removesuffix(layer.family.experts)}{layer.family.norm}.weight"
     if norm in model.source.reader.tensors:
         x *= model.source.tensor(norm).float()
     x = x.to(model.device)

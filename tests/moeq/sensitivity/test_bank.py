@@ -23,7 +23,7 @@ WIDTHS, GROUP = (2, 4), 32
 
 
 class Built:
-    """A bank of the tiny Mixtral, and what it was made from."""
+    """A bank of a tiny model, and what it was made from."""
 
     def __init__(self, folder: Path, work: Path, method: str) -> None:
         source = SourceModel.open(folder)
@@ -43,17 +43,20 @@ def built(
 ) -> Callable[[str], Built]:
     made: dict[str, Built] = {}
 
-    def get(method: str) -> Built:
-        if method not in made:
-            made[method] = Built(tiny_model("mixtral"), tmp_path_factory.mktemp(method), method)
-        return made[method]
+    def get(method: str, family: str = "mixtral") -> Built:
+        key = f"{family}-{method}"
+        if key not in made:
+            made[key] = Built(tiny_model(family), tmp_path_factory.mktemp(key), method)
+        return made[key]
 
     return get
 
 
 def _moe_outputs(model: Any, layer: int, tokens: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
-    hook = model.model.layers[layer].mlp.register_forward_hook(
+    block = model.model.layers[layer]
+    moe = block.mlp if hasattr(block, "mlp") else block.feed_forward
+    hook = moe.register_forward_hook(
         lambda module, args, output: found.append(
             output[0] if isinstance(output, tuple) else output
         )
@@ -74,14 +77,19 @@ def _plan(widths: dict[str, list[int]], model: LayerwiseModel) -> BitPlan:
     )
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    # A norm follows the experts of FlexOlmo; Llama-4's router scales what they get.
+    [("mixtral", "rtn"), ("mixtral", "gptq"), ("flex_olmo", "gptq"), ("llama4_text", "gptq")],
+)
 @pytest.mark.parametrize(
     ("layer", "expert", "projection", "bits"), [(0, 3, "w13", 2), (1, 5, "w2", 2), (1, 0, "w13", 4)]
 )
-def test_the_error_is_what_the_layer_gives_differently(
-    method: str, layer: int, expert: int, projection: str, bits: int, built: Callable[[str], Built]
-) -> None:
-    made = built(method)
+def test_the_error_is_what_the_experts_give_differently(
+    family: str, method: str, layer: int, expert: int, projection: str, bits: int,
+    built: Callable[..., Built],
+) -> None:  # fmt: skip
+    made = built(method, family)
     container = made.model.moe_layers[layer].container
     found = made.bank.errors[Choice(container, expert, projection, bits)]  # type: ignore[arg-type]
 
@@ -90,11 +98,14 @@ def test_the_error_is_what_the_layer_gives_differently(
     rounded = source.matrices(made.model.moe_layers[layer], expert)
     whole = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
     before = _moe_outputs(whole, layer, made.tokens)
-    experts = whole.model.layers[layer].mlp.experts
+    block = whole.model.layers[layer]
+    experts = (block.mlp if hasattr(block, "mlp") else block.feed_forward).experts
     if projection == "w13":
         new, target = rounded.w13, experts.gate_up_proj
     else:
         new, target = rounded.w2, experts.down_proj
+    if family == "llama4_text":  # its weights are transposed
+        new = new.T
     weight = (new.double() - target[expert].detach().double()).square().sum().item()
     with torch.no_grad():
         target[expert].copy_(new)

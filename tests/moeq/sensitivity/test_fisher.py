@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ from support.models import VOCABULARY
 DRAWS, LENGTH, STEP = 400, 10, 1e-2
 
 
-@pytest.mark.parametrize(("layer", "place"), [(0, 2), (1, 5)])
+@pytest.mark.parametrize(("family", "layer", "place"), [("mixtral", 1, 5), ("flex_olmo", 0, 2)])
 def test_gradients_foretell_the_divergence(
-    layer: int, place: int, tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str, layer: int, place: int, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = tiny_model("mixtral")
+    folder = tiny_model(family)
     generator = torch.Generator().manual_seed(1)
     sequence = torch.randint(VOCABULARY, (1, LENGTH), generator=generator)
     source = SourceModel.open(folder)
@@ -36,12 +35,11 @@ def test_gradients_foretell_the_divergence(
     with torch.no_grad():
         before = whole(sequence).logits.log_softmax(-1)
 
-        def push(module: torch.nn.Module, args: object, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden[:, place] += STEP * direction
+        def push(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            output[place] += STEP * direction
             return output
 
-        whole.model.layers[layer].register_forward_hook(push)
+        whole.model.layers[layer].mlp.experts.register_forward_hook(push)
         after = whole(sequence).logits.log_softmax(-1)
     divergence = (before.exp() * (before - after)).sum().item()
     # The mean of 400 squares of normal numbers is off by 7 % (standard deviation).
