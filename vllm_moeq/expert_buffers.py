@@ -22,6 +22,11 @@ from vllm_moeq.kernels.layout import ExpertLayout
 
 Shard = Literal["w1", "w2", "w3"]
 Kind = Literal["weight_packed", "weight_scale", "weight_zero_point", "bias"]
+WEIGHT_KINDS: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
+WEIGHT_BUFFERS = tuple(
+    f"{projection}_{kind}" for projection in PROJECTIONS for kind in WEIGHT_KINDS
+)
+"""Names of the weights of a layer, in the order of ``ExpertWeights``."""
 
 
 class Share(NamedTuple):
@@ -117,8 +122,7 @@ class ExpertBuffers:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """Tensors that a matrix has."""
-        weights: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
-        return (*weights, "bias") if self.biased else weights
+        return (*WEIGHT_KINDS, "bias") if self.biased else WEIGHT_KINDS
 
     def allocate(self) -> dict[tuple[Projection, Kind], torch.Tensor]:
         """Return uninitialised buffers, not one byte more than the local experts need.

@@ -18,8 +18,8 @@ from vllm_moeq.compat import (
     set_weight_attrs,
     weights_are_dummies,
 )
-from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Shard, Share
-from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
+from vllm_moeq.expert_buffers import WEIGHT_BUFFERS, ExpertBuffers, Kind, Shard, Share
+from vllm_moeq.format import FormatError, LayerBits
 from vllm_moeq.kernels import (
     ACTIVATIONS,
     KERNELS,
@@ -32,12 +32,6 @@ from vllm_moeq.kernels import (
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
-_WEIGHTS = tuple(
-    f"{projection}_{kind}"
-    for projection in PROJECTIONS
-    for kind in ("weight_packed", "weight_scale", "weight_zero_point")
-)
-"""Parameters of a layer, in the order of ``ExpertWeights``."""
 _SWIGLU_OPTIONS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
 _PREPARED = "moeq_prepared"
 """Attribute of parameters that a kernel has repacked: canonical offsets mean nothing in them."""
@@ -159,7 +153,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             )
         # Those of this load: when weights are loaded again, vLLM puts new parameters into the
         # layer and afterwards copies what is prepared here into the old ones.
-        parameters = [getattr(layer, name) for name in _WEIGHTS]
+        parameters = [getattr(layer, name) for name in WEIGHT_BUFFERS]
         kernel = select_kernel(parameters[0].device)
         logger.info_once("moeq experts run on the %s kernel", KERNELS[kernel].name)
         layout = replace(self.buffers.layout, kernel=kernel)
@@ -185,7 +179,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
             x,
             topk_weights,
             topk_ids,
-            [getattr(layer, name) for name in _WEIGHTS],
+            [getattr(layer, name) for name in WEIGHT_BUFFERS],
             getattr(layer, "w13_bias", None),
             getattr(layer, "w2_bias", None),
             layer.moeq_layout,

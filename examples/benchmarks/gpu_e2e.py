@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from moeq.api import quantize
 from moeq.bench import SHAPES, Shape
-from vllm_moeq.format import BitPlan, LayerBits, dequantize
+from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, LayerBits, dequantize
 
 ANSWERS, RATES = ("graphs", "eager"), ("moeq", "gptq", "bf16")
 JOBS = ("graphs", *RATES, "eager")
@@ -114,6 +114,7 @@ def write_unpacked(packed: Path, folder: Path) -> None:
     """Write a packed checkpoint as one of float32 that transformers reads."""
     config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
     group_size = config.pop("quantization_config")["group_size"]
+    config = {name: value for name, value in config.items() if name not in TRANSFORMERS_GUARD}
     stored: dict[str, torch.Tensor] = {}
     for file in packed.glob("*.safetensors"):
         stored |= load_file(file)

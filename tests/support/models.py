@@ -304,14 +304,19 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a tiny random checkpoint of a family; the same one every time."""
-    torch.manual_seed(0)
+def make_config(family: str) -> Any:
+    """Return the configuration of a tiny model of a family, in transformers."""
     options = FAMILIES[family]
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         _IMPLEMENTED_AS.get(family, family),
         **options if "text_config" in options else _COMMON | options,
     )
+
+
+def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a tiny random checkpoint of a family; the same one every time."""
+    torch.manual_seed(0)
+    config = make_config(family)
     model = _auto_class(config).from_config(config, dtype=torch.float32).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):

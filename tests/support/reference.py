@@ -61,6 +61,8 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
     target.mkdir()
     config = json.loads((packed / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    for part in (config, config.get("text_config", {})):
+        part.pop("transformers_weights", None)
     config["dtype"] = "float32"
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(packed.glob("*.safetensors")):

@@ -28,7 +28,9 @@ def test_packages_import_without_vllm() -> None:
         "import sys; sys.modules['vllm'] = None\n"
         "import moeq, moeq.cli, moeq.checkpoint.writer\n"
         "import vllm_moeq, vllm_moeq.format, vllm_moeq.kernels\n"
-        "import vllm_moeq.expert_buffers"
+        "import vllm_moeq.expert_buffers\n"
+        "assert 'transformers' not in sys.modules\n"
+        "import vllm_moeq.hf"
     )
     assert done.returncode == 0, done.stderr
 

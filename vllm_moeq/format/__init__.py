@@ -24,8 +24,10 @@ from vllm_moeq.format.plan import (
 )
 from vllm_moeq.format.schema import (
     QUANT_METHOD,
+    TRANSFORMERS_GUARD,
     CheckpointConfig,
     ExpertTensor,
+    guarded,
     packed_bytes,
     packed_tensors,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "MANIFEST_NAME",
     "PROJECTIONS",
     "QUANT_METHOD",
+    "TRANSFORMERS_GUARD",
     "WIDTHS",
     "BitPlan",
     "CheckpointConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "Provenance",
     "check_manifest",
     "dequantize",
+    "guarded",
     "num_groups",
     "pack",
     "packed_bytes",

@@ -11,6 +11,25 @@ from vllm_moeq.format.packing import num_groups, packed_columns
 from vllm_moeq.format.plan import BitPlan
 
 QUANT_METHOD = "moeq"
+TRANSFORMERS_GUARD = {
+    "transformers_weights": "experts are packed by moeq: `import vllm_moeq.hf` first, or use vLLM"
+}
+"""What ``config.json`` says so that transformers loads nothing without ``vllm_moeq.hf``.
+
+It skips a quantization that it does not know, and would go on with random experts. But a name of
+weights that is no name of a file is an error, whose message shows it. vLLM does not look there.
+"""
+
+
+def guarded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` with :data:`TRANSFORMERS_GUARD`.
+
+    A language model inside a vision model can be loaded on its own, by its own part of the config.
+    """
+    result = {**config, **TRANSFORMERS_GUARD}
+    if isinstance(config.get("text_config"), Mapping):
+        result["text_config"] = {**config["text_config"], **TRANSFORMERS_GUARD}
+    return result
 
 
 @dataclass(frozen=True, slots=True)

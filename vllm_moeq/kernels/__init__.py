@@ -4,11 +4,11 @@
 its own module. ``reference.py`` is the torch implementation that all of them are tested against.
 """
 
-from vllm_moeq.kernels.call import SWIGLU, Biases, FusedExpertsCall, Routing
+from vllm_moeq.kernels.call import SWIGLU, Biases, FusedExpertsCall, Routing, SwiGlu
 from vllm_moeq.kernels.dispatch import KERNELS, Kernel, select_kernel
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertSlot, ExpertWeights
 from vllm_moeq.kernels.op import fused_experts
-from vllm_moeq.kernels.reference import ACTIVATIONS
+from vllm_moeq.kernels.reference import ACTIVATIONS, activate, expert_weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,6 +21,9 @@ __all__ = [
     "FusedExpertsCall",
     "Kernel",
     "Routing",
+    "SwiGlu",
+    "activate",
+    "expert_weight",
     "fused_experts",
     "select_kernel",
 ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from vllm_moeq.format import Projection, dequantize
 from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, SwiGlu
+from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
 _GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "gelu": lambda gate, up: F.gelu(gate) * up,
@@ -80,9 +81,9 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
         inputs = tokens[rows]
         if call.apply_router_weight_on_input:
             inputs = inputs * router_weight
-        w13 = _expert_weight(call, "w13", slot, compute_dtype)
+        w13 = expert_weight(layout, call.weights, "w13", slot, compute_dtype)
         hidden = F.linear(inputs, w13, _bias(call.biases.w13, slot, compute_dtype))
-        w2 = _expert_weight(call, "w2", slot, compute_dtype)
+        w2 = expert_weight(layout, call.weights, "w2", slot, compute_dtype)
         activated = activate(hidden, call.activation, call.swiglu)
         result = F.linear(activated, w2, _bias(call.biases.w2, slot, compute_dtype))
         if call.apply_router_weight_on_input:
@@ -92,10 +93,14 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
     return output.to(x.dtype)
 
 
-def _expert_weight(
-    call: FusedExpertsCall, projection: Projection, slot: int, dtype: torch.dtype
+def expert_weight(
+    layout: ExpertLayout,
+    weights: ExpertWeights,
+    projection: Projection,
+    slot: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    layout, weights = call.layout, call.weights
+    """Return one expert's matrix [rows, columns], dequantized from canonical weights."""
     packed, scale, zero_point = weights[:3] if projection == "w13" else weights[3:]
     offset, size = layout.span(projection, slot)
     bits, _ = layout.bits_and_offset(projection, slot)

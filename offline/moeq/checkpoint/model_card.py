@@ -38,8 +38,12 @@ With vLLM and vllm-moeq installed:
 vllm serve PATH_OF_THIS_FOLDER --quantization moeq
 ```
 
-Do not load this checkpoint with plain `transformers`: it does not know the packed tensors, warns,
-and goes on with RANDOM experts.
+With transformers and vllm-moeq:
+
+```
+import vllm_moeq.hf  # before from_pretrained
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER", device_map="auto")
+```
 
 `moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged;
 `moeq inspect PATH_OF_THIS_FOLDER --html FILE` shows every expert.

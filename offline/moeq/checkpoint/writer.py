@@ -22,6 +22,7 @@ from moeq.progress import Progress, silent, stage
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
+    guarded,
     packed_bytes,
     write_manifest,
 )
@@ -176,7 +177,7 @@ class Conversion:
             shutil.copyfile(reader.folder / path, folder / path)
         config = unquantized(reader.config)
         config["quantization_config"] = CheckpointConfig(self.plan).to_dict()
-        _write_json(folder / "config.json", config)
+        _write_json(folder / "config.json", guarded(config))
         for file in set(weight_map.values()):
             # safetensors makes files that only their owner may read.
             shutil.copymode(folder / "config.json", folder / file)

@@ -98,6 +98,7 @@ def test_all_other_tensors_are_untouched(packed: Path) -> None:
 def test_config_keeps_its_keys_and_gains_the_plan(source: Path, packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    assert "import vllm_moeq.hf" in config.pop("transformers_weights")
     assert config == json.loads((source / "config.json").read_text())
     assert quantization["quant_method"] == "moeq"
     assert {name: bits["w13"] for name, bits in quantization["expert_bits"].items()} == WIDTHS
@@ -195,7 +196,7 @@ def test_the_card_of_a_hub_model_names_it_and_shows_plan_and_quality(
     assert {"moe", "moeq", "quantized"} <= set(card.data.tags)
     # Layer 0 has widths 1, 2, 3, 4, layer 1 has 8, 1, 4, 2.
     assert f"| `{CONTAINERS[1]}` | 1 / 1 | 1 / 1 | 0 / 0 | 1 / 1 | 1 / 1 |" in card.text
-    for words in ("0.12500 nats per token", "2 other plans", "had 0.25000", "plain `transformers`"):
+    for words in ("0.12500 nats per token", "2 other plans", "had 0.25000", "import vllm_moeq.hf"):
         assert words in card.text.replace("\n", " ")
 
 

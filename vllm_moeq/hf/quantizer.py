@@ -1,0 +1,259 @@
+"""What transformers calls while it loads and saves a packed checkpoint."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.quantizers.base import HfQuantizer
+
+from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, FormatError
+from vllm_moeq.hf.config import MoeqConfig
+from vllm_moeq.hf.experts import FusedExperts, PackedExperts, is_fused_experts
+from vllm_moeq.hf.files import PackedFiles
+from vllm_moeq.hf.saving import save_pretrained
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_PACKED_TENSOR = r"\.experts\.\d+\.\w+\.(weight_packed|weight_scale|weight_zero_point|bias)$"
+_UNEXPECTED, _MISSING = "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"
+"""Patterns of names, attributes of a model."""
+_NAMES_SHOWN = 5
+
+
+class MoeqHfQuantizer(HfQuantizer):
+    """Replaces or fills the experts; everything else is loaded as of any checkpoint.
+
+    Raises:
+        ValueError: The model was not packed by ``moeq quantize``.
+    """
+
+    quantization_config: MoeqConfig
+    pre_quantized: bool
+
+    def __init__(self, quantization_config: MoeqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "MoeqConfig is for checkpoints that `moeq quantize` has written; convert the model "
+                "with it first"
+            )
+        # Else transformers leaves every tensor that has another name on disk in the type it has
+        # there. But ours are plain tensors, to be cast like those of a plain checkpoint.
+        self.pre_quantized = False
+        self.plan: BitPlan = CheckpointConfig.from_dict(quantization_config.checkpoint).plan
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: the kernels have no backward pass."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """Say that ``save_pretrained`` works."""
+        return True
+
+    # Whichever of these two a release of transformers calls, it does so before it looks for files.
+    def update_tp_plan(self, config: Any) -> Any:
+        """Take the guard out of the configuration, now that it has done its duty."""
+        return self.update_attn_implementation(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Do the same."""
+        for part in (config, config.get_text_config()):
+            for key in TRANSFORMERS_GUARD:
+                if hasattr(part, key):
+                    delattr(part, key)
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError("packed experts are read from safetensors files, not a `state_dict`")
+        self.files = PackedFiles(checkpoint_files, self.plan)
+        self._fused = dict(self._find_experts(model))
+        # Restored after loading.
+        self._ignored = {name: getattr(model, name) for name in (_UNEXPECTED, _MISSING)}
+        unexpected, missing = {_PACKED_TENSOR}, set()
+        for container, fused in self._fused.items():
+            bits = self.plan.expert_bits[container]
+            if self.quantization_config.dequantize:
+                # Their parameters get a place, and no random values.
+                fused.module._is_hf_initialized = True
+                missing.add(f"^{re.escape(fused.name)}\\.")
+            else:
+                packed = PackedExperts(fused, bits, self.plan.group_size)
+                model.set_submodule(fused.name, packed)
+        setattr(model, _UNEXPECTED, unexpected.union(self._ignored[_UNEXPECTED] or ()))
+        setattr(model, _MISSING, missing.union(self._ignored[_MISSING] or ()))
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def _find_experts(self, model: Any) -> Iterator[tuple[str, FusedExperts]]:
+        """Yield the container on disk and the experts of each layer."""
+        by_layer: dict[int, str] = {}
+        for container in self.plan.expert_bits:
+            layer = _layer_index(container)
+            if by_layer.setdefault(layer, container) != container:
+                raise FormatError(f"expert_bits names layer {layer} twice")
+        for name, module in list(model.named_modules()):
+            if is_fused_experts(module):
+                container = by_layer.pop(_layer_index(name), "")
+                if not container:
+                    raise FormatError(
+                        f"expert_bits has no entry for {name}: the plan belongs to another model"
+                    )
+                yield container, FusedExperts.of(name, module)
+        if by_layer:
+            raise FormatError(
+                f"expert_bits names {next(iter(by_layer.values()))}, and this release of "
+                "transformers holds no fused experts there"
+            )
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Leave out how transformers fuses experts: it would take packed tensors for weights."""
+        self._conversions = weight_conversions
+        return [
+            entry
+            for entry in weight_conversions
+            if isinstance(entry, WeightRenaming) or not _makes_experts(entry)
+        ]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, patterns in self._ignored.items():
+            setattr(model, name, patterns)
+        self._check_placement(model)
+        self._check_the_rest(model)
+        with self.files.opened() as read:
+            for container, fused in self._fused.items():
+                if self.quantization_config.dequantize:
+                    bits = self.plan.expert_bits[container]
+                    buffers = fused.buffers(bits, self.plan.group_size)
+                    tensors = buffers.allocate()
+                    self.files.fill(container, buffers, tensors, read)
+                    fused.dequantize(buffers, tensors)
+                else:
+                    packed = model.get_submodule(fused.name)
+                    self.files.fill(container, packed.buffers_of_layer, packed.canonical(), read)
+                    packed.prepare()
+        if self.quantization_config.dequantize:
+            self._forget(model)
+        else:
+            self._names = self._names_in_memory(model)
+            model.save_pretrained = MethodType(save_pretrained, model)
+        del self._fused, self._shapes, self._conversions
+
+    def _check_placement(self, model: Any) -> None:
+        if getattr(model, "_tp_size", None) is not None:
+            raise ValueError("packed experts are not split over ranks in transformers; use vLLM")
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        offloaded = places & {"cpu", "disk"}
+        if offloaded and places - offloaded:
+            raise ValueError(
+                f"the device map leaves parts of the model on {', '.join(sorted(offloaded))} and "
+                "moves them to a GPU when needed, which packed experts cannot follow: use more "
+                "GPUs, or the CPU alone"
+            )
+
+    def _check_the_rest(self, model: Any) -> None:
+        """Check what transformers has loaded; it only warns of what it has not.
+
+        Raises:
+            FormatError: A tensor is missing or has another shape.
+        """
+        tied = set(getattr(model, "all_tied_weights_keys", {}))
+        ours = {fused.name for fused in self._fused.values()}
+        optional = self._ignored[_MISSING] or ()
+        wrong = []
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in tied or name.rpartition(".")[0] in ours:
+                continue
+            if any(re.search(pattern, name) for pattern in optional):
+                continue
+            # transformers marks so what it has loaded.
+            if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta:
+                wrong.append(f"{name} is missing")
+            elif tensor.shape != self._shapes[name]:
+                wrong.append(f"{name} is {list(tensor.shape)}, not {list(self._shapes[name])}")
+        if wrong:
+            more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
+            raise FormatError(
+                f"{self.files.folder}: {', '.join(wrong[:_NAMES_SHOWN])}{more}. Check it with "
+                "`moeq verify`"
+            )
+
+    def _names_in_memory(self, model: Any) -> dict[str, str]:
+        """Return what transformers calls the tensors on disk that are no experts'."""
+        ours = model.state_dict()
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        names = (
+            (name, rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0])
+            for name in self.files.others
+        )
+        return {stored: name for stored, name in names if name in ours}
+
+    def _forget(self, model: Any) -> None:
+        """Leave a plain model, which is saved as any other."""
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._is_quantized = False
+        model._weight_conversions = [
+            entry for entry in self._conversions if entry.was_used() or _makes_experts(entry)
+        ]
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return all tensors under their names on disk: the packed ones as they are there.
+
+        Raises:
+            ValueError: Modules have been replaced, as by adapters that are not merged.
+            FormatError: The files are no more as they were.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapter alone
+        self._check_whole(model)
+        ours = model.state_dict()
+        tensors = {}
+        with self.files.opened() as read:
+            for name in self.files.names:
+                in_memory = self._names.get(name)
+                if in_memory is None:
+                    tensors[name] = read(name)
+                elif in_memory not in ours or ours[in_memory].is_meta:
+                    raise ValueError(
+                        f"{in_memory} is gone or offloaded, so that the model cannot be saved. "
+                        "Merge adapters before"
+                    )
+                else:
+                    tensors[name] = ours[in_memory]
+        return tensors, {}
+
+    def _check_whole(self, model: Any) -> None:
+        stored = json.loads((self.files.folder / "config.json").read_text(encoding="utf-8"))
+        if stored.get("model_type") != model.config.model_type:
+            raise ValueError(
+                f"this is a part of the {stored.get('model_type')} in {self.files.folder}, with "
+                "another configuration: load the whole model to save it"
+            )
+
+    @property
+    def source(self) -> Path:
+        """Folder that the model was loaded from."""
+        return self.files.folder
+
+
+def _layer_index(name: str) -> int:
+    match = _LAYER.search(f".{name}.")
+    if match is None:
+        raise FormatError(f"{name}: experts outside numbered layers ('layers.N') are not supported")
+    return int(match[1])
+
+
+def _makes_experts(conversion: Any) -> bool:
+    return any(re.search(r"\bexperts\b", pattern) for pattern in conversion.target_patterns)
