@@ -14,7 +14,7 @@ from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.evaluation.whole import WholeModel
 from moeq.model.text import calibration_sequences, evaluation_sequences
-from support.cli import run_moeq
+from support.cli import run_moeq, run_moeq_alone
 from support.models import load_model
 from support.reference import dequantize_checkpoint
 
@@ -43,7 +43,8 @@ def _packed(source: Path, target: Path) -> Path:
 
 
 def _evaluate(*arguments: object) -> dict[str, Any]:
-    done = run_moeq("eval", *arguments, "--json", "--seqlen", LENGTH, "--nsamples", COUNT)
+    run = run_moeq_alone if "vllm" in arguments else run_moeq  # the engine stays in its process
+    done = run("eval", *arguments, "--json", "--seqlen", LENGTH, "--nsamples", COUNT)
     assert done.returncode == 0, done.stderr
     assert "exited unexpectedly" not in done.stderr  # so says vLLM of an engine nobody shut down
     result: dict[str, Any] = json.loads(done.stdout)
