@@ -64,7 +64,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
     r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
-Guard = Callable[[torch.nn.Module], AbstractContextManager[None]]
+Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 Watch = Callable[[torch.nn.Module, Tensors], Iterator[tuple[str, torch.Tensor]]]
 
@@ -125,7 +125,8 @@ def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
 
     Args:
         quantization: Models of any other are left alone.
-        guard: Makes the context in which a model that was just built is loaded.
+        guard: Makes the context for a model that is built but not loaded, given whether it is the
+            prediction layer of another.
         watch: Passes on the tensors of a checkpoint, those of a later reload too.
     """
     for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
@@ -136,9 +137,10 @@ def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:
     @wraps(load)
     def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
-        # Also of a layer that drafts tokens: it has a config of its own.
+        # Also of a layer that drafts tokens: it has a config of its own, to which vLLM adds this.
+        predicts = getattr(model_config.hf_config, "n_predict", None) is not None
         guarded = model_config.quantization == quantization
-        with guard(model) if guarded else nullcontext():
+        with guard(model, predicts) if guarded else nullcontext():
             load(self, model, model_config)
 
     return load_weights

@@ -5,57 +5,91 @@ Knows tensor and expert parallelism, but not vLLM: the plugin hangs these buffer
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from vllm_moeq.format import PROJECTIONS, FormatError, Projection
+from vllm_moeq.format import (
+    GROUP_SIZES,
+    PROJECTIONS,
+    FormatError,
+    Projection,
+    num_groups,
+    packed_columns,
+)
 from vllm_moeq.kernels.layout import ExpertLayout
 
 Shard = Literal["w1", "w2", "w3"]
 Kind = Literal["weight_packed", "weight_scale", "weight_zero_point", "bias"]
 
 
-def check_group_fits(
-    layer: str, group_size: int, hidden_size: int, intermediate_size: int, tp_size: int
-) -> None:
-    """Check that groups do not straddle rows or tensor-parallel shards.
+class Share(NamedTuple):
+    """Columns of w2, and as many rows of gate and of up, that a tensor-parallel rank holds.
 
-    Args:
-        layer: Name for the message.
-        group_size: Weights of a row that share a scale.
-        hidden_size: Columns of w13.
-        intermediate_size: Columns of w2 over all ranks.
-        tp_size: Ranks that share one expert.
+    Whole groups, so that no rank needs the scales of another. The last group of a row may be short:
+    in memory it is filled with zeros, and kernels see whole groups only.
 
-    Raises:
-        FormatError: They do; says which group size or parallelism works.
+    Attributes:
+        start: First column.
+        columns: Those that the checkpoint has.
+        added: Columns of zeros that follow them.
+        whole: Columns of all ranks in the checkpoint.
     """
-    if hidden_size % group_size:
-        raise FormatError(
-            f"{layer}: group size {group_size} does not divide hidden_size {hidden_size}"
-        )
-    if intermediate_size % (group_size * tp_size) == 0:
-        return
-    shard = intermediate_size / tp_size
+
+    start: int
+    columns: int
+    added: int
+    whole: int
+
+    @property
+    def size(self) -> int:
+        """Columns in memory."""
+        return self.columns + self.added
+
+    @classmethod
+    def of_rank(
+        cls,
+        layer: str,
+        group_size: int,
+        intermediate_size: int,
+        tp_rank: int,
+        tp_size: int,
+    ) -> "Share":
+        """Deal the groups out to ranks: the numbers that they get differ by one at most.
+
+        Args:
+            layer: Name for the message.
+            group_size: Weights of a row that share a scale.
+            intermediate_size: Columns of w2 over all ranks.
+            tp_rank: This rank.
+            tp_size: Ranks that share one expert.
+
+        Raises:
+            FormatError: There are fewer groups than ranks; says what works.
+        """
+        groups = num_groups(intermediate_size, group_size)
+        if groups < tp_size:
+            raise FormatError(
+                f"{layer}: {groups} groups of {group_size} columns of w2 (intermediate_size "
+                f"{intermediate_size}) cannot be shared out to {tp_size} tensor-parallel ranks. "
+                f"What works: {', or '.join(_hints(group_size, intermediate_size, tp_size))}"
+            )
+        # The first ranks get one more: the last group may be short.
+        first, last = (-(-rank * groups // tp_size) for rank in (tp_rank, tp_rank + 1))
+        start, end = first * group_size, min(last * group_size, intermediate_size)
+        return cls(start, end - start, last * group_size - end, intermediate_size)
+
+
+def _hints(group_size: int, intermediate_size: int, tp_size: int) -> list[str]:
+    groups = num_groups(intermediate_size, group_size)
     # Divisors of tp_size only: into those, attention heads divide too.
-    fitting = [
-        size
-        for size in range(tp_size - 1, 0, -1)
-        if tp_size % size == 0 and intermediate_size % (group_size * size) == 0
+    size = next(size for size in range(groups, 0, -1) if tp_size % size == 0)
+    smaller = [
+        group for group in reversed(GROUP_SIZES) if num_groups(intermediate_size, group) >= tp_size
     ]
-    hints = ["--enable-expert-parallel"] if fitting else []
-    hints += [f"--tensor-parallel-size {size}" for size in fitting[:1]]
-    largest = next(
-        (size for size in (128, 64, 32) if intermediate_size % (size * tp_size) == 0), None
-    )
-    if largest is not None:
-        hints.append(f"a checkpoint made with --group-size {largest}")
-    raise FormatError(
-        f"{layer}: group size {group_size} does not divide the {shard:g} columns of w2 that each "
-        f"of {tp_size} tensor-parallel ranks holds (intermediate_size {intermediate_size}). "
-        f"What works: {', or '.join(hints) or 'no supported group size'}"
-    )
+    hints = ["--enable-expert-parallel", f"--tensor-parallel-size {size}"]
+    return hints + [f"a checkpoint made with --group-size {group}" for group in smaller[:1]]
 
 
 @dataclass(slots=True)
@@ -68,16 +102,14 @@ class ExpertBuffers:
     Attributes:
         name: Layer name for messages.
         layout: Widths and offsets of the local experts.
-        tp_rank: This rank among those that share one expert.
-        tp_size: Ranks that share one expert.
+        share: What of each expert this rank holds.
         biased: Whether each matrix has a bias.
         alternating: Whether gate and up alternate in the rows of w13, instead of being its halves.
     """
 
     name: str
     layout: ExpertLayout
-    tp_rank: int = 0
-    tp_size: int = 1
+    share: Share
     biased: bool = False
     alternating: bool = False
     _filled: set[tuple[Kind, Shard, int]] = field(default_factory=set)
@@ -140,14 +172,14 @@ class ExpertBuffers:
                 f"{self.name}: {tensor_name} is {shard} of experts that have {self.shards}"
             )
         target = self._view(buffer, kind, shard, slot)
+        bits, _ = self.layout.bits_and_offset(_projection(shard), slot)
         axis = 1 if shard == "w2" else 0
         whole = kind == "bias" and shard == "w2"  # ranks share the columns of w2, not its rows
         expected = list(target.shape)
         if not whole:
-            expected[axis] *= self.tp_size
+            expected[axis] = self._entries(kind, shard, bits, self.share.whole)
         fits = loaded.is_floating_point() if kind == "bias" else loaded.dtype == target.dtype
         if not fits or list(loaded.shape) != expected:
-            bits, _ = self.layout.bits_and_offset(_projection(shard), slot)
             raise FormatError(
                 f"{self.name}: {tensor_name} is {loaded.dtype} {list(loaded.shape)}, expected "
                 f"{target.dtype} {expected} for {bits} bits and group size "
@@ -156,11 +188,18 @@ class ExpertBuffers:
             )
         if whole:
             target.copy_(loaded)
-            if self.tp_rank > 0:  # the outputs of all ranks are summed
+            if self.share.start > 0:  # the outputs of all ranks are summed
                 target.zero_()
         else:
-            part = target.shape[axis]
-            target.copy_(loaded.narrow(axis, self.tp_rank * part, part))
+            start, count = (
+                self._entries(kind, shard, bits, columns)
+                for columns in (self.share.start, self.share.columns)
+            )
+            part = loaded.narrow(axis, start, count)
+            added = target.shape[axis] - count
+            if added:  # zeros: with a scale of zero, gate and up are zero whatever the token
+                part = F.pad(part, (0, added) if axis == target.ndim - 1 else (0, 0, 0, added))
+            target.copy_(part)
         if not buffer.is_meta:
             self._filled.add((kind, shard, slot))
 
@@ -182,6 +221,14 @@ class ExpertBuffers:
     def forget(self) -> None:
         """Count nothing as filled any more: what comes next is another load."""
         self._filled.clear()
+
+    def _entries(self, kind: Kind, shard: Shard, bits: int, columns: int) -> int:
+        """Return what so many columns of w2, or rows of gate or up, are in a stored tensor."""
+        if shard != "w2":
+            return columns
+        if kind == "weight_packed":
+            return packed_columns(columns, bits)
+        return num_groups(columns, self.layout.group_size)
 
     def _view(self, buffer: torch.Tensor, kind: Kind, shard: Shard, slot: int) -> torch.Tensor:
         if kind == "weight_packed":

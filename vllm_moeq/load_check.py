@@ -27,21 +27,23 @@ _LOADED = "moeq_loaded_tensors"
 
 
 @contextmanager
-def must_fill(model: Module) -> Iterator[None]:
+def must_fill(model: Module, predicts: bool) -> Iterator[None]:
     """Check that what runs inside loads a whole checkpoint.
 
     Args:
         model: Its parameters of 16 and 32 bits are overwritten on entry.
+        predicts: It is the prediction layer of another model, whose embeddings and head vLLM puts
+            into it afterwards.
 
     Raises:
         FormatError: On exit, parameters are not or not wholly loaded.
     """
-    for _, parameter in _checked_parameters(model):
+    for _, parameter in _checked_parameters(model, predicts):
         parameter.data.fill_(math.nan)
     yield
     unfilled = [
         f"{name} ({missing} of {parameter.numel()})"
-        for name, parameter in _checked_parameters(model)
+        for name, parameter in _checked_parameters(model, predicts)
         if (missing := _count_nan(parameter))
     ]
     if unfilled:
@@ -81,12 +83,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _checked_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
+def _checked_parameters(model: Module, predicts: bool) -> Iterator[tuple[str, Parameter]]:
     for prefix, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), MoeqMoEMethod):
             continue  # knows which expert lacks what
-        if isinstance(module, VocabParallelEmbedding) and "layers" in prefix.split("."):
-            continue  # of a layer that drafts tokens: vLLM puts the model's own there
+        if predicts and isinstance(module, VocabParallelEmbedding):
+            continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dtype in _DTYPES and not parameter.is_meta:
                 yield name, parameter

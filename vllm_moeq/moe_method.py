@@ -18,7 +18,7 @@ from vllm_moeq.compat import (
     set_weight_attrs,
     weights_are_dummies,
 )
-from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Shard, check_group_fits
+from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Shard, Share
 from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits
 from vllm_moeq.kernels import (
     ACTIVATIONS,
@@ -95,13 +95,12 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 f"{name}: the chosen all-to-all backend pads hidden_size {moe.hidden_dim_unpadded} "
                 f"to {hidden_size}, which packed experts cannot follow; choose another backend"
             )
-        check_group_fits(
-            name,
-            self.group_size,
-            hidden_size,
-            intermediate_size_per_partition * moe.tp_size,
-            moe.tp_size,
-        )
+        if hidden_size % self.group_size:
+            raise FormatError(
+                f"{name}: group size {self.group_size} does not divide hidden_size {hidden_size}"
+            )
+        intermediate_size = intermediate_size_per_partition * moe.tp_size
+        share = Share.of_rank(name, self.group_size, intermediate_size, moe.tp_rank, moe.tp_size)
         # Ask vLLM where each expert lives: expert placement may be linear or round robin.
         slots = {expert: local_slot(layer, expert) for expert in range(layer.global_num_experts)}
         self.local_experts = sorted((e for e in slots if slots[e] >= 0), key=slots.__getitem__)
@@ -113,11 +112,10 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 w2_bits=[self.bits.w2[expert] for expert in self.local_experts],
                 group_size=self.group_size,
                 hidden_size=hidden_size,
-                intermediate_size=intermediate_size_per_partition,
+                intermediate_size=share.size,
                 gated=moe.is_act_and_mul,
             ),
-            tp_rank=moe.tp_rank,
-            tp_size=moe.tp_size,
+            share,
             biased=moe.has_bias,
             alternating=_activation(layer) == "swigluoai",
         )

@@ -46,7 +46,7 @@ def round_matrix(
     seconds = time.monotonic() - start
     nearest = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, method="rtn")
     errors = [
-        (x * router @ (rounded[bits][0].dequantize(bits) - weight).T).norm()
+        (x * router @ (rounded[bits][0].dequantize(bits, GROUP_SIZE) - weight).T).norm()
         for rounded in (found, nearest)
     ]
     return Rounded(seconds, float(errors[0] / errors[1]))

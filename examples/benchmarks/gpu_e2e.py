@@ -124,7 +124,7 @@ def write_unpacked(packed: Path, folder: Path) -> None:
             scale = stored[f"{stem}.weight_scale"]
             bits = tensor.shape[1] * 8 // (scale.shape[1] * group_size)
             zero_point = stored[f"{stem}.weight_zero_point"]
-            tensors[f"{stem}.weight"] = dequantize(tensor, scale, zero_point, bits)
+            tensors[f"{stem}.weight"] = dequantize(tensor, scale, zero_point, bits, group_size)
         elif kind not in ("weight_scale", "weight_zero_point"):
             tensors[name] = tensor.float()
     folder.mkdir()

@@ -34,7 +34,7 @@ def product(weights: torch.Tensor, bits: int) -> torch.Tensor:
         bits: Width.
     """
     rows = weights.flatten(0, -2)
-    return quantize_rtn(rows, bits, GROUP_SIZE).dequantize(bits).view_as(weights)
+    return quantize_rtn(rows, bits, GROUP_SIZE).dequantize(bits, GROUP_SIZE).view_as(weights)
 
 
 def symmetric(weights: torch.Tensor, bits: int) -> torch.Tensor:

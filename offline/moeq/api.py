@@ -36,7 +36,7 @@ def quantize(
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
     base_router: AnyPath | None = None,
-    group_size: int | Sequence[int] = 128,
+    group_size: int | Sequence[int] | None = None,
     zeta: float = 3.0,
     maxvar: str = "max-row",
     reorder: str = "stable",
@@ -75,7 +75,8 @@ def quantize(
         base_router: The router before training: a checkpoint, or the file that
             :class:`moeq.RouterNormTracker` writes; None lets the final router norm stand in.
         group_size: Weights of a row that share a scale: 32, 64 or 128. Measured plans choose from
-            several, with as many bytes as the largest would take.
+            several, with as many bytes as the largest would take. None takes the one that fits the
+            sizes of the model best, 128 for most.
         zeta: MaxVar factor that lets an expert overtake in ``combined``, at least 1.
         maxvar: MaxVar as in the paper (``max-row``) or as in its code (``highest-norm-row``).
         reorder: Repeat the MaxVar re-order until ``stable``, or go through it in ``one-pass``.
@@ -113,7 +114,7 @@ def quantize(
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
         base_router=None if base_router is None else str(base_router),
-        group_size=group_size if isinstance(group_size, int) else tuple(group_size),
+        group_size=tuple(group_size) if isinstance(group_size, Sequence) else group_size,
         zeta=zeta,
         maxvar=maxvar,
         reorder=reorder,
@@ -145,7 +146,7 @@ def plan(
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
     base_router: AnyPath | None = None,
-    group_size: int | Sequence[int] = 128,
+    group_size: int | Sequence[int] | None = None,
     zeta: float = 3.0,
     maxvar: str = "max-row",
     reorder: str = "stable",
@@ -174,7 +175,7 @@ def plan(
         levels: Widths to use, highest first.
         strategy: One of :data:`moeq.requests.STRATEGIES`.
         base_router: The router before training.
-        group_size: Weights of a row that share a scale.
+        group_size: Weights of a row that share a scale; None takes what fits the model.
         zeta: MaxVar factor that lets an expert overtake.
         maxvar: Definition of MaxVar.
         reorder: How often the MaxVar re-order runs.
@@ -204,7 +205,7 @@ def plan(
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
         base_router=None if base_router is None else str(base_router),
-        group_size=group_size if isinstance(group_size, int) else tuple(group_size),
+        group_size=tuple(group_size) if isinstance(group_size, Sequence) else group_size,
         zeta=zeta,
         maxvar=maxvar,
         reorder=reorder,
@@ -282,7 +283,7 @@ def compare(
     methods: Sequence[str] = ("gptq",),
     strategies: Sequence[str] | None = None,
     base_router: AnyPath | None = None,
-    group_size: int = 128,
+    group_size: int | None = None,
     random: int = 5,
     nsamples: int = 128,
     seqlen: int = 512,
@@ -305,7 +306,7 @@ def compare(
         strategies: Those of :data:`moeq.comparison.STRATEGIES` to compare; None takes all. Uniform
             and random plans are always in.
         base_router: The router before training, as in :func:`quantize`.
-        group_size: Weights of a row that share a scale.
+        group_size: Weights of a row that share a scale; None takes what fits the model.
         random: Random plans of each average, at least 2.
         nsamples: Calibration sequences.
         seqlen: Tokens of a sequence.
@@ -348,9 +349,9 @@ def verify(path: AnyPath) -> list[str]:
     Raises:
         MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
     """
-    from moeq.checkpoint.verify import verify_checkpoint
+    from moeq import pipeline
 
-    return verify_checkpoint(Path(path))
+    return pipeline.verify(Path(path))
 
 
 def inspect(path: AnyPath, html: AnyPath | None = None) -> "Inspection":

@@ -141,21 +141,12 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     """Compare what a model needs to be quantized and served at 2.5 bits with what there is."""
     from moeq import pipeline
     from moeq.bench.machine import available_bytes
-    from moeq.checkpoint import SourceModel
     from moeq.requests import QuantizeRequest
-    from vllm_moeq.format import GROUP_SIZES
 
     output = folder / ".moeq-doctor"  # never written
     free = available_bytes()
-    layers = SourceModel.open(model).layers
-    sizes = {size for layer in layers for size in (layer.hidden_size, layer.intermediate_size)}
-    group_sizes = [group for group in GROUP_SIZES if not any(size % group for size in sizes)]
-    if not group_sizes:
-        raise MoeqError(f"no group size ({', '.join(map(str, GROUP_SIZES))}) divides {sizes}")
     for text, calib in (("without text", "none"), ("with text", "default")):
-        request = QuantizeRequest(
-            model=model, output=output, calib=calib, group_size=max(group_sizes), dry_run=True
-        )
+        request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
         estimate = pipeline.quantize(request).estimate
         needed = estimate.memory_bytes
         yield Finding(

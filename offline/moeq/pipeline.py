@@ -2,18 +2,23 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.data_free import DataFree
-from moeq.checkpoint.families import check_group_size, check_plan_fits
+from moeq.checkpoint.families import (
+    check_group_size,
+    check_plan_fits,
+    fitting_group_size,
+)
 from moeq.checkpoint.plan_file import load_plan, write_plan
+from moeq.checkpoint.verify import packed_layers, verify_checkpoint
 from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
 from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
@@ -21,6 +26,7 @@ from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation, PackedModel
 from moeq.model.cost import Cost
 from moeq.model.device import torch_device
+from moeq.model.structure import check_structure, structure_problems
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from moeq.planning import (
     MEASUREMENT_NAME,
@@ -34,9 +40,11 @@ from moeq.planning import (
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.units import duration, parse_size, public_name
-from vllm_moeq.format import BitPlan
+from vllm_moeq.format import GROUP_SIZES, BitPlan
 
 logger = logging.getLogger(__name__)
+
+AnyPlanRequest = TypeVar("AnyPlanRequest", bound=PlanRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +121,9 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     output = request.output.absolute()
     check_output_is_free(output)
     given = _given_plan(request)
-    source = SourceModel.open(request.model)
+    source = _opened(request.model)
     if given is None:
-        _check_group_sizes(request, source)
+        request = _with_group_size(request, source)
     else:
         check_plan_fits(given, source.layers)
     text = _calibration_text(request, source)
@@ -162,8 +170,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = SourceModel.open(request.model)
-    _check_group_sizes(request, source)
+    source = _opened(request.model)
+    request = _with_group_size(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     _announce(request, text, None if measurement is None else measurement.cost(), None)
@@ -179,7 +187,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = silent) -> Evaluatio
     Raises:
         MoeqError: It does not come from the original, or the backend cannot run it.
     """
-    original = SourceModel.open(request.against)
+    original = _opened(request.against)
     device = torch_device(request.device)
     packed = PackedModel.open(request.packed, original)
     sequences = evaluation_sequences(
@@ -199,22 +207,70 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
     with new_folder(request.output.absolute()) as folder:
-        source = SourceModel.open(request.model)
+        source = _opened(request.model)
         tokens = calibration_sequences(
             source.folder, request.calib, request.nsamples, request.seqlen, request.seed
         )
         heldout = evaluation_sequences(
             source.folder, request.text, request.eval_nsamples, tokens.shape[1], 0
         )
-        findings = Study(source, request, tokens, heldout, device).run(progress)
-        write_comparison(folder, request, findings, tokens, heldout)
+        study = Study(source, request, tokens, heldout, device)
+        findings = study.run(progress)
+        write_comparison(
+            folder, replace(request, group_size=study.group_size), findings, tokens, heldout
+        )
     return findings
 
 
-def _check_group_sizes(request: PlanRequest, source: SourceModel) -> None:
-    """Refuse what cannot be packed, before any text is read."""
+def verify(folder: Path) -> list[str]:
+    """Check a packed checkpoint: its files, its experts, and then all other tensors.
+
+    Returns:
+        One sentence for each problem; empty if the checkpoint is sound.
+
+    Raises:
+        MoeqError: The folder is no finished moeq checkpoint, or a file cannot be read at all.
+    """
+    problems = verify_checkpoint(folder)
+    if problems:  # experts of unknown sizes can be compared with nothing
+        return problems
+    reader = CheckpointReader(folder)
+    return structure_problems(reader, packed_layers(reader))
+
+
+def _opened(model: str) -> SourceModel:
+    """Open a source and check that it is whole."""
+    source = SourceModel.open(model)
+    check_structure(source.reader, source.layers)
+    if source.left_out:
+        logger.warning(
+            "%s: %d tensors of prediction layers are left out, the first is %s: vLLM has none for "
+            "this model and would not start",
+            source.folder,
+            len(source.left_out),
+            source.left_out[0],
+        )
+    return source
+
+
+def _with_group_size(request: AnyPlanRequest, source: SourceModel) -> AnyPlanRequest:
+    """Take a group size if none is asked for; refuse what cannot be packed before text is read."""
+    if request.group_size is None:
+        group_size = fitting_group_size(source.layers)
+        request = replace(request, group_size=group_size)
+        if group_size != max(GROUP_SIZES):
+            logger.info("group size: %d, which fits the sizes of the experts best", group_size)
     for group_size in request.group_sizes:
         check_group_size(group_size, source.layers)
+        layer = max(source.layers, key=lambda layer: layer.added_columns(group_size))
+        added = layer.added_columns(group_size)
+        if added:
+            logger.info(
+                "group size %d does not divide the intermediate_size %d: serving takes the memory "
+                "of %d",
+                group_size, layer.intermediate_size, layer.intermediate_size + added,
+            )  # fmt: skip
+    return request
 
 
 def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None:

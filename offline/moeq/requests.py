@@ -58,7 +58,8 @@ class PlanRequest:
         base_router: Router before training: a checkpoint, or a safetensors file as written by
             :class:`moeq.RouterNormTracker`; None lets the final router norm stand in.
         group_size: Weights of a row that share a scale; measured plans choose from several, with
-            as many bytes as the largest would take.
+            as many bytes as the largest would take. None takes what fits the model: of those that
+            divide its hidden size the one to which serving adds the fewest zeros, 128 for most.
         zeta: MaxVar factor that lets an expert overtake.
         maxvar: One of :data:`MAXVARS`: MaxVar as in the paper, or as in its code for Mixtral.
         reorder: One of :data:`REORDERS`: repeat the MaxVar re-order until nothing moves, or not.
@@ -86,7 +87,7 @@ class PlanRequest:
     levels: tuple[int, ...] | None = None
     strategy: str | None = None
     base_router: str | None = None
-    group_size: int | tuple[int, ...] = 128
+    group_size: int | tuple[int, ...] | None = None
     zeta: float = 3.0
     maxvar: str = "max-row"
     reorder: str = "stable"
@@ -123,7 +124,9 @@ class PlanRequest:
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """Group sizes to choose from, in order."""
+        """Group sizes to choose from, in order; none before one is taken that fits the model."""
+        if self.group_size is None:
+            return ()
         sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
         return tuple(sorted(set(sizes)))
 
@@ -146,7 +149,7 @@ class PlanRequest:
         _check_one_of("reorder", self.reorder, REORDERS)
         _check_seed(self.seed)
         for name, values, choices in (
-            ("group_size", self.group_sizes, GROUP_SIZES),
+            ("group_size", self.group_sizes if self.group_size is not None else None, GROUP_SIZES),
             ("levels", self.levels, WIDTHS),
         ):
             if values == ():
@@ -270,7 +273,7 @@ class CompareRequest:
         methods: Of rounding, each of :data:`METHODS`.
         strategies: Those to compare; None takes all. Uniform and random plans are always in.
         base_router: As in :class:`PlanRequest`.
-        group_size: Weights of a row that share a scale.
+        group_size: Weights of a row that share a scale; None as in :class:`PlanRequest`.
         random: Random plans of each average.
         nsamples: Calibration sequences.
         seqlen: Tokens of a sequence.
@@ -290,7 +293,7 @@ class CompareRequest:
     methods: tuple[str, ...] = ("gptq",)
     strategies: tuple[str, ...] | None = None
     base_router: str | None = None
-    group_size: int = 128
+    group_size: int | None = None
     random: int = 5
     nsamples: int = 128
     seqlen: int = 512

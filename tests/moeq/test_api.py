@@ -155,10 +155,31 @@ def test_evaluate_and_compare(
     assert str(model) not in page and model.name in page
 
 
+def test_a_group_size_that_fits_the_model_is_taken(
+    tiny_model: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, out = tiny_model("qwen2_moe"), tmp_path / "out"
+    with caplog.at_level(logging.INFO, "moeq"):
+        plan = moeq.quantize(model, out, bits=3, calib=None).plan
+    assert plan.group_size == 64
+    assert "group size: 64, which fits" in caplog.text
+    # 176 columns become 192 either way; groups of 64 have fewer scales than those of 32.
+    assert "64 does not divide the intermediate_size 176: serving takes the memory of 192" in (
+        caplog.text
+    )
+    assert moeq.verify(out) == []
+    stored = 0
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as handle:
+            stored += sum(handle.get_tensor(name).nbytes for name in handle.keys())  # noqa: SIM118
+    assert plan.provenance.total_bytes == stored  # of what is on disk, not of what is served
+    assert moeq.plan(model, bits=3, calib=None, group_size=128).group_size == 128
+
+
 def test_errors_name_parameters(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     small = write_checkpoint(tmp_path / "small")
     with pytest.raises(moeq.MoeqError, match="`group_size` 128 does not divide the hidden_size 64"):
-        moeq.quantize(small, tmp_path / "out", bits=3, calib=None)
+        moeq.quantize(small, tmp_path / "out", bits=3, group_size=128, calib=None)
     with pytest.raises(moeq.MoeqError, match=f"`output` {tmp_path} exists already"):
         moeq.quantize(tiny_model("mixtral"), tmp_path, calib=None)
 

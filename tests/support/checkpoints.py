@@ -1,6 +1,7 @@
 """Small checkpoints whose every tensor the test chooses, in Mixtral's names on disk."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 NUM_LAYERS = 2
 NUM_EXPERTS = 4
+VOCABULARY = 32
 HIDDEN = 64
 INTERMEDIATE = 128
 CONTAINERS = tuple(f"model.layers.{i}.block_sparse_moe.experts" for i in range(NUM_LAYERS))
@@ -19,23 +21,44 @@ MATRICES = {
     "w2": (HIDDEN, INTERMEDIATE),
     "w3": (INTERMEDIATE, HIDDEN),
 }
+OTHER_WEIGHTS = (
+    2 * VOCABULARY * HIDDEN + NUM_LAYERS * 4 * HIDDEN * HIDDEN + (2 * NUM_LAYERS + 1) * HIDDEN
+)
+"""Of embeddings, head, attention and norms."""
 
 Tensors = dict[str, torch.Tensor]
 
 
-def mixtral_tensors(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    """Return random tensors of a model with two MoE layers."""
+def mixtral_tensors(
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    experts: int = NUM_EXPERTS,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+) -> Tensors:
+    """Return random tensors of a whole model with two MoE layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    tensors = {"model.embed_tokens.weight": random(32, HIDDEN)}
+    matrices = {
+        "w1": (intermediate, hidden), "w2": (hidden, intermediate), "w3": (intermediate, hidden),
+    }  # fmt: skip
+    tensors = {"model.embed_tokens.weight": random(VOCABULARY, hidden)}
     for container, router in zip(CONTAINERS, ROUTERS, strict=True):
-        tensors[router] = random(NUM_EXPERTS, HIDDEN)
-        for expert in range(NUM_EXPERTS):
-            for matrix, shape in MATRICES.items():
+        tensors[router] = random(experts, hidden)
+        for expert in range(experts):
+            for matrix, shape in matrices.items():
                 tensors[f"{container}.{expert}.{matrix}.weight"] = random(*shape)
+    for layer in range(NUM_LAYERS):
+        for projection in "qkvo":
+            name = f"model.layers.{layer}.self_attn.{projection}_proj.weight"
+            tensors[name] = random(hidden, hidden)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden).to(dtype)
+    tensors["model.norm.weight"] = torch.ones(hidden).to(dtype)
+    tensors["lm_head.weight"] = random(VOCABULARY, hidden)
     return tensors
 
 
@@ -47,7 +70,8 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     routers = [tensor for name, tensor in tensors.items() if name.endswith(".gate.weight")]
     experts = {"num_local_experts": len(routers[0])} if routers else {}
-    write_config(folder, **experts | config)
+    layers = {int(match[1]) for name in tensors if (match := re.search(r"layers\.(\d+)\.", name))}
+    write_config(folder, **{"num_hidden_layers": len(layers)} | experts | config)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -72,7 +96,16 @@ def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
 
 def write_config(folder: Path, **config: Any) -> None:
     """Write ``config.json`` of a Mixtral, with some keys replaced."""
-    base = {"model_type": "mixtral", "num_local_experts": NUM_EXPERTS, "hidden_size": HIDDEN}
+    base = {
+        "model_type": "mixtral",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_local_experts": NUM_EXPERTS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     (folder / "config.json").write_text(json.dumps(base | config))
 
 

@@ -8,18 +8,23 @@ import numpy as np
 import torch
 
 from support.reference import dequantize
+from vllm_moeq.expert_buffers import ExpertBuffers, Shard, Share
+from vllm_moeq.format import PROJECTIONS
 from vllm_moeq.kernels import KERNELS, ExpertLayout, ExpertWeights, select_kernel
 
 Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def random_matrix(rows: int, columns: int, bits: int, group_size: int, seed: int) -> Stored:
-    """Return packed codes, scales (some negative) and zero points, packed by numpy."""
+    """Return packed codes, scales (some negative) and zero points, packed by numpy.
+
+    The last group of a row may be short.
+    """
     source = np.random.default_rng(seed)
     codes = source.integers(0, 2**bits, (rows, columns))
     stream = (codes[..., None] >> np.arange(bits)) & 1
     packed = np.packbits(stream.astype(np.uint8).reshape(rows, -1), axis=1, bitorder="little")
-    groups = (rows, columns // group_size)
+    groups = (rows, -(-columns // group_size))
     scale = source.uniform(0.5, 1.5, groups) * source.choice([-1, 1], groups)
     # Weights of about the same size at every width.
     scale = (scale / 2**bits / math.sqrt(columns)).astype(np.float16)
@@ -35,6 +40,10 @@ class Experts:
     weights: ExpertWeights
     w13: torch.Tensor
     w2: torch.Tensor
+
+
+Biased = tuple[Experts, torch.Tensor, torch.Tensor]
+"""Experts with their biases of w13 and w2."""
 
 
 def random_experts(
@@ -75,6 +84,76 @@ def random_experts(
         torch.stack([dequantize(*matrix, group_size) for matrix in first]),
         torch.stack([dequantize(*matrix, group_size) for matrix in second]),
     )
+
+
+def sharded_experts(
+    w13_bits: Sequence[int],
+    w2_bits: Sequence[int],
+    group_size: int,
+    hidden: int,
+    intermediate: int,
+    ranks: int,
+    activation: str,
+) -> tuple[Biased, list[Biased]]:
+    """Return random gated experts with biases, and what of them the plugin loads on each rank.
+
+    Of the whole ones only the float64 weights mean anything. The matrices of an expert are stored
+    as on disk, where the last group of a row may be short.
+    """
+    alternating = activation == "swigluoai"
+    firsts: list[Shard] = ["w1", "w3"]
+    stored: dict[tuple[Shard, int], Stored] = {}
+    for slot, (first, second) in enumerate(zip(w13_bits, w2_bits, strict=True)):
+        for shard in firsts:
+            seed = 10 * slot + int(shard[1])
+            stored[shard, slot] = random_matrix(intermediate, hidden, first, group_size, seed)
+        stored["w2", slot] = random_matrix(hidden, intermediate, second, group_size, 10 * slot)
+    generator = torch.Generator().manual_seed(7)
+    biases = {
+        shard: torch.randn(len(w13_bits), hidden if shard == "w2" else intermediate,
+                           generator=generator)
+        for shard in (*firsts, "w2")
+    }  # fmt: skip
+
+    def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(parts, 1).flatten(0, 1) if alternating else torch.cat(parts)
+
+    def loaded(rank: int) -> Biased:
+        share = Share.of_rank("layer", group_size, intermediate, rank, ranks)
+        layout = ExpertLayout.build(
+            w13_bits=list(w13_bits), w2_bits=list(w2_bits), group_size=group_size,
+            hidden_size=hidden, intermediate_size=share.size,
+        )  # fmt: skip
+        buffers = ExpertBuffers("layer", layout, share, biased=True, alternating=alternating)
+        tensors = buffers.allocate()
+        for (shard, slot), matrix in stored.items():
+            for kind, tensor in zip(buffers.kinds, (*matrix, biases[shard][slot]), strict=True):
+                target = tensors["w2" if shard == "w2" else "w13", kind]
+                buffers.fill(target, kind, shard, slot, tensor, "name")
+        assert not buffers.missing()
+        weights = ExpertWeights(
+            *(tensors[projection, kind] for projection in PROJECTIONS for kind in buffers.kinds[:3])
+        )
+        nothing = torch.empty(0)
+        experts = Experts(layout, weights, nothing, nothing)
+        return experts, tensors["w13", "bias"], tensors["w2", "bias"]
+
+    parts = [loaded(rank) for rank in range(ranks)]
+    float64 = {
+        (shard, slot): dequantize(
+            *matrix, group_size, (w2_bits if shard == "w2" else w13_bits)[slot]
+        )
+        for (shard, slot), matrix in stored.items()
+    }
+    slots = range(len(w13_bits))
+    whole = Experts(
+        parts[0][0].layout,
+        parts[0][0].weights,
+        torch.stack([joined([float64[shard, slot] for shard in firsts]) for slot in slots]),
+        torch.stack([float64["w2", slot] for slot in slots]),
+    )
+    w13_bias = torch.stack([joined([biases[shard][slot] for shard in firsts]) for slot in slots])
+    return (whole, w13_bias, biases["w2"]), parts
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

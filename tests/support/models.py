@@ -114,6 +114,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "shared_expert_intermediate_size": 256,
         **_FEW_EXPERTS,
+        "moe_intermediate_size": 176,  # no group size divides it
     },
     "qwen3_moe": {**_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256, "norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4, **_FEW_EXPERTS, "intermediate_size": 128},

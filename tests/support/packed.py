@@ -1,47 +1,35 @@
-"""Packed checkpoints for tests, made by the product's own command line."""
+"""Packed checkpoints for tests, made in this process: torch and transformers are loaded already."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+import moeq
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.workspace import Workspace
 from moeq.checkpoint.writer import DEFAULT_SHARD_BYTES, Conversion
-from support.cli import run_moeq
-from vllm_moeq.format import BitPlan
+from vllm_moeq.format import BitPlan, LayerBits
 
 W13_BITS = [2, 3, 4, 8, 1, 3, 2, 4]
 W2_BITS = [3, 4, 8, 4, 2, 1, 3, 2]
 
 
-def mixed_plan(model: Path, group_size: int = 32) -> dict[str, Any]:
+def mixed_plan(model: Path, group_size: int = 32) -> BitPlan:
     """Return a plan with all widths in each layer, w13 and w2 different, layers different."""
-    index = run_moeq(
-        "plan", model, "--bits", 3, "--group-size", group_size, "--calib", "none", "--json"
-    )
-    assert index.returncode == 0, index.stderr
-    containers = json.loads(index.stdout)["expert_bits"]
-    return {
-        "format_version": 1,
-        "group_size": group_size,
-        "expert_bits": {
-            container: {
-                "w13": W13_BITS[layer:] + W13_BITS[:layer],
-                "w2": W2_BITS[layer:] + W2_BITS[:layer],
-            }
-            for layer, container in enumerate(containers)
+    return BitPlan(
+        group_size,
+        {
+            layer.container: LayerBits(
+                tuple(W13_BITS[number:] + W13_BITS[:number]),
+                tuple(W2_BITS[number:] + W2_BITS[:number]),
+            )
+            for number, layer in enumerate(SourceModel.open(model).layers)
         },
-    }
+    )
 
 
 def pack_mixed(model: Path, output: Path, group_size: int = 32) -> Path:
     """Quantize ``model`` with :func:`mixed_plan`."""
-    plan = output.with_suffix(".plan.json")
-    plan.write_text(json.dumps(mixed_plan(model, group_size)))
-    done = run_moeq("quantize", model, "-o", output, "--plan", plan, "--method", "rtn")
-    assert done.returncode == 0, done.stderr
-    return output
+    return moeq.quantize(model, output, plan=mixed_plan(model, group_size), method="rtn").path
 
 
 def write_packed(

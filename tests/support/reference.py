@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +37,23 @@ def unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def dequantize(
-    packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group_size: int
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    group_size: int,
+    bits: int | None = None,
 ) -> torch.Tensor:
-    """Return the float64 weights [N, K] of one stored matrix; its width follows from its size."""
-    rows, groups = scale.shape
-    bits = packed.shape[1] * 8 // (groups * group_size)
-    codes = unpack_bits(packed.numpy(), bits).reshape(rows, groups, group_size)
-    centred = codes - zero_point.numpy()[..., None] * 2.0**bits / 256
-    weight = centred * scale.numpy().astype(np.float64)[..., None]
-    return torch.from_numpy(weight.reshape(rows, -1))
+    """Return the float64 weights [N, K] of one stored matrix.
+
+    The width of rows in whole groups follows from their size.
+    """
+    if bits is None:
+        bits = packed.shape[1] * 8 // (scale.shape[1] * group_size)
+    codes = unpack_bits(packed.numpy(), bits)
+    group = np.arange(codes.shape[1]) // group_size  # of each column
+    assert group[-1] + 1 == scale.shape[1]
+    centred = codes - zero_point.numpy()[:, group] * 2.0**bits / 256
+    return torch.from_numpy(centred * scale.numpy().astype(np.float64)[:, group])
 
 
 def dequantize_checkpoint(packed: Path, target: Path) -> Path:
@@ -66,6 +75,7 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
                     stored[f"{stem}.weight_scale"],
                     stored[f"{stem}.weight_zero_point"],
                     quantization["group_size"],
+                    _width(quantization, stem),
                 ).float()
             elif not name.endswith((".weight_scale", ".weight_zero_point")):
                 tensors[name] = tensor.float()
@@ -75,6 +85,14 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
     for path in packed.glob("*token*"):
         shutil.copy(path, target)
     return target
+
+
+def _width(quantization: dict[str, Any], stem: str) -> int:
+    """Return the bits that the plan gives to ``container.expert.matrix``."""
+    container, expert, matrix = stem.rsplit(".", 2)
+    projection = "w2" if matrix in ("w2", "down_proj") else "w13"
+    bits: int = quantization["expert_bits"][container][projection][int(expert)]
+    return bits
 
 
 def _as_released(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:

@@ -1,13 +1,16 @@
-"""The same weights as releases store them: FP8 with scales, or compressed-tensors' integers."""
+"""The same weights as releases store them: FP8 or FP4 with scales, or packed integers."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 Tensors = dict[str, torch.Tensor]
 Lowered = tuple[Tensors, torch.Tensor]
@@ -44,6 +47,15 @@ def block_fp8(weight: torch.Tensor) -> Lowered:
             stored[block] = (weight[block].float() / scale[r, c]).to(torch.float8_e4m3fn)
             twin[block] = (stored[block].float() * scale[r, c]).bfloat16()
     return {"weight": stored, "weight_scale_inv": scale}, twin
+
+
+def power_of_two_fp8(weight: torch.Tensor) -> Lowered:
+    """Scale blocks of 128 x 128 by powers of two, of which the exponent is stored."""
+    exponent = (weight.float().abs().max() / 448).log2().ceil()
+    scale = torch.full([-(-size // 128) for size in weight.shape], float(2**exponent))
+    stored = (weight.float() / 2**exponent).to(torch.float8_e4m3fn)
+    twin = (stored.float() * 2**exponent).bfloat16()
+    return {"weight": stored, "scale": scale.to(torch.float8_e8m0fnu)}, twin
 
 
 def channel_fp8(weight: torch.Tensor) -> Lowered:
@@ -84,17 +96,50 @@ def asymmetric_int4(weight: torch.Tensor) -> Lowered:
     return int4(weight, symmetric=False)
 
 
-def _compressed(form: str, **weights: Any) -> dict[str, Any]:
+_E2M1 = [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+
+
+def mxfp4(weight: torch.Tensor) -> Lowered:
+    """Store weights [..., N, K] as OCP's MXFP4, in blocks and scales as gpt-oss has them."""
+    groups = weight.double().unflatten(-1, (-1, 32))
+    exponent = (groups.abs().amax(-1) / 6).log2().ceil().clamp(-127, 127)
+    unit = 2.0 ** exponent.unsqueeze(-1)
+    values = torch.tensor(_E2M1, dtype=torch.float64)
+    codes = ((groups / unit).unsqueeze(-1) - values).abs().argmin(-1)
+    stored = {
+        "blocks": (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8),
+        "scales": (exponent + 127).to(torch.uint8),
+    }
+    return stored, (values[codes] * unit).flatten(-2).bfloat16()
+
+
+def mxfp4_matrix(weight: torch.Tensor) -> Lowered:
+    """Store the same with two weights in an int8 byte, as DeepSeek does."""
+    stored, twin = mxfp4(weight)
+    codes = stored["blocks"].flatten(-2).view(torch.int8)
+    return {"weight": codes, "scale": stored["scales"].view(torch.float8_e8m0fnu)}, twin
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """Return compressed-tensors' ``quantization_config`` of all linear layers but two."""
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": groups,
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
 
 
+_DEEPSEEK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 LOWERED: dict[str, tuple[Callable[[torch.Tensor], Lowered], dict[str, Any]]] = {
-    "fp8 blocks": (block_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "fp8 blocks": (block_fp8, _DEEPSEEK | {"modules_to_not_convert": ["lm_head"]}),
+    "fp8 blocks, powers of two": (power_of_two_fp8, _DEEPSEEK | {"scale_fmt": "ue8m0"}),
+    "mxfp4 matrices": (mxfp4_matrix, _DEEPSEEK | {"scale_fmt": "ue8m0"}),
     "fp8 tensor": (tensor_fp8, {"quant_method": "fp8", "activation_scheme": "static"}),
-    "fp8 channel": (channel_fp8, _compressed("float-quantized", num_bits=8, type="float")),
-    "int4": (int4, _compressed("pack-quantized", num_bits=4, type="int")),
-    "int4 zero points": (asymmetric_int4, _compressed("pack-quantized", num_bits=4, type="int")),
+    "fp8 channel": (channel_fp8, compressed("float-quantized", num_bits=8, type="float")),
+    "int4": (int4, compressed("pack-quantized", num_bits=4, type="int")),
+    "int4 zero points": (asymmetric_int4, compressed("pack-quantized", num_bits=4, type="int")),
 }
 """By name: what lowers a weight, and the ``quantization_config`` that says so."""
 
@@ -113,23 +158,6 @@ def lowered_and_twin(source: Path, folder: Path, kind: str) -> tuple[Path, Path]
     )
 
 
-_E2M1 = [sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
-
-
-def mxfp4(weight: torch.Tensor) -> Lowered:
-    """Store weights [..., N, K] as OCP's MXFP4, in blocks and scales as gpt-oss has them."""
-    groups = weight.double().unflatten(-1, (-1, 32))
-    exponent = (groups.abs().amax(-1) / 6).log2().ceil().clamp(-127, 127)
-    unit = 2.0 ** exponent.unsqueeze(-1)
-    values = torch.tensor(_E2M1, dtype=torch.float64)
-    codes = ((groups / unit).unsqueeze(-1) - values).abs().argmin(-1)
-    stored = {
-        "blocks": (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8),
-        "scales": (exponent + 127).to(torch.uint8),
-    }
-    return stored, (values[codes] * unit).flatten(-2).bfloat16()
-
-
 def mxfp4_and_twin(source: Path, folder: Path) -> tuple[Path, Path]:
     """Write gpt-oss as it is released, and the same in bfloat16."""
     stored, twin = load(source), load(source)
@@ -138,6 +166,79 @@ def mxfp4_and_twin(source: Path, folder: Path) -> tuple[Path, Path]:
         stored |= {f"{name}_{suffix}": tensor for suffix, tensor in tensors.items()}
         twin[name] = dequantized.mT
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return (
+        rewrite(source, folder / "lowered", stored, quantization_config=config),
+        rewrite(source, folder / "twin", twin),
+    )
+
+
+Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes of all experts' weights, their scales, and the bfloat16 weights that they stand for."""
+
+
+def _as_transformers(scale_fmt: str) -> Callable[[torch.Tensor], Stored]:
+    """Return what transformers does to experts in blocks of 64 x 32, and how it reads them."""
+
+    def lower(weight: torch.Tensor) -> Stored:
+        config = FineGrainedFP8Config(weight_block_size=(64, 32), scale_fmt=scale_fmt)
+        quantizer = SimpleNamespace(quantization_config=config)
+        codes, scales = Fp8Quantize(quantizer).convert({"experts": weight}).values()
+        twin = Fp8Dequantize(quantizer)._dequantize_one(codes, scales, torch.bfloat16)
+        return codes, scales, twin
+
+    return lower
+
+
+def _one_scale_for(*sides: int | None) -> Callable[[torch.Tensor], Stored]:
+    """Scale parts of each expert's matrix: so many along each side, None for one each."""
+
+    def lower(weight: torch.Tensor) -> Stored:
+        rows, columns = (side or size for side, size in zip(sides, weight.shape[1:], strict=True))
+        parts = weight.float().unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
+        scale = parts.abs().amax((2, 4), keepdim=True) / 448
+        codes = (parts / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        twin = (codes.float() * scale).bfloat16()
+        return codes.view(weight.shape), scale[:, :, 0, :, 0], twin.view(weight.shape)
+
+    return lower
+
+
+def _fp4(weight: torch.Tensor) -> Stored:
+    stored, twin = mxfp4_matrix(weight)
+    return stored["weight"], stored["scale"], twin
+
+
+FUSED: dict[str, tuple[Callable[[torch.Tensor], Stored], str]] = {
+    "blocks": (_as_transformers("float"), "{}_scale_inv"),
+    "blocks, powers of two": (_as_transformers("ue8m0"), "{}_weight_scale_inv"),
+    "an expert": (_one_scale_for(1, 1), "{}_scale_inv"),
+    "gate and up": (_one_scale_for(2, 1), "{}_scale_inv"),
+    "rows": (_one_scale_for(None, 1), "{}.weight_scale"),
+    "columns": (_one_scale_for(1, None), "{}_weight_scale"),
+    "mxfp4": (_fp4, "{}_scale_inv"),
+}
+"""By what shares a scale: what lowers the experts of a layer, and what their scales are called."""
+
+
+def fused_and_twin(
+    source: Path, folder: Path, kind: str, transposed: bool = False
+) -> tuple[Path, Path]:
+    """Write a model whose experts are fused in FP8 or FP4, and the same in bfloat16."""
+    lower, scale_name = FUSED[kind]
+    stored, twin = load(source), load(source)
+    for name in [n for n, t in stored.items() if t.ndim == 3 and "experts." in n]:
+        weight = stored.pop(name)
+        # Rows of different size, so that scales in the wrong place are seen.
+        weight = weight * torch.linspace(0.1, 2, weight.shape[1]).bfloat16()[:, None]
+        single = "down_proj" in name and kind == "gate and up"
+        tensors = (_one_scale_for(1, 1) if single else lower)(weight)
+        codes, scales, twin[name] = (t.mT if transposed else t for t in tensors)
+        stored[f"{name}.weight" if ".weight" in scale_name else name] = codes
+        stored[scale_name.format(name)] = scales
+        separator = "." if ".weight" in scale_name else "_"
+        stored[f"{name}{separator}activation_scale"] = torch.ones(len(codes))
+    block = [32, 64] if transposed else [64, 32]
+    config = {"quant_method": "fp8", "weight_block_size": block if "blocks" in kind else None}
     return (
         rewrite(source, folder / "lowered", stored, quantization_config=config),
         rewrite(source, folder / "twin", twin),

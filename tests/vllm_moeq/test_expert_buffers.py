@@ -8,35 +8,54 @@ import torch
 
 from support.experts import Stored, random_matrix
 from support.reference import dequantize
-from vllm_moeq.expert_buffers import ExpertBuffers, Kind, check_group_fits
+from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Share
 from vllm_moeq.format import FormatError, Projection
 from vllm_moeq.kernels import ExpertLayout
 
 Buffers = dict[tuple[Projection, Kind], torch.Tensor]
 
 KINDS: tuple[Kind, ...] = ("weight_packed", "weight_scale", "weight_zero_point")
-HIDDEN, INTERMEDIATE, GROUP = 64, 128, 32
+HIDDEN, INTERMEDIATE, GROUP = 64, 176, 32  # five whole groups and one of 16
 W13, W2 = (1, 2, 3, 4, 8), (8, 4, 1, 3, 2)
 EXPERTS = range(len(W13))
 SHAPES = {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE)}
 
 
+OWN = {
+    (0, 1): (0, 176, 192),
+    (0, 2): (0, 96, 96), (1, 2): (96, 176, 96),
+    (0, 4): (0, 64, 64), (1, 4): (64, 96, 32), (2, 4): (96, 160, 64), (3, 4): (160, 176, 32),
+}  # fmt: skip
+"""Rank and ranks to the columns of w2 that it holds, from and to, and how many these become."""
+
+
 def _buffers(tp_rank: int = 0, tp_size: int = 1, gated: bool = True) -> ExpertBuffers:
+    share = Share.of_rank("layer", GROUP, INTERMEDIATE, tp_rank, tp_size)
     layout = ExpertLayout.build(
         w13_bits=list(W13),
         w2_bits=list(W2),
         group_size=GROUP,
         hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE // tp_size,
+        intermediate_size=share.size,
         gated=gated,
     )
-    return ExpertBuffers("layer", layout, tp_rank, tp_size)
+    return ExpertBuffers("layer", layout, share)
 
 
 def _stored(shard: str, expert: int) -> Stored:
     """Return one matrix as it is on disk, for all ranks."""
     bits = (W2 if shard == "w2" else W13)[expert]
     return random_matrix(*SHAPES[shard], bits, GROUP, seed=10 * expert + int(shard[1]))
+
+
+def _whole(shard: str, expert: int) -> torch.Tensor:
+    """Return one matrix in float64, for all ranks."""
+    return dequantize(*_stored(shard, expert), GROUP, (W2 if shard == "w2" else W13)[expert])
+
+
+def _rows(part: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a matrix or a bias with rows of zeros at its end."""
+    return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
 
 
 def _buffer(buffers: Buffers, shard: str, kind: Kind) -> torch.Tensor:
@@ -66,16 +85,15 @@ def _matrix(weights: Buffers, projection: str, expert: int) -> torch.Tensor:
     return dequantize(own, scale[expert], zero[expert], GROUP)
 
 
-ranks = pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (0, 4), (2, 4), (3, 4)])
+ranks = pytest.mark.parametrize(("rank", "size"), OWN)
 
 
 @ranks
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_each_rank_holds_its_rows_of_gate_and_up(rank: int, size: int, expert: int) -> None:
     local = _matrix(_fill(_buffers(rank, size)), "w13", expert)
-    part = INTERMEDIATE // size
-    own = slice(rank * part, (rank + 1) * part)
-    gate, up = (dequantize(*_stored(shard, expert), GROUP)[own] for shard in ("w1", "w3"))
+    start, end, held = OWN[rank, size]
+    gate, up = (_rows(_whole(shard, expert)[start:end], held) for shard in ("w1", "w3"))
     assert torch.equal(local, torch.cat([gate, up]))
 
 
@@ -83,29 +101,29 @@ def test_each_rank_holds_its_rows_of_gate_and_up(rank: int, size: int, expert: i
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_each_rank_holds_its_columns_of_down(rank: int, size: int, expert: int) -> None:
     local = _matrix(_fill(_buffers(rank, size)), "w2", expert)
-    part = INTERMEDIATE // size
-    whole = dequantize(*_stored("w2", expert), GROUP)
-    assert torch.equal(local, whole[:, rank * part : (rank + 1) * part])
+    start, end, held = OWN[rank, size]
+    # What follows is multiplied with zeros.
+    assert local.shape[1] == held
+    assert torch.equal(local[:, : end - start], _whole("w2", expert)[:, start:end])
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])
 def test_experts_without_a_gate_hold_their_rows_alone(rank: int, size: int) -> None:
     weights = _fill(_buffers(rank, size, gated=False))
-    part = INTERMEDIATE // size
+    start, end, held = OWN[rank, size]
     for expert in EXPERTS:
-        whole = dequantize(*_stored("w1", expert), GROUP)
         local = _matrix(weights, "w13", expert)
-        assert torch.equal(local, whole[rank * part : (rank + 1) * part])
+        assert torch.equal(local, _rows(_whole("w1", expert)[start:end], held))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@ranks
 @pytest.mark.parametrize("gated", [True, False])
-def test_buffers_take_exactly_the_bytes_of_the_plan(size: int, gated: bool) -> None:
-    weights = HIDDEN * INTERMEDIATE // size
+def test_buffers_take_exactly_the_bytes_of_the_plan(rank: int, size: int, gated: bool) -> None:
+    weights = HIDDEN * OWN[rank, size][2]
     matrices = 2 if gated else 1
     codes = sum(weights * (matrices * a + b) // 8 for a, b in zip(W13, W2, strict=True))
     grids = len(W13) * weights * (matrices + 1) // GROUP * 3
-    buffers = _buffers(tp_size=size, gated=gated)
+    buffers = _buffers(rank, size, gated)
     assert sum(tensor.nbytes for tensor in buffers.allocate().values()) == codes + grids
 
 
@@ -129,15 +147,16 @@ def test_what_was_not_filled_is_missing(left_out: tuple[str, str, int]) -> None:
 @pytest.mark.parametrize(
     ("kind", "shard", "wrong", "expected"),
     [
-        ("weight_packed", "w1", torch.zeros(128, 16, dtype=torch.int8), "torch.uint8 [128, 16]"),
-        # Another width, a local part instead of the whole, another group size, transposed.
-        ("weight_packed", "w1", torch.zeros(128, 24, dtype=torch.uint8), "[128, 16] for 2 bits"),
-        ("weight_packed", "w2", torch.zeros(64, 32, dtype=torch.uint8), "[64, 64] for 4 bits"),
-        ("weight_packed", "w3", torch.zeros(64, 16, dtype=torch.uint8), "[128, 16] for 2 bits"),
-        ("weight_scale", "w1", torch.zeros(128, 1).half(), "[128, 2] for 2 bits and group size 32"),
-        ("weight_scale", "w2", torch.zeros(64, 4), "torch.float16 [64, 4]"),
-        ("weight_zero_point", "w2", torch.zeros(4, 64, dtype=torch.uint8), "[64, 4]"),
-        ("weight_zero_point", "w2", torch.zeros(64, dtype=torch.uint8), "[64, 4]"),
+        ("weight_packed", "w1", torch.zeros(176, 16, dtype=torch.int8), "torch.uint8 [176, 16]"),
+        # Another width, a local part instead of the whole, another group size, padded, transposed.
+        ("weight_packed", "w1", torch.zeros(176, 24, dtype=torch.uint8), "[176, 16] for 2 bits"),
+        ("weight_packed", "w2", torch.zeros(64, 48, dtype=torch.uint8), "[64, 88] for 4 bits"),
+        ("weight_packed", "w3", torch.zeros(96, 16, dtype=torch.uint8), "[176, 16] for 2 bits"),
+        ("weight_scale", "w1", torch.zeros(176, 1).half(), "[176, 2] for 2 bits and group size 32"),
+        ("weight_packed", "w2", torch.zeros(64, 96, dtype=torch.uint8), "[64, 88] for 4 bits"),
+        ("weight_scale", "w2", torch.zeros(64, 6), "torch.float16 [64, 6]"),
+        ("weight_zero_point", "w2", torch.zeros(6, 64, dtype=torch.uint8), "[64, 6]"),
+        ("weight_zero_point", "w2", torch.zeros(64, dtype=torch.uint8), "[64, 6]"),
     ],
 )
 def test_a_wrong_tensor_is_named_and_not_counted(
@@ -166,20 +185,25 @@ def test_an_up_projection_of_experts_without_a_gate_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "hidden", "intermediate", "size"),
-    [(128, 128, 128, 1), (64, 128, 256, 4), (32, 4096, 14336, 8), (128, 2048, 768, 6)],
+    ("group", "intermediate", "size"),
+    # Qwen3-30B-A3B, DeepSeek-V2-Lite, and others.
+    [(128, 768, 4), (128, 1408, 8), (64, 704, 4), (32, 176, 4), (32, 88, 2), (128, 1536, 8)],
 )
-def test_groups_that_fit_pass(group: int, hidden: int, intermediate: int, size: int) -> None:
-    check_group_fits("layer", group, hidden, intermediate, size)
+def test_ranks_hold_every_column_once(group: int, intermediate: int, size: int) -> None:
+    shares = [Share.of_rank("layer", group, intermediate, rank, size) for rank in range(size)]
+    columns = [range(share.start, share.start + share.columns) for share in shares]
+    assert [column for own in columns for column in own] == list(range(intermediate))
+    assert all(share.size % group == 0 and share.start % group == 0 for share in shares)
+    groups = [share.size // group for share in shares]
+    assert max(groups) - min(groups) <= 1
 
 
 @pytest.mark.parametrize(
     ("group", "intermediate", "size", "hints"),
     [
-        # Qwen3-30B-A3B: 768 = 6 * 128.
         (
-            128, 768, 4,
-            "--enable-expert-parallel, or --tensor-parallel-size 2, or a checkpoint made with "
+            128, 768, 8,
+            "--enable-expert-parallel, or --tensor-parallel-size 4, or a checkpoint made with "
             "--group-size 64",
         ),
         (
@@ -187,26 +211,17 @@ def test_groups_that_fit_pass(group: int, hidden: int, intermediate: int, size: 
             "--enable-expert-parallel, or --tensor-parallel-size 1, or a checkpoint made with "
             "--group-size 64",
         ),
-        (32, 96, 2, "--enable-expert-parallel, or --tensor-parallel-size 1"),
-        (128, 192, 1, "a checkpoint made with --group-size 64"),
-        # Expert parallelism leaves rows of 192, which groups of 128 do not fit either.
-        (128, 192, 2, "a checkpoint made with --group-size 32"),
-        (64, 100, 2, "no supported group size"),
+        (64, 176, 8, "--enable-expert-parallel, or --tensor-parallel-size 2"),
     ],
 )  # fmt: skip
-def test_groups_that_do_not_fit_are_refused_with_what_works(
+def test_fewer_groups_than_ranks_are_refused_with_what_works(
     group: int, intermediate: int, size: int, hints: str
 ) -> None:
     with pytest.raises(FormatError) as error:
-        check_group_fits("layer", group, 1024, intermediate, size)
+        Share.of_rank("layer", group, intermediate, 0, size)
     message = str(error.value)
-    assert f"layer: group size {group} does not divide" in message
+    assert f"layer: {-(-intermediate // group)} groups of {group} columns of w2" in message
     assert message.endswith(f"What works: {hints}")
-
-
-def test_a_group_that_does_not_divide_the_hidden_size_is_named() -> None:
-    with pytest.raises(FormatError, match="layer: group size 128 .* hidden_size 192"):
-        check_group_fits("layer", 128, 192, 128, 1)
 
 
 def test_what_is_loaded_again_must_be_whole_again() -> None:
@@ -247,9 +262,8 @@ def test_biases_of_rows_are_shared_out_and_those_of_the_output_added_once(
     for shard, bias in biases.items():
         buffers.fill(_buffer(weights, shard, "bias"), "bias", shard, 3, bias, "name")  # type: ignore[arg-type]
 
-    part = INTERMEDIATE // size
-    own = slice(rank * part, (rank + 1) * part)
-    gate, up = biases["w1"][own].float(), biases["w3"][own].float()
+    start, end, held = OWN[rank, size]
+    gate, up = (_rows(biases[shard][start:end].float(), held) for shard in ("w1", "w3"))
     expected = torch.stack([gate, up], 1).flatten() if alternating else torch.cat([gate, up])
     assert torch.equal(weights["w13", "bias"][3], expected)
     assert torch.equal(weights["w2", "bias"][3], biases["w2"].float() * (rank == 0))
@@ -269,9 +283,9 @@ def test_rows_of_gate_and_up_alternate(rank: int, size: int) -> None:
         for kind, tensor in zip(KINDS, stored, strict=True):
             buffers.fill(weights["w13", kind], kind, shard, 1, tensor, "name")  # type: ignore[arg-type]
 
-    rows = 2 * INTERMEDIATE // size
-    whole = torch.stack(parts, 1).flatten(0, 1)
-    assert torch.equal(_matrix(weights, "w13", 1), whole[rank * rows : (rank + 1) * rows])
+    start, end, held = OWN[rank, size]
+    own = torch.stack([_rows(part[start:end], held) for part in parts], 1).flatten(0, 1)
+    assert torch.equal(_matrix(weights, "w13", 1), own)
     assert not [
         entry
         for entry in buffers.missing()

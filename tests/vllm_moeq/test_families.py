@@ -25,9 +25,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 TOLERANCE = {"float32": LOGPROB_TOLERANCE, "bfloat16": 0.5}
 WITH_LATENT_ATTENTION = ("deepseek", "glm4_moe_lite")
 SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM.keys()
-ON_TWO_RANKS = ("qwen2_moe", "granitemoe", "gpt_oss")
-"""One family of each layout on disk: a tensor per expert, fused, and fused with biases and rows
-that alternate. Mixtral's ranks are in ``test_engine.py``."""
+ON_TWO_RANKS = {"qwen2_moe": 64, "granitemoe": 32, "gpt_oss": 32}
+"""One family of each layout on disk, with a group size: a tensor per expert, fused, and fused with
+biases and rows that alternate. Of the 176 columns of Qwen2-MoE the first rank takes two whole
+groups, the second a short one. Mixtral's ranks are in ``test_engine.py``."""
 
 
 @pytest.mark.parametrize(("family", "dtype"), DIFFERENT_IN_VLLM.items())
@@ -60,8 +61,10 @@ def test_equals_the_dequantized_model(
     assert_same(run.completions[0], run_transformers(plain))
 
 
-def _assert_two_ranks_equal_the_dequantized_model(model: Path, folder: Path, **more: Any) -> None:
-    packed = pack_mixed(model, folder / "packed")
+def _assert_two_ranks_equal_the_dequantized_model(
+    model: Path, folder: Path, group_size: int, **more: Any
+) -> None:
+    packed = pack_mixed(model, folder / "packed", group_size)
     plain = dequantize_checkpoint(packed, folder / "plain")
 
     run = run_engine(packed, **TWO_RANKS, **more)
@@ -73,7 +76,9 @@ def _assert_two_ranks_equal_the_dequantized_model(model: Path, folder: Path, **m
 def test_two_ranks_split_each_expert(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    _assert_two_ranks_equal_the_dequantized_model(tiny_model(family), tmp_path)
+    _assert_two_ranks_equal_the_dequantized_model(
+        tiny_model(family), tmp_path, ON_TWO_RANKS[family]
+    )
 
 
 @pytest.mark.parametrize("family", ON_TWO_RANKS)
@@ -81,7 +86,7 @@ def test_two_ranks_split_the_experts(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     _assert_two_ranks_equal_the_dequantized_model(
-        tiny_model(family), tmp_path, enable_expert_parallel=True
+        tiny_model(family), tmp_path, ON_TWO_RANKS[family], enable_expert_parallel=True
     )
 
 

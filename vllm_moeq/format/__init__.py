@@ -2,7 +2,16 @@
 
 from vllm_moeq.format.errors import FormatError
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
-from vllm_moeq.format.packing import dequantize, pack, packed_columns, unpack, zero_point_unit
+from vllm_moeq.format.packing import (
+    CODES_PER_WORD,
+    dequantize,
+    num_groups,
+    pack,
+    packed_columns,
+    spread,
+    unpack,
+    zero_point_unit,
+)
 from vllm_moeq.format.plan import (
     FORMAT_VERSION,
     GROUP_SIZES,
@@ -22,6 +31,7 @@ from vllm_moeq.format.schema import (
 )
 
 __all__ = [
+    "CODES_PER_WORD",
     "FORMAT_VERSION",
     "GROUP_SIZES",
     "MANIFEST_NAME",
@@ -37,10 +47,12 @@ __all__ = [
     "Provenance",
     "check_manifest",
     "dequantize",
+    "num_groups",
     "pack",
     "packed_bytes",
     "packed_columns",
     "packed_tensors",
+    "spread",
     "unpack",
     "write_manifest",
     "zero_point_unit",

@@ -5,8 +5,8 @@ A weight matrix [N, K] at ``bits`` per weight is stored as three tensors:
 * ``weight_packed`` uint8 [N, K * bits / 8], row-major, least significant bit first. Eight
   consecutive codes of a row take exactly ``bits`` bytes, so a group starts on a byte and tensor
   parallelism is a plain ``narrow`` of rows or of group-aligned columns.
-* ``weight_scale`` float16 [N, K / group_size].
-* ``weight_zero_point`` uint8 [N, K / group_size], a fraction of the code range in 1/256:
+* ``weight_scale`` float16 [N, groups]; the last group of a row may be shorter than the others.
+* ``weight_zero_point`` uint8 [N, groups], a fraction of the code range in 1/256:
   ``weight = scale * (code - zero_point * 2 ** bits / 256)``.
 
 At 8 bits that is the usual integer zero point, and every integer zero point of a narrower width
@@ -41,6 +41,11 @@ def packed_columns(columns: int, bits: int) -> int:
     if columns % CODES_PER_WORD:
         raise FormatError(f"a row of {columns} weights is not a multiple of {CODES_PER_WORD}")
     return columns * bits // 8
+
+
+def num_groups(columns: int, group_size: int) -> int:
+    """Return the groups of a row of ``columns`` weights, of which the last may be short."""
+    return -(-columns // group_size)
 
 
 def zero_point_unit(bits: int) -> float:
@@ -91,23 +96,39 @@ def dequantize(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     bits: int,
+    group_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return the weights [N, K] in ``dtype``; computed exactly in float32 before the cast.
 
     Args:
         packed: uint8 [N, K * bits / 8].
-        scale: float16 [N, K / group_size].
-        zero_point: uint8 [N, K / group_size], in units of :func:`zero_point_unit`.
+        scale: float16 [N, groups].
+        zero_point: uint8 [N, groups], in units of :func:`zero_point_unit`.
         bits: Width of a code.
+        group_size: Weights of a row that share a scale; the last group may be shorter.
         dtype: Type of the result.
+
+    Raises:
+        FormatError: There are more or fewer groups than a row has.
     """
-    rows, groups = scale.shape
-    codes = unpack(packed, bits).view(rows, groups, -1)
-    zero = zero_point.to(torch.float32).unsqueeze(-1) * zero_point_unit(bits)
+    codes = unpack(packed, bits).to(torch.float32)
+    rows, columns = codes.shape
+    if scale.shape[1] != num_groups(columns, group_size):
+        raise FormatError(
+            f"{scale.shape[1]} scales of a row do not fit {columns} weights in groups of "
+            f"{group_size}"
+        )
+    zero = zero_point.to(torch.float32) * zero_point_unit(bits)
     # float32 holds the product of an 11-bit scale and a 9-bit difference exactly.
-    centred = codes.to(torch.float32) - zero
-    return (centred * scale.to(torch.float32).unsqueeze(-1)).view(rows, -1).to(dtype)
+    codes -= spread(zero, group_size, columns)
+    codes *= spread(scale.to(torch.float32), group_size, columns)
+    return codes.to(dtype)
+
+
+def spread(values: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
+    """Return what groups have [N, groups] as what their weights have [N, columns]."""
+    return values.repeat_interleave(group_size, 1)[:, :columns]
 
 
 def _require_little_endian() -> None:

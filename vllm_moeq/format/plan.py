@@ -10,7 +10,7 @@ FORMAT_VERSION = 1
 WIDTHS = (1, 2, 3, 4, 8)
 """Bits per weight that the format can hold."""
 GROUP_SIZES = (32, 64, 128)
-"""Weights of a row that share one scale and one zero point."""
+"""Weights of a row that share one scale and one zero point; at most as many in its last group."""
 
 Projection = Literal["w13", "w2"]
 PROJECTIONS: tuple[Projection, ...] = ("w13", "w2")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_moeq.format.errors import FormatError
-from vllm_moeq.format.packing import packed_columns
+from vllm_moeq.format.packing import num_groups, packed_columns
 from vllm_moeq.format.plan import BitPlan
 
 QUANT_METHOD = "moeq"
@@ -62,11 +62,9 @@ def packed_tensors(rows: int, columns: int, bits: int, group_size: int) -> Itera
     """Yield the tensors that replace one weight [rows, columns] on disk.
 
     Raises:
-        FormatError: ``columns`` is not a multiple of ``group_size``, or an unknown width.
+        FormatError: ``columns`` is not a multiple of 8, or an unknown width.
     """
-    if columns % group_size:
-        raise FormatError(f"group size {group_size} does not divide a row of {columns} weights")
-    groups = columns // group_size
+    groups = num_groups(columns, group_size)
     yield ExpertTensor("weight_packed", torch.uint8, (rows, packed_columns(columns, bits)))
     yield ExpertTensor("weight_scale", torch.float16, (rows, groups))
     yield ExpertTensor("weight_zero_point", torch.uint8, (rows, groups))

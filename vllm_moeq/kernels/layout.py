@@ -54,7 +54,7 @@ class ExpertLayout:
     Attributes:
         group_size: Weights of a row that share a scale.
         hidden_size: Columns of w13 and rows of w2.
-        intermediate_size: Columns of w2 on this rank.
+        intermediate_size: Columns of w2 on this rank, in whole groups.
         w13_rows: Rows of w13 on this rank: twice ``intermediate_size`` for gated experts.
         slots: Widths and offsets of the local experts.
         kernel: Index into the dispatch table of the kernel that the weights were prepared for; -1

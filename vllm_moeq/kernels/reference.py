@@ -101,7 +101,7 @@ def _expert_weight(
     bits, _ = layout.bits_and_offset(projection, slot)
     rows, _ = layout.shape(projection)
     matrix = packed[offset : offset + size].view(rows, -1)
-    return dequantize(matrix, scale[slot], zero_point[slot], bits, dtype)
+    return dequantize(matrix, scale[slot], zero_point[slot], bits, layout.group_size, dtype)
 
 
 def _bias(bias: torch.Tensor | None, slot: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -129,6 +129,7 @@ def matrices(layout: ExpertLayout, weights: ExpertWeights) -> Matrices:
                 scale[slot],
                 zero_point[slot],
                 layout.bits_and_offset(projection, slot)[0],
+                layout.group_size,
                 torch.float64,
             )
             for projection, (packed, scale, zero_point) in zip(

@@ -168,4 +168,4 @@ class _Batch(NamedTuple):
         for expert, weight, tensors in zip(self.experts, quantized, stored, strict=True):
             for name, part in zip(names, weight.parts(len(names)), strict=True):
                 tensors.update(part.named(self.layer.tensor_name(expert, name)))
-        return [weight.dequantize(bits) for weight in quantized]
+        return [weight.dequantize(bits, plan.group_size) for weight in quantized]

@@ -13,11 +13,15 @@ from moeq.checkpoint.families import family_of
 from moeq.checkpoint.fused import FusedNames, experts_in
 from moeq.checkpoint.precision import logical_name, readings, source_format
 from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
+from moeq.checkpoint.servable import check_servable, is_left_out
 from moeq.errors import MoeqError
 
 
 class CanonicalReader(CheckpointReader):
     """Reads a source: its tensors have canonical names, whatever the files call them.
+
+    Attributes:
+        left_out: Stored names of tensors that would keep vLLM from starting.
 
     Args:
         folder: Holds ``config.json`` and safetensors files.
@@ -30,10 +34,14 @@ class CanonicalReader(CheckpointReader):
         super().__init__(folder)
         family = family_of(self.config, self.tensors)
         precision = source_format(self.config, folder)
-        lowered = readings(self, precision) if precision else {}
+        check_servable(self.config, folder, self.tensors)
+        lowered = readings(self, precision)
         self._readings: dict[str, Reading] = {}
         fused: dict[str, dict[str, Reading]] = {}
         names = FusedNames(family)
+        self.left_out = [name for name in self.tensors if is_left_out(self.config, name)]
+        for name in self.left_out:
+            del self.tensors[name]
         for name, info in self.tensors.items():
             stored = lowered.get(name, self._as_stored(name, info))
             if stored is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeq.errors import MoeqError
-from vllm_moeq.format import GROUP_SIZES, BitPlan, Projection
+from vllm_moeq.format import CODES_PER_WORD, GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
@@ -30,6 +30,8 @@ class Family:
             save them, each with what stands here instead. The first that fits holds.
         biased: Whether each matrix of an expert has a bias.
         interleaved: Whether the rows of gate and up alternate where they are fused.
+        activations: What ``config.json`` may call the activation of experts: vLLM takes many for
+            granted, whatever is there.
         not_layerwise: Why its layers cannot be run one by one, with experts of ours between router
             and residual stream; empty if they can.
     """
@@ -43,6 +45,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     biased: bool = False
     interleaved: bool = False
+    activations: tuple[str, ...] = ("silu",)
     not_layerwise: str = ""
 
     @property
@@ -153,6 +156,7 @@ FAMILIES: tuple[Family, ...] = (
         ("gemma4", "gemma4_text"),
         experts="experts",
         router="router.proj.weight",
+        activations=("gelu_pytorch_tanh",),
         not_layerwise=_NORMALIZES,
     ),
     Family(
@@ -160,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
         experts="mixer.experts",
         router="mixer.gate.weight",
         gate=None,
+        activations=("relu2", "silu", "gelu", "gelu_pytorch_tanh"),
     ),
 )
 
@@ -241,6 +246,10 @@ class MoELayer:
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
 
+    def added_columns(self, group_size: int) -> int:
+        """Return the columns of zeros that serving adds to down, to make its last group whole."""
+        return -self.intermediate_size % group_size
+
     def weights(self) -> Iterator[tuple[int, Matrix, Projection]]:
         """Yield (expert, matrix, projection whose width it takes) of every routed weight."""
         for expert in range(self.num_experts):
@@ -270,8 +279,8 @@ def check_plan_fits(plan: BitPlan, layers: list[MoELayer]) -> None:
     """Check that a plan was made for a model of these layers.
 
     Raises:
-        MoeqError: A layer is missing, unknown or has another number of experts, or the group
-            size does not divide its rows.
+        MoeqError: A layer is missing, unknown or has another number of experts, or cannot be
+            packed with the group size.
     """
     ours = {layer.container for layer in layers}
     planned = set(plan.expert_bits)
@@ -291,23 +300,45 @@ def check_plan_fits(plan: BitPlan, layers: list[MoELayer]) -> None:
 
 
 def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
-    """Check that a group size exists and divides the rows of all experts.
+    """Check that a group size exists and that experts can be packed with it.
 
     Raises:
-        MoeqError: It does not; says which would.
+        MoeqError: They cannot; says what would work.
     """
     if group_size not in GROUP_SIZES:
         choices = ", ".join(map(str, GROUP_SIZES))
         raise MoeqError(f"`group_size` {group_size} is not one of {choices}")
     for layer in layers:
-        for name, size in (
-            ("hidden_size", layer.hidden_size),
-            ("intermediate_size", layer.intermediate_size),
-        ):
-            if size % group_size:
-                fitting = [group for group in reversed(GROUP_SIZES) if size % group == 0]
-                hint = f"use `group_size` {fitting[0]}" if fitting else "no group size fits"
-                raise MoeqError(
-                    f"`group_size` {group_size} does not divide the {name} {size} of "
-                    f"{layer.container}; {hint}"
-                )
+        hidden, inner = layer.hidden_size, layer.intermediate_size
+        if hidden % group_size:
+            fitting = [group for group in reversed(GROUP_SIZES) if hidden % group == 0]
+            hint = f"use `group_size` {fitting[0]}" if fitting else "no group size fits"
+            raise MoeqError(
+                f"`group_size` {group_size} does not divide the hidden_size {hidden} of "
+                f"{layer.container}; {hint}"
+            )
+        if inner % CODES_PER_WORD:
+            raise MoeqError(
+                f"the intermediate_size {inner} of {layer.container} is no multiple of "
+                f"{CODES_PER_WORD}: its experts cannot be packed"
+            )
+
+
+def fitting_group_size(layers: list[MoELayer]) -> int:
+    """Return the group size for which serving adds the fewest columns to down.
+
+    Of equal ones it is the largest, whose scales take the fewest bytes.
+
+    Raises:
+        MoeqError: None divides the rows of gate and up.
+    """
+    hidden_sizes = {layer.hidden_size for layer in layers}
+    fitting = [group for group in GROUP_SIZES if not any(size % group for size in hidden_sizes)]
+    if not fitting:
+        raise MoeqError(
+            f"hidden_size {min(hidden_sizes)} is no multiple of {GROUP_SIZES[0]}: the experts "
+            "cannot be packed with any group size"
+        )
+    return min(
+        fitting, key=lambda group: (sum(layer.added_columns(group) for layer in layers), -group)
+    )

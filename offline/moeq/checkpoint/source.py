@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint.canonical import CanonicalReader
-from moeq.checkpoint.completeness import check_expert_counts, check_head, drafts_tokens
 from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.reader import FLOATS, CheckpointReader, resolve_model
+from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
 from moeq.units import public_name
 
@@ -23,23 +23,24 @@ class SourceModel:
         name: The model as the user named it: a folder or hub id.
         reader: Its tensors, under canonical names.
         layers: Its MoE layers, in order.
+        left_out: Names of tensors that are not read, since vLLM would not start with them.
     """
 
     name: str
     reader: CheckpointReader
     layers: list[MoELayer]
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, name: str | Path) -> "SourceModel":
         """Open a folder or hub id.
 
         Raises:
-            MoeqError: No supported MoE model, or an expert weight or the output head is missing,
-                has a wrong shape or is not 16- or 32-bit floating point; names it.
+            MoeqError: No supported MoE model, one that cannot be served, or an expert weight is
+                missing, has a wrong shape or is not 16- or 32-bit floating point; names it.
         """
         reader = CanonicalReader(resolve_model(str(name)))
-        check_head(reader)
-        return cls(str(name), reader, moe_layers(reader))
+        return cls(str(name), reader, moe_layers(reader), tuple(reader.left_out))
 
     @property
     def folder(self) -> Path:
@@ -123,7 +124,6 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
                 f"{reader.folder}: {match.string} is no weight of an expert that the router of "
                 "its layer knows"
             )
-    check_expert_counts(reader.config, layers)
     return sorted(layers, key=lambda layer: layer.index)
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from moeq.checkpoint.completeness import check_head
-from moeq.checkpoint.families import Family, family_of
+from moeq.checkpoint.families import Family, MoELayer, family_of
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
+from moeq.checkpoint.servable import check_servable
 from moeq.errors import MoeqError
 from vllm_moeq.format import (
     BitPlan,
@@ -35,7 +35,7 @@ def read_plan(reader: CheckpointReader) -> BitPlan:
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
-    """Check a packed checkpoint.
+    """Check the files of a packed checkpoint, and its experts.
 
     Returns:
         One sentence for each problem; empty if the checkpoint is sound.
@@ -53,7 +53,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
     family = family_of(reader.config)
     plan = read_plan(reader)
     try:
-        check_head(reader)
+        check_servable(reader.config, folder, reader.tensors)
     except MoeqError as error:
         problems.append(str(error))
     for container, bits in plan.expert_bits.items():
@@ -61,21 +61,51 @@ def verify_checkpoint(folder: Path) -> list[str]:
     return problems
 
 
+def packed_layers(reader: CheckpointReader) -> list[MoELayer]:
+    """Return the MoE layers of a packed checkpoint in which there is no problem.
+
+    Raises:
+        MoeqError: As :func:`read_plan`.
+    """
+    family = family_of(reader.config)
+    return [
+        MoELayer(
+            index=int(container.removesuffix(f".{family.experts}").rpartition(".")[2]),
+            container=container,
+            router=_router_name(family, container),
+            family=family,
+            num_experts=bits.num_experts,
+            hidden_size=reader.info(_router_name(family, container)).shape[1],
+            intermediate_size=reader.info(_first_scale_name(family, container)).shape[0],
+        )
+        for container, bits in read_plan(reader).expert_bits.items()
+    ]
+
+
+def _router_name(family: Family, container: str) -> str:
+    return container.removesuffix(family.experts) + family.router
+
+
+def _first_scale_name(family: Family, container: str) -> str:
+    return f"{container}.0.{family.gate or family.up}.weight_scale"
+
+
 def _layer_problems(
     reader: CheckpointReader, family: Family, container: str, bits: LayerBits, group_size: int
 ) -> list[str]:
-    router_name = container.removesuffix(family.experts) + family.router
-    router = reader.tensors.get(router_name)
-    first = reader.tensors.get(f"{container}.0.{family.gate or family.up}.weight_scale")
+    router_name, scale_name = _router_name(family, container), _first_scale_name(family, container)
+    router, first = reader.tensors.get(router_name), reader.tensors.get(scale_name)
     if router is None:
         return [f"tensor {router_name} is missing"]
     if first is None:
-        return [f"tensor {container}.0.{family.gate or family.up}.weight_scale is missing"]
+        return [f"tensor {scale_name} is missing"]
     problems = []
     num_experts, hidden_size = router.shape
     intermediate_size = first.shape[0]
     if num_experts != bits.num_experts:
         return [f"{router_name} has {num_experts} experts, the plan {bits.num_experts}"]
+    if hidden_size % group_size:
+        return [f"{container}: group size {group_size} does not divide hidden_size {hidden_size}"]
     up_or_gate = (intermediate_size, hidden_size)
     for expert in range(num_experts):
         for matrix, width, (rows, columns) in (

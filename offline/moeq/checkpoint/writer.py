@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint.families import check_plan_fits, expert_widths
 from moeq.checkpoint.model_card import write_model_card
+from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
@@ -94,7 +95,10 @@ class Conversion:
         conversion = cls(source, with_sizes(plan, source), shards)
         if source.precision is not None:
             note = f"{source.precision}; all but the experts is written in bfloat16"
-            return conversion.noting("source_precision", note)
+            conversion = conversion.noting("source_precision", note)
+        if source.left_out:
+            note = f"{len(source.left_out)} tensors of prediction layers, as {source.left_out[0]}"
+            conversion = conversion.noting("left_out", note)
         return conversion
 
     def noting(self, name: str, text: str) -> "Conversion":
@@ -170,7 +174,8 @@ class Conversion:
         for path in reader.other_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(reader.folder / path, folder / path)
-        config = {**reader.config, "quantization_config": CheckpointConfig(self.plan).to_dict()}
+        config = unquantized(reader.config)
+        config["quantization_config"] = CheckpointConfig(self.plan).to_dict()
         _write_json(folder / "config.json", config)
         for file in set(weight_map.values()):
             # safetensors makes files that only their owner may read.

@@ -159,8 +159,9 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=_list_of(int, "sizes such as 64,128"),
         metavar="SIZE",
-        help="weights per scale: 32, 64 or 128 (default); measured plans choose from several, as "
-        "in 32,64,128, with as many bytes as the largest would take",
+        help="weights per scale: 32, 64 or 128 (default: what fits the model, 128 for most); "
+        "measured plans choose from several, as in 32,64,128, with as many bytes as the largest "
+        "would take",
     )
     group.add_argument(
         "--zeta", type=float, help="MaxVar factor that lets an expert overtake (default 3)"
@@ -260,7 +261,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib", help="calibration text, as in moeq quantize (default: default)")
     parser.add_argument("--text", required=True, help="held-out text, in the same forms")
     parser.add_argument("--base-router", metavar="SOURCE", help="as in moeq quantize")
-    parser.add_argument("--group-size", type=int, help="32, 64 or 128 (default)")
+    parser.add_argument("--group-size", type=int, help="as in moeq quantize, but only one")
     parser.add_argument("--random", type=int, help="random plans (default 5)")
     parser.add_argument(
         "--eval-nsamples", type=int, help="held-out sequences of a text (default 8)"

@@ -8,7 +8,7 @@ import torch
 
 from moeq.allocation import PlanOptions, allocate, make_plan, ordered_bits
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.families import check_group_size
+from moeq.checkpoint.families import check_group_size, fitting_group_size
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.checkpoint.workspace import check_space, temporary_folder
 from moeq.errors import MoeqError
@@ -97,6 +97,11 @@ class Study:
     heldout: dict[str, torch.Tensor]
     device: torch.device
 
+    @property
+    def group_size(self) -> int:
+        """Weights of a row that share a scale: as asked, or what fits the model."""
+        return self.request.group_size or fitting_group_size(self.source.layers)
+
     def run(self, progress: Progress = silent) -> Findings:
         """Round, plan and judge.
 
@@ -108,9 +113,9 @@ class Study:
         """
         request, layers = self.request, self.source.layers
         check_strategies(request)
-        check_group_size(request.group_size, layers)
+        check_group_size(self.group_size, layers)
         widths = self._widths()
-        needed = measuring_bytes(layers, widths, (request.group_size,), self.tokens.numel())
+        needed = measuring_bytes(layers, widths, (self.group_size,), self.tokens.numel())
         model = LayerwiseModel(self.source, self.device)
         base = None
         if request.base_router is not None:
@@ -125,7 +130,7 @@ class Study:
                 folder = work / method
                 folder.mkdir()
                 bank = build(
-                    model, self.tokens, widths, request.group_size, method, of_outputs, folder,
+                    model, self.tokens, widths, self.group_size, method, of_outputs, folder,
                     progress,
                 )  # fmt: skip
                 for width in sorted({_floor(bits) for bits in request.bits}, reverse=True):
@@ -167,7 +172,7 @@ class Study:
     def _plans(self, bits: float, bank: Bank, signals: Signals) -> Iterator[BitPlan]:
         """Yield all plans of one budget."""
         options = PlanOptions(
-            bits, group_size=self.request.group_size, base_router=self.request.base_router
+            bits, group_size=self.group_size, base_router=self.request.base_router
         )
         levels = options.resolved_levels()
         combined = make_plan(self.source, options)
@@ -176,11 +181,11 @@ class Study:
         for name, attribute in ALLOCATED.items():
             losses = bank.losses(attribute)
             _, widths, _ = allocate(
-                {self.request.group_size: losses}, self.source.layers, self._widths(), budget
+                {self.group_size: losses}, self.source.layers, self._widths(), budget
             )
             yield self._plan(GLOBAL + name, bits, widths)
         if len(levels) == 1:  # every plan by layers is the uniform one
-            uniform = PlanOptions(bits, None, "uniform", self.request.group_size)
+            uniform = PlanOptions(bits, None, "uniform", self.group_size)
             yield make_plan(self.source, uniform)
             return
         yield combined
@@ -193,7 +198,7 @@ class Study:
                 opposite = {key: order[::-1] for key, order in orders.items()}
                 yield self._ordered(signal.name + _REVERSED, bits, levels, opposite)
         for seed in range(self.request.random):
-            random = PlanOptions(bits, None, f"random:{seed}", self.request.group_size)
+            random = PlanOptions(bits, None, f"random:{seed}", self.group_size)
             yield make_plan(self.source, random)
 
     def _is_wanted(self, plan: BitPlan) -> bool:
@@ -210,7 +215,7 @@ class Study:
         provenance = Provenance(
             strategy=strategy, requested_bits=bits, source=self.source.public_name
         )
-        return BitPlan(self.request.group_size, expert_bits, provenance)
+        return BitPlan(self.group_size, expert_bits, provenance)
 
     def _point(self, method: str, plan: BitPlan, evaluation: Evaluation) -> Point:
         provenance = plan.provenance

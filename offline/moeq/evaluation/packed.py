@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint import CheckpointReader, SourceModel
-from moeq.checkpoint.completeness import check_head
 from moeq.checkpoint.families import check_plan_fits
 from moeq.checkpoint.verify import read_plan
 from moeq.errors import MoeqError
@@ -15,6 +14,7 @@ from moeq.evaluation import reference, served
 from moeq.evaluation.scores import Evaluation, Output, Scorer, TopOutput
 from moeq.evaluation.whole import WholeModel
 from moeq.model import ExpertSource, LayerwiseModel
+from moeq.model.structure import check_structure
 from moeq.progress import Progress, silent
 from vllm_moeq.format import BitPlan
 
@@ -38,16 +38,16 @@ class PackedModel:
         """Open a packed checkpoint beside its original.
 
         Raises:
-            MoeqError: It is no packed checkpoint, one without an output head, or one of another
-                model; names it.
+            MoeqError: It is no packed checkpoint, one that lacks tensors, or one of another model;
+                names it.
         """
         reader = CheckpointReader(folder)
         plan = read_plan(reader)
-        check_head(reader)
         try:
             check_plan_fits(plan, original.layers)
         except MoeqError as error:
             raise MoeqError(f"{folder} does not come from {original.folder}: {error}") from error
+        check_structure(reader, original.layers)
         return cls(reader, plan, original)
 
     def evaluate(

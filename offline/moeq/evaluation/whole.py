@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import CheckpointReader, SourceModel
+from moeq.checkpoint.precision import QUANTIZATION_KEYS, in_16_bits
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource
@@ -29,9 +30,7 @@ class WholeModel:
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
-        auto = auto_class(model_config(source.folder))
-        model = auto.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
-        self._model = model.to(device).eval()
+        self._model = _load(source).to(device).eval()
         self._layers = {layer.index: layer for layer in source.layers}
         self._experts: dict[int, Any] = {
             int(match[1]): module
@@ -75,3 +74,22 @@ class WholeModel:
         for sequence in tokens:
             result = self._model(sequence[None].to(self._model.device), use_cache=False)
             yield Output.of(result.logits[0], dict(self._chosen))
+
+
+def _load(source: SourceModel) -> Any:
+    """Return the model in float32.
+
+    What is in lower precision is dequantized by us: without a GPU, transformers reads few of these
+    formats, and leaves weights of some uninitialised.
+    """
+    config = model_config(source.folder)
+    auto = auto_class(config)
+    if source.precision is None:
+        return auto.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        for key in QUANTIZATION_KEYS:
+            vars(part).pop(key, None)
+    with torch.device("meta"):
+        model_class = type(auto.from_config(config))
+    tensors = dict(in_16_bits(CheckpointReader(source.folder)))
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)

@@ -55,3 +55,22 @@ def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0]: name
         for name in names
     }
+
+
+def names_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return what transformers calls parameters in the files that it saves, by their names.
+
+    Args:
+        model: Of transformers.
+        names: Of parameters outside the routed experts.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [
+        transform.reverse_transform()
+        for transform in reversed(get_model_conversion_mapping(model, add_legacy=False))
+        # Other classes of renamings say what may be on disk, not what is saved.
+        if type(transform) is WeightRenaming
+    ]
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}

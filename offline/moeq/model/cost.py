@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
-from moeq.checkpoint.completeness import text_config
+from moeq.checkpoint.servable import text_config
 from moeq.rounding import REFINEMENT, Hessian, block_size, quantize_gptq
 
 _TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"

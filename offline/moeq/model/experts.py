@@ -39,8 +39,9 @@ class ExpertSource:
             bits = plan.expert_bits[layer.container]
             widths = bits.w13[expert], bits.w2[expert]
             return dequantized(
-                layer, expert, widths, lambda name, width: reader.tensor(name), device
-            )
+                layer, expert, widths, plan.group_size, lambda name, width: reader.tensor(name),
+                device,
+            )  # fmt: skip
 
         return cls(matrices, lambda layer, expert: "packed")
 
@@ -49,6 +50,7 @@ def dequantized(
     layer: MoELayer,
     expert: int,
     widths: tuple[int, int],
+    group_size: int,
     read: Callable[[str, int], torch.Tensor],
     device: torch.device,
 ) -> ExpertMatrices:
@@ -58,6 +60,7 @@ def dequantized(
         layer: Where it is.
         expert: Its number.
         widths: Of w13 and w2.
+        group_size: Weights that share a scale.
         read: Takes the name of a packed tensor and its width; returns it.
         device: Where the weights are to be.
     """
@@ -65,7 +68,7 @@ def dequantized(
     def weight(matrix: Matrix, width: int) -> torch.Tensor:
         names = QuantizedWeight.names(layer.tensor_name(expert, matrix))
         stored = (read(name, width).to(device) for name in names)
-        return QuantizedWeight(*stored).dequantize(width)
+        return QuantizedWeight(*stored).dequantize(width, group_size)
 
     w13, w2 = (
         torch.cat([weight(matrix, width) for matrix in matrices])

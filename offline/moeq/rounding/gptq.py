@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from moeq.rounding.columns import BLOCK, descend, round_columns
-from moeq.rounding.grid import Grid, QuantizedWeight, storable
+from moeq.rounding.grid import Grid, QuantizedWeight, in_groups, storable
+from vllm_moeq.format import num_groups, spread
 
 DAMPING, DAMPING_PER_COLUMN = 0.01, 0.5
 """Added to the diagonal of H, relative to its mean: at least the first, and more the fewer samples
@@ -134,30 +135,32 @@ def quantize_gptq(
     """Quantize matrices so that their outputs on the calibration inputs change least.
 
     Args:
-        weights: [B, N, K], any floating type; K is a multiple of ``group_size``.
+        weights: [B, N, K], any floating type; K is a multiple of 8.
         hessian: Of their inputs.
         bits: Width, one of the format's.
-        group_size: Weights of a row that share a grid.
+        group_size: Weights of a row that share a grid; the last group may be shorter.
         refinement: What to do beyond GPTQ itself.
 
     Raises:
         ValueError: The weights are not finite, or too large for float16 scales.
     """
     weights = weights.float()
-    batch, rows, columns = weights.shape
-    groups = weights.reshape(-1, group_size)
-    importance = hessian.damped.diagonal(dim1=1, dim2=2).view(batch, 1, -1, group_size)
-    importance = importance.expand(batch, rows, -1, group_size).reshape(-1, group_size)
-    grid = Grid.searched(groups, bits, importance)
-    del importance
+    batch, rows, _ = weights.shape
+    importance = hessian.damped.diagonal(dim1=1, dim2=2)[:, None].expand_as(weights)
+    grids = [
+        Grid.searched(groups, bits, squares)
+        for groups, squares in zip(
+            in_groups(weights, group_size), in_groups(importance, group_size), strict=True
+        )
+    ]
     scale, zero = (
-        values.view(batch, rows, -1).transpose(1, 2).contiguous()
-        for values in (grid.scale, grid.zero)
+        torch.cat([part.view(batch, rows, -1) for part in parts], 2).transpose(1, 2).contiguous()
+        for parts in zip(*((grid.scale, grid.zero) for grid in grids), strict=True)
     )
     transposed = weights.transpose(1, 2).contiguous()
-    codes = _feed_back(transposed, hessian, scale, zero, bits, refinement.in_feedback)
+    codes = _feed_back(transposed, hessian, scale, zero, bits, group_size, refinement.in_feedback)
     if refinement.rounds:
-        _refine(transposed, hessian.damped, codes, scale, zero, bits, refinement)
+        _refine(transposed, hessian.damped, codes, scale, zero, bits, group_size, refinement)
     return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(batch)]
 
 
@@ -177,6 +180,7 @@ def _feed_back(
     scale: torch.Tensor,
     zero: torch.Tensor,
     bits: int,
+    group_size: int,
     sweeps: int,
 ) -> torch.Tensor:
     """Choose codes column by column; what is not chosen yet makes up for the error so far.
@@ -186,7 +190,7 @@ def _feed_back(
     """
     _, order, factor = hessian
     columns, rows = weight.shape[1:]
-    group = order // (columns // scale.shape[1])
+    group = order // group_size
     sums = torch.zeros_like(weight)  # of the differences times the factor
     codes = torch.empty_like(weight)
     for block in _blocks(columns):
@@ -226,27 +230,27 @@ def _refine(
     scale: torch.Tensor,
     zero: torch.Tensor,
     bits: int,
+    group_size: int,
     refinement: Refinement,
 ) -> None:
     """Improve grids and codes in place, block by block, as long as many codes change."""
-    columns = weight.shape[1]
-    group_size = columns // scale.shape[1]
-    difference = _dequantize(codes, scale, zero).sub_(weight)
+    difference = _dequantize(codes, scale, zero, group_size).sub_(weight)
     for _ in range(refinement.rounds):
         changes = torch.zeros((), dtype=torch.int64, device=codes.device)
-        for block in _blocks(columns):
+        for block in _blocks(weight.shape[1]):
             local = hessian[:, block, block]
             gradient = hessian[:, block] @ difference
-            groups = slice(block.start // group_size, block.stop // group_size)
+            groups = slice(block.start // group_size, num_groups(block.stop, group_size))
             chosen, steps, origins = codes[:, block], scale[:, groups], zero[:, groups]
             before = chosen.clone()
             for _ in range(refinement.sweeps):
                 if refinement.scales:
-                    _fit_grids(local, gradient, chosen, steps, origins, bits)
-                step = steps.repeat_interleave(group_size, 1)
+                    _fit_grids(local, gradient, chosen, steps, origins, bits, group_size)
+                step = spread(steps, group_size, chosen.shape[1])
                 descend(local, step, chosen, gradient, bits)
             changes += (chosen != before).sum()
-            difference[:, block] = _dequantize(chosen, steps, origins).sub_(weight[:, block])
+            rounded = _dequantize(chosen, steps, origins, group_size)
+            difference[:, block] = rounded.sub_(weight[:, block])
         if changes < _FEWEST_CHANGES * codes.numel():
             break
 
@@ -258,6 +262,7 @@ def _fit_grids(
     scale: torch.Tensor,
     zero: torch.Tensor,
     bits: int,
+    group_size: int,
 ) -> None:
     """Fit the grids of a block, group after group, each while all others stay.
 
@@ -265,11 +270,11 @@ def _fit_grids(
         hessian: [B, k, k] of the block's columns.
         gradient: [B, k, N]: all differences times H, in the block's columns; kept up to date.
         codes: [B, k, N].
-        scale: [B, k / G, N], changed in place.
-        zero: [B, k / G, N], changed in place.
+        scale: [B, groups, N], changed in place.
+        zero: [B, groups, N], changed in place.
         bits: Width.
+        group_size: Columns of a group; the last may have fewer.
     """
-    group_size = codes.shape[1] // scale.shape[1]
     for group in range(scale.shape[1]):
         part = slice(group * group_size, (group + 1) * group_size)
         change = _fit_grid(
@@ -325,7 +330,8 @@ def _fit_grid(
     return codes * (by * better)[:, None] + (shift * better)[:, None]
 
 
-def _dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    batch, groups, rows = scale.shape
-    grouped = codes.view(batch, groups, -1, rows)
-    return ((grouped - zero[:, :, None]) * scale[:, :, None]).view(codes.shape)
+def _dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    columns = codes.shape[1]
+    return (codes - spread(zero, group_size, columns)).mul_(spread(scale, group_size, columns))

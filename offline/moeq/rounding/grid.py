@@ -32,7 +32,7 @@ class QuantizedWeight(NamedTuple):
     def of(
         cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
     ) -> "QuantizedWeight":
-        """Store codes [N, K] on grids [N, K / group_size] that the format can store.
+        """Store codes [N, K] on grids [N, groups] that the format can store.
 
         Args:
             codes: Any type.
@@ -46,9 +46,9 @@ class QuantizedWeight(NamedTuple):
             (zero / zero_point_unit(bits)).to(torch.uint8),
         )
 
-    def dequantize(self, bits: int) -> torch.Tensor:
+    def dequantize(self, bits: int, group_size: int) -> torch.Tensor:
         """Return the weights float32 [N, K]."""
-        return dequantize(self.packed, self.scale, self.zero_point, bits)
+        return dequantize(self.packed, self.scale, self.zero_point, bits, group_size)
 
     def parts(self, count: int) -> list["QuantizedWeight"]:
         """Take apart matrices that were rounded one above the other; they come to the CPU."""
@@ -185,21 +185,30 @@ def round_groups(
     """Quantize a matrix whose groups have nothing to do with each other.
 
     Args:
-        weight: [N, K], any floating type; K is a multiple of ``group_size``.
+        weight: [N, K], any floating type; K is a multiple of 8.
         bits: Width, one of the format's.
-        group_size: Weights of a row that share a grid.
+        group_size: Weights of a row that share a grid; the last group may be shorter.
         choose: From float32 groups [n, G] to their codes [n, G], scales [n, 1], and zeros in codes
             [n, 1].
     """
-    rows, columns = weight.shape
-    groups = weight.reshape(-1, group_size)
-    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
-    scale, zero = torch.empty(2, len(groups), 1, device=weight.device)
-    for part in chunks(groups):
-        codes[part], scale[part], zero[part] = choose(groups[part].float())
-    return QuantizedWeight.of(
-        codes.view(rows, columns), scale.view(rows, -1), zero.view(rows, -1), bits
-    )
+    rows = len(weight)
+    found = []
+    for groups in in_groups(weight, group_size):
+        codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+        scale, zero = torch.empty(2, len(groups), 1, device=weight.device)
+        for part in chunks(groups):
+            codes[part], scale[part], zero[part] = choose(groups[part].float())
+        found.append([values.view(rows, -1) for values in (codes, scale, zero)])
+    codes, scale, zero = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return QuantizedWeight.of(codes, scale, zero, bits)
+
+
+def in_groups(rows: torch.Tensor, group_size: int) -> Iterator[torch.Tensor]:
+    """Yield the groups of rows [..., K] as [n, G]: the whole ones, and the short last ones."""
+    whole = rows.shape[-1] // group_size * group_size
+    for part in (rows[..., :whole], rows[..., whole:]):
+        if part.shape[-1]:
+            yield part.reshape(-1, min(group_size, part.shape[-1]))
 
 
 def storable(

@@ -14,9 +14,9 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     is really stored.
 
     Args:
-        weight: [N, K], any floating type; K is a multiple of ``group_size``.
+        weight: [N, K], any floating type; K is a multiple of 8.
         bits: Width, one of the format's.
-        group_size: Weights of a row that share a grid.
+        group_size: Weights of a row that share a grid; the last group may be shorter.
 
     Raises:
         ValueError: The weights are not finite, or too large for float16 scales.

@@ -56,7 +56,7 @@ class Bank:
             def read(name: str, width: int) -> torch.Tensor:
                 return files.tensor(_file(self.folder, layer), f"{width}.{name}")
 
-            return dequantized(layer, expert, widths(layer, expert), read, device)
+            return dequantized(layer, expert, widths(layer, expert), plan.group_size, read, device)
 
         return ExpertSource(matrices, widths)
 

@@ -121,7 +121,7 @@ class MeasuredExpert:
                 tensors: dict[str, torch.Tensor] = {}
                 for name, part in zip(names, weight.parts(len(names)), strict=True):
                     tensors |= part.named(self.layer.tensor_name(self.expert, name))
-                matrix = weight.dequantize(bits)
+                matrix = weight.dequantize(bits, group_size)
                 if projection == "w13":
                     changed = original._replace(w13=matrix)
                     output = self.model.expert_hidden(changed, self.x) @ original.w2.T

@@ -36,7 +36,7 @@ def data_free_error(
     x = x.to(model.device)
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
-        return quantize_rtn(weight, bits, group_size).dequantize(bits).to(model.device)
+        return quantize_rtn(weight, bits, group_size).dequantize(bits, group_size).to(model.device)
 
     errors = []
     for expert in range(layer.num_experts):

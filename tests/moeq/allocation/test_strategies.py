@@ -14,6 +14,7 @@ from support.checkpoints import (
     HIDDEN,
     INTERMEDIATE,
     NUM_EXPERTS,
+    OTHER_WEIGHTS,
     ROUTERS,
     mixtral_tensors,
     write_checkpoint,
@@ -108,10 +109,10 @@ def test_sizes_are_those_of_the_format(folder: Path) -> None:
     weights = 2 * NUM_EXPERTS * 3 * HIDDEN * INTERMEDIATE
     # Three bytes of scale and zero point for each group of 64.
     expert_bytes = weights * 5 // 16 + weights // 64 * 3
-    routers, embedding = 2 * NUM_EXPERTS * HIDDEN * 4, 32 * HIDDEN * 2
+    routers, others = 2 * NUM_EXPERTS * HIDDEN * 4, OTHER_WEIGHTS * 2
     assert provenance.expert_bytes == expert_bytes
     assert provenance.bits_per_weight == pytest.approx(2.5 + 24 / 64)
-    assert provenance.total_bytes == expert_bytes + routers + embedding
+    assert provenance.total_bytes == expert_bytes + routers + others
 
 
 def test_provenance_tells_how_the_plan_was_made(folder: Path) -> None:

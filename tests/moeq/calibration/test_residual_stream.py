@@ -78,7 +78,7 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
 
     def rounded(expert: int, matrix: str, layer: Any) -> torch.Tensor:
         packed, scale, zero_point = read(layer.tensor_name(expert, matrix)).values()
-        return dequantize(packed, scale, zero_point, GROUP)
+        return dequantize(packed, scale, zero_point, GROUP, W2 if matrix == "down" else W13)
 
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float64, experts_implementation="eager"

@@ -10,7 +10,13 @@ import torch
 from safetensors import safe_open
 
 from moeq.checkpoint import Matrix, MoELayer, SourceModel
-from moeq.checkpoint.families import FAMILIES, check_plan_fits, family_of
+from moeq.checkpoint.families import (
+    FAMILIES,
+    check_group_size,
+    check_plan_fits,
+    family_of,
+    fitting_group_size,
+)
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
@@ -128,3 +134,38 @@ def test_a_plan_for_another_model_is_refused(
     layers = SourceModel.open(write_checkpoint(tmp_path)).layers
     with pytest.raises(MoeqError, match=message):
         check_plan_fits(BitPlan.from_dict(plan), layers)
+
+
+def _layers(hidden: int, *inner: int) -> list[MoELayer]:
+    return [
+        MoELayer(index, f"layers.{index}", "router", FAMILIES[0], 4, hidden, size)
+        for index, size in enumerate(inner)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "expected"),
+    [
+        (2048, [1408], 128),  # DeepSeek-V2-Lite
+        (2880, [2880], 64),  # gpt-oss
+        (4096, [704], 64),
+        (4096, [176], 64),  # 192 with 32 as well, 256 with 128
+        (4096, [88], 32),
+        (160, [1024], 32),
+        (4096, [128, 88], 32),
+        (4096, [8], 32),
+    ],
+)
+def test_the_group_size_that_serving_adds_the_least_to_is_taken(
+    hidden: int, inner: list[int], expected: int
+) -> None:
+    assert fitting_group_size(_layers(hidden, *inner)) == expected
+
+
+def test_sizes_that_cannot_be_packed_are_named() -> None:
+    with pytest.raises(MoeqError, match="hidden_size 100 is no multiple of 32"):
+        fitting_group_size(_layers(100, 128))
+    with pytest.raises(MoeqError, match="hidden_size 2880 of layers.0; use `group_size` 64"):
+        check_group_size(128, _layers(2880, 2880))
+    with pytest.raises(MoeqError, match="intermediate_size 100 of layers.1 is no multiple of 8"):
+        check_group_size(64, _layers(128, 104, 100))

@@ -166,15 +166,9 @@ def test_a_flipped_byte_fails_verification(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 MB of experts: seconds of work, in many output files."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for container in CONTAINERS:
-        tensors[container.replace("experts", "gate.weight")] = torch.randn(8, 1024)
-        for expert in range(8):
-            for matrix, shape in {"w1": (512, 1024), "w2": (1024, 512), "w3": (512, 1024)}.items():
-                weight = torch.randn(*shape, generator=generator).bfloat16()
-                tensors[f"{container}.{expert}.{matrix}.weight"] = weight
-    return write_checkpoint(tmp_path_factory.mktemp("big") / "model", tensors)
+    tensors = mixtral_tensors(experts=8, hidden=1024, intermediate=512)
+    folder = tmp_path_factory.mktemp("big") / "model"
+    return write_checkpoint(folder, tensors, hidden_size=1024, intermediate_size=512)
 
 
 def _quantize(model: Path, folder: Path) -> list[object]:

@@ -133,6 +133,16 @@ def test_a_config_that_this_version_cannot_read_is_named(
         verify_checkpoint(packed)
 
 
+def test_a_group_size_that_does_not_divide_the_hidden_size_is_named(packed: Path) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 128
+    (packed / "config.json").write_text(json.dumps(config))
+    write_manifest(packed)
+    assert verify_checkpoint(packed) == [
+        f"{container}: group size 128 does not divide hidden_size 64" for container in CONTAINERS
+    ]
+
+
 def test_a_plan_for_more_experts_than_there_are_is_named(packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"]["expert_bits"][CONTAINERS[1]] = {"w13": [2] * 5, "w2": [2] * 5}

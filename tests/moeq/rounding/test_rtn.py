@@ -151,6 +151,18 @@ def test_scales_are_finite_float16_and_never_zero(bits: int, kind: str) -> None:
     assert (scale != 0).all()
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_short_last_group_is_rounded_as_well_as_others(bits: int) -> None:
+    weight, levels = _weights("normal", rows=8, columns=GROUP + 16), 2**bits - 1
+    result = dequantize(*quantize_rtn(weight, bits, GROUP), GROUP, bits)
+    for part in (slice(0, GROUP), slice(GROUP, None)):
+        groups = weight[:, part].double().numpy()
+        error = np.square(groups - result[:, part].numpy()).sum(1)
+        assert (error <= _min_max_error(groups, levels) * (1 + 1e-5)).all()
+        if bits < 4:
+            assert error.sum() <= 1.04 * _searched_error(groups, levels).sum()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_source_types_give_the_result_of_the_same_values_in_float32(
     dtype: torch.dtype,

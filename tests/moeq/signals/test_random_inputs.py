@@ -43,7 +43,7 @@ def _expected(tensors: Tensors, scale: torch.Tensor) -> list[float]:
     for expert in range(NUM_EXPERTS):
         matrices = {m: tensors[f"{CONTAINERS[0]}.{expert}.{m}.weight"] for m in ("w1", "w3", "w2")}
         rounded = {
-            name: quantize_rtn(matrix, BITS, GROUP_SIZE).dequantize(BITS).double()
+            name: quantize_rtn(matrix, BITS, GROUP_SIZE).dequantize(BITS, GROUP_SIZE).double()
             for name, matrix in matrices.items()
         }
         original = {name: matrix.double() for name, matrix in matrices.items()}

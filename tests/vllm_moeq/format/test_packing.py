@@ -80,14 +80,14 @@ def test_a_slice_of_columns_holds_exactly_those_groups(bits: int, group_size: in
 
 
 @every_width
-@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("group_size", [32, 64, 128])  # of the last, the second group has 64
 def test_dequantize_is_exact(bits: int, group_size: int) -> None:
-    codes, groups = _codes(bits), 192 // group_size
+    codes, groups = _codes(bits), -(-192 // group_size)
     generator = torch.Generator().manual_seed(0)
     scale = torch.randn(5, groups, generator=generator).half()
     zero = torch.randint(0, 256, (5, groups), generator=generator, dtype=torch.uint8)
-    expected = reference.dequantize(pack(codes, bits), scale, zero, group_size)
-    result = dequantize(pack(codes, bits), scale, zero, bits)
+    expected = reference.dequantize(pack(codes, bits), scale, zero, group_size, bits)
+    result = dequantize(pack(codes, bits), scale, zero, bits, group_size)
     assert result.dtype == torch.float32
     assert torch.equal(result.double(), expected)
 
@@ -97,7 +97,13 @@ def test_dequantize_rounds_once_to_the_type_asked_for(dtype: torch.dtype) -> Non
     packed, scale = pack(_codes(8), 8), torch.full((5, 3), 0.1).half()
     zero = torch.full((5, 3), 77, dtype=torch.uint8)
     expected = reference.dequantize(packed, scale, zero, 64).to(dtype)
-    assert torch.equal(dequantize(packed, scale, zero, 8, dtype), expected)
+    assert torch.equal(dequantize(packed, scale, zero, 8, 64, dtype), expected)
+
+
+def test_groups_that_a_row_does_not_have_are_named() -> None:
+    packed, scale = pack(_codes(4), 4), torch.ones(5, 2).half()
+    with pytest.raises(FormatError, match="2 scales of a row do not fit 192 weights .* of 64"):
+        dequantize(packed, scale, torch.zeros(5, 2, dtype=torch.uint8), 4, 64)
 
 
 @pytest.mark.parametrize("bits", [0, 5, 7, 16, -1])

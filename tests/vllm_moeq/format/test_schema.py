@@ -58,6 +58,11 @@ def test_bytes_are_codes_and_three_for_each_group(bits: int, group_size: int) ->
     assert packed_bytes(10, 256, bits, group_size) == 10 * (32 * bits + 3 * 256 // group_size)
 
 
-def test_a_group_that_does_not_divide_the_row_is_named() -> None:
-    with pytest.raises(FormatError, match="group size 128 does not divide a row of 192"):
-        packed_bytes(2, 192, 4, 128)
+@pytest.mark.parametrize(("group_size", "groups"), [(32, 6), (64, 3), (128, 2)])
+def test_a_short_last_group_takes_the_bytes_of_its_codes(group_size: int, groups: int) -> None:
+    assert packed_bytes(10, 176, 3, group_size) == 10 * (66 + 3 * groups)
+
+
+def test_a_row_that_is_no_multiple_of_eight_is_named() -> None:
+    with pytest.raises(FormatError, match="a row of 100 weights is not a multiple of 8"):
+        packed_bytes(2, 100, 4, 64)

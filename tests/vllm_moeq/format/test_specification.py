@@ -85,7 +85,7 @@ def test_the_code_packs_and_reads_the_table(row: Golden) -> None:
     scale = torch.tensor([[row.scale]], dtype=torch.float16)
     assert scale.numpy().tobytes().hex() == row.scale_hex
     zero = torch.tensor([[row.zero]], dtype=torch.uint8)
-    weights = dequantize(packed, scale, zero, row.bits)[0, :2]
+    weights = dequantize(packed, scale, zero, row.bits, 32)[0, :2]
     assert weights.tolist() == pytest.approx(row.weights, rel=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.experts import expected_output, random_experts
+from support.experts import expected_output, random_experts, sharded_experts
 from support.kernels import (
     CPU_ISAS,
     Runner,
@@ -77,6 +77,21 @@ def test_sizes_that_are_no_multiple_of_a_tile(
     experts = random_experts(*MIXED, group_size, hidden, intermediate, gated)
     activation = "silu" if gated else "silu_no_mul"
     runner.check(experts, random_tokens(6, hidden, runner.dtype), *random_routing(6), activation)
+
+
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+def test_ranks_with_unequal_shares_add_up(runner: Runner, activation: str) -> None:
+    # 176 columns: two whole groups of 64 on the first rank, and on the second 48 in a group.
+    whole, ranks = sharded_experts([3, 1], [8, 3], 64, 128, 176, ranks=2, activation=activation)
+    x, routing = 2 * random_tokens(3, 128, runner.dtype), random_routing(3, experts=2)
+    first, second = (
+        runner.run(experts, x, *routing, activation, w13_bias=w13_bias, w2_bias=w2_bias).double()
+        for experts, w13_bias, w2_bias in ranks
+    )
+    experts, w13_bias, w2_bias = whole
+    expected = expected_output(experts, x, *routing, activation, w13_bias, w2_bias)
+    assert [experts.layout.intermediate_size for experts, _, _ in ranks] == [128, 64]
+    assert relative_error(first + second, expected) < 2 * runner.errors[x.dtype]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

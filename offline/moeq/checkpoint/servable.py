@@ -1,0 +1,92 @@
+"""What vLLM can serve of a model, as far as ``config.json`` and names of tensors tell."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moeq.checkpoint.families import family_of
+from moeq.errors import MoeqError
+
+_DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\d+)\.")
+"""Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
+_ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
+"""Where ``config.json`` tells the activation of experts; the first that is there holds."""
+_PREDICT_AFTER_LAYERS = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+    "kimi_k2",
+}  # fmt: skip
+"""Models whose prediction layers vLLM finds after their own layers."""
+_PREDICT_IN_MTP = {
+    "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
+}  # fmt: skip
+"""Models whose prediction layers vLLM finds under the name ``mtp``."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of ``config.json`` that describes the language model."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else config
+
+
+def drafts_tokens(config: Mapping[str, Any], block: str, index: int) -> bool:
+    """Say whether a decoder layer is one for multi-token prediction, which stays as it is.
+
+    Such layers are under a name of their own, or come after the model's own layers.
+
+    Args:
+        config: ``config.json``.
+        block: Path of the layer.
+        index: Its number in there.
+    """
+    layers = text_config(config).get("num_hidden_layers")
+    return "mtp" in block.split(".") or (isinstance(layers, int) and index >= layers)
+
+
+def is_left_out(config: Mapping[str, Any], name: str) -> bool:
+    """Say whether a tensor is one of a prediction layer that vLLM's class of the model refuses.
+
+    It takes part in no answer: without speculation vLLM passes over such layers where it knows
+    them, and does not start where it does not.
+    """
+    model_type = config.get("model_type")
+    if "mtp" in name.split("."):
+        return model_type not in _PREDICT_IN_MTP
+    match = _DECODER_LAYER.match(name)
+    return (
+        match is not None
+        and drafts_tokens(config, name, int(match[1]))
+        and model_type not in _PREDICT_AFTER_LAYERS
+    )
+
+
+def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[str]) -> None:
+    """Check what vLLM or the kernels would compute otherwise, or refuse only when they load.
+
+    Args:
+        config: ``config.json`` of a supported model.
+        folder: Where it lies, for messages.
+        names: Of all tensors in the checkpoint.
+
+    Raises:
+        MoeqError: The model cannot be served as it was trained; says what stands against it.
+    """
+    text, family = text_config(config), family_of(config)
+    key = next((key for key in _ACTIVATIONS if text.get(key) is not None), None)
+    if key is not None and text[key] not in family.activations:
+        raise MoeqError(
+            f"{folder}: config.json has {key} {text[key]!r}, but experts of {config['model_type']} "
+            f"are served with {' or '.join(family.activations)} only"
+        )
+    if text.get("moe_latent_size"):
+        raise MoeqError(
+            f"{folder}: config.json has moe_latent_size {text['moe_latent_size']}: experts between "
+            "two projections of their layer, which make their inputs smaller, are not supported"
+        )
+    layers, more = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers") or 0
+    for name in names:
+        match = _DECODER_LAYER.match(name)
+        if match and isinstance(layers, int) and int(match[1]) >= layers + more:
+            raise MoeqError(
+                f"{folder}: {name} is of no layer of the model: config.json has num_hidden_layers "
+                f"{layers} and num_nextn_predict_layers {more}. Correct it, or remove the tensors"
+            )

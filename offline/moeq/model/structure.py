@@ -1,0 +1,219 @@
+"""Is what is on disk the model that ``config.json`` describes, whole and with the right shapes?
+
+vLLM builds the model of ``config.json`` and fills it with what it finds. What is missing or has
+another shape comes to light there only when weights are loaded, hours after the conversion. Here
+transformers builds the model without memory, on its meta device, from headers alone.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from moeq.checkpoint import CheckpointReader, MoELayer
+from moeq.checkpoint.servable import drafts_tokens
+from moeq.errors import MoeqError
+from moeq.model.architecture import auto_class, names_on_disk, stored_names
+
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5
+_OLDEST = Version("5.15")
+"""Of transformers: releases before build some models in another way than they are on disk."""
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Models that transformers knows by another ``model_type`` only."""
+_EXPERTS = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)")
+"""Matches the parameters of routed experts, which transformers fuses."""
+_OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
+"""Matches what older releases saved; it is computed today, and vLLM leaves it out as well."""
+
+
+def check_structure(reader: CheckpointReader, layers: Sequence[MoELayer]) -> None:
+    """Check a checkpoint before any long work; :func:`structure_problems` with an error.
+
+    Tensors that the model does not have are named in a warning.
+
+    Args:
+        reader: As :func:`structure_problems` takes it.
+        layers: Likewise.
+
+    Raises:
+        MoeqError: Tensors are missing or have other shapes than ``config.json`` says, or it
+            describes no model; names them.
+    """
+    model = _meta_model(reader)
+    if model is None:
+        return
+    problems = list(_problems(model, reader, layers))
+    if problems:
+        raise MoeqError(
+            f"{reader.folder} is not the model that its config.json describes: "
+            f"{_first(problems, '; ')}. Get the checkpoint again, or correct config.json"
+        )
+    unknown = list(_unknown(model, reader, layers))
+    if unknown:
+        logger.warning(
+            "%s: the model that config.json describes has no %s; vLLM may refuse to load it",
+            reader.folder,
+            _first(unknown, ", "),
+        )
+
+
+def structure_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[str]:
+    """Compare a checkpoint with the model that transformers builds of its ``config.json``.
+
+    Args:
+        reader: Of a source or of a packed checkpoint.
+        layers: Its MoE layers, whose experts are known to be complete.
+
+    Returns:
+        One sentence for each problem; none either if transformers does not know the model, which
+        is logged.
+
+    Raises:
+        MoeqError: ``config.json`` describes no model.
+    """
+    model = _meta_model(reader)
+    return [] if model is None else list(_problems(model, reader, layers))
+
+
+def _meta_model(reader: CheckpointReader) -> Any:
+    """Return the model of ``config.json`` without memory; None if transformers does not know it."""
+    # Takes seconds to import, which other commands should not wait for.
+    from transformers import CONFIG_MAPPING, __version__
+
+    model_type = str(reader.config.get("model_type"))
+    model_type = _SAME_AS.get(model_type, model_type)
+    if Version(__version__) < _OLDEST or model_type not in CONFIG_MAPPING:
+        logger.info(
+            "transformers %s %s: tensors outside the experts are not checked",
+            __version__,
+            f"does not know model_type {model_type!r}"
+            if model_type not in CONFIG_MAPPING
+            else f"is older than {_OLDEST}",
+        )
+        return None
+    try:
+        with _silent_transformers(), torch.device("meta"):
+            config = CONFIG_MAPPING[model_type].from_pretrained(reader.folder)
+            return auto_class(config).from_config(config)
+    except Exception as error:  # whatever a wrong value leads to inside transformers
+        raise MoeqError(
+            f"{reader.folder / 'config.json'} describes no model that transformers {__version__} "
+            f"can build; correct it, or update transformers ({type(error).__name__}: {error})"
+        ) from error
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Leave out advice on how to run a model, which is not run here."""
+    from transformers.utils import logging as messages
+
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity_error()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(verbosity)
+
+
+def _problems(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) -> Iterator[str]:
+    wanted: dict[str, torch.Tensor] = model.state_dict()
+    yield from _expert_problems(wanted, layers)
+    stored = stored_names(model, _outside_experts(reader, layers))
+    missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
+    on_disk = names_on_disk(model, missing)
+    ignored = _matcher(model._keys_to_ignore_on_load_missing)
+    for name in missing:
+        if model.all_tied_weights_keys.get(name) in stored or (ignored and ignored.search(name)):
+            continue
+        expected = list(wanted[name].shape)
+        yield f"tensor {layers[0].family.canonical_name(on_disk[name])} {expected} is missing"
+    for name in (name for name in wanted if name in stored):
+        found = reader.tensors[stored[name]]
+        if found.shape != tuple(wanted[name].shape):
+            yield (
+                f"tensor {stored[name]} in {found.file} is {list(found.shape)}, config.json makes "
+                f"it {list(wanted[name].shape)}"
+            )
+    yield from _tied_problems(model, reader, stored)
+
+
+def _expert_problems(
+    wanted: Mapping[str, torch.Tensor], layers: Sequence[MoELayer]
+) -> Iterator[str]:
+    experts = {
+        int(match["layer"]): tuple(tensor.shape)
+        for name, tensor in wanted.items()
+        if (match := _EXPERTS.search(name)) and match["tensor"] == "down_proj"
+    }
+    by_index = {layer.index: layer for layer in layers}
+    path = layers[0].container
+    for index in sorted(experts.keys() | by_index.keys()):
+        layer, shape = by_index.get(index), experts.get(index)
+        if layer is None:
+            container = re.sub(r"\blayers\.\d+\.", f"layers.{index}.", path)
+            yield f"{container} is missing: config.json gives the layer experts"
+        elif shape is None:
+            yield f"{layer.container} holds experts, but config.json gives the layer none"
+        else:
+            found = layer.num_experts, layer.hidden_size, layer.intermediate_size
+            # Some classes have these matrices transposed.
+            if (found[0], *sorted(found[1:])) != (shape[0], *sorted(shape[1:])):
+                yield (
+                    f"{layer.container} holds {found[0]} experts of {found[1]} x {found[2]}, "
+                    f"config.json says {shape[0]} of {shape[1]} x {shape[2]}"
+                )
+
+
+def _tied_problems(
+    model: Any, reader: CheckpointReader, stored: Mapping[str, str]
+) -> Iterator[str]:
+    for pair in model.all_tied_weights_keys.items():
+        if all(name in stored for name in pair):
+            tied, other = (stored[name] for name in pair)
+            if not torch.equal(reader.tensor(tied), reader.tensor(other)):
+                yield (
+                    f"tensor {tied} differs from {other}, which would be served in its place: set "
+                    "tie_word_embeddings to false in config.json, or remove the tensor"
+                )
+
+
+def _unknown(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) -> Iterator[str]:
+    """Yield the tensors on disk that the model has no place for and does not leave out either."""
+    known = model.state_dict()
+    ignored = _matcher(model._keys_to_ignore_on_load_unexpected)
+    for name, stored in stored_names(model, _outside_experts(reader, layers)).items():
+        block = re.match(r"(.*\blayers\.(\d+)\.)?", stored)
+        index = int(block[2]) if block and block[2] else 0
+        if not (
+            name in known
+            or _OF_ROTARY.search(stored)
+            or drafts_tokens(reader.config, stored, index)
+            or (ignored and ignored.search(name))
+        ):
+            yield stored
+
+
+def _outside_experts(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[str]:
+    containers = {layer.container for layer in layers}
+    experts = {
+        name
+        for name in reader.tensors
+        if (match := re.match(r"(.*)\.\d+\.[^.]+\.[^.]+$", name)) and match[1] in containers
+    }
+    return [name for name in reader.tensors if name not in experts]
+
+
+def _first(items: Sequence[str], separator: str) -> str:
+    """Name the first few, and say how many there are beside them."""
+    more = len(items) - _NAMES_SHOWN
+    return separator.join(items[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _matcher(patterns: Any) -> re.Pattern[str] | None:
+    return re.compile("|".join(patterns)) if patterns else None

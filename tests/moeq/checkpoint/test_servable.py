@@ -1,0 +1,124 @@
+"""Checkpoints with more than the model, or of models that vLLM would run otherwise."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeq
+from moeq.checkpoint import SourceModel
+from moeq.errors import MoeqError
+from support.checkpoints import mixtral_tensors, write_checkpoint
+from support.models import add_prediction_layer
+from support.sources import load, rewrite
+
+TinyModel = Callable[[str], Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 200)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
+)
+@pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
+def test_layers_that_predict_more_tokens_stay_as_they_are(
+    tiny_model: TinyModel, tmp_path: Path, text: Path, family: str, prefix: str, calibrated: bool
+) -> None:
+    plain = tiny_model(family)
+    model = add_prediction_layer(plain, tmp_path / "model", prefix)
+    options: dict[str, Any] = {"calib": None}
+    if calibrated:
+        options = {"strategy": "uniform", "method": "gptq", "calib": text, "nsamples": 4,
+                   "seqlen": 32}  # fmt: skip
+    packed = {}
+    for source, out in ((plain, "without"), (model, "with")):
+        moeq.quantize(source, tmp_path / out, bits=2, group_size=32, **options)
+        packed[out] = load(tmp_path / out)
+    assert moeq.verify(tmp_path / "with") == []
+
+    original = load(model)
+    more = {name: packed["with"].pop(name) for name in original if name.startswith(prefix)}
+    assert any(".experts." in name for name in more)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in more.items())
+    assert packed["with"].keys() == packed["without"].keys()
+    assert all(
+        torch.equal(packed["with"][name], packed["without"][name]) for name in packed["with"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("prefix", "config"),
+    [("mtp.layers.0.", {}), ("model.layers.2.", {"num_nextn_predict_layers": 1})],
+)
+def test_prediction_layers_that_vllm_refuses_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str, config: dict[str, Any]
+) -> None:
+    plain = mixtral_tensors()
+    last = "model.layers.1."
+    more = {
+        prefix + name.removeprefix(last): tensor.clone()
+        for name, tensor in plain.items()
+        if name.startswith(last)
+    }
+    source = write_checkpoint(tmp_path / "model", plain | more, num_hidden_layers=2, **config)
+    with caplog.at_level(logging.WARNING):
+        result = moeq.quantize(source, tmp_path / "out", bits=2, group_size=64, calib=None)
+    (message,) = caplog.messages
+    assert f"{len(more)} tensors of prediction layers are left out" in message
+    assert any(name in message for name in more)
+    assert f"{len(more)} tensors" in result.plan.provenance.details["left_out"]
+    assert moeq.verify(tmp_path / "out") == []
+
+    moeq.quantize(
+        write_checkpoint(tmp_path / "plain", plain), tmp_path / "same", bits=2, group_size=64,
+        calib=None,
+    )  # fmt: skip
+    expected, found = load(tmp_path / "same"), load(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*mixtral are served with silu only"),
+        ({"moe_latent_size": 32}, "moe_latent_size 32.*not supported"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ is of no layer .*num_hidden_layers 1 "),
+        (
+            {"num_hidden_layers": 1, "num_nextn_predict_layers": 0},
+            r"model\.layers\.1\.\S+ is of no layer .*num_nextn_predict_layers 0",
+        ),
+    ],
+)
+def test_what_would_be_served_otherwise_is_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MoeqError, match=message):
+        SourceModel.open(write_checkpoint(tmp_path, **config))
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "allowed"),
+    [("gemma4_text", "hidden_activation", "gelu_pytorch_tanh"), ("nemotron_h", "mlp_hidden_act",
+      "relu2")],
+)  # fmt: skip
+def test_activations_of_other_families_have_their_own_names(
+    tiny_model: TinyModel, tmp_path: Path, family: str, key: str, allowed: str
+) -> None:
+    folder = tiny_model(family)
+    config = json.loads((folder / "config.json").read_text())
+    assert config[key] == allowed
+    SourceModel.open(folder)
+    changed = rewrite(folder, tmp_path / "changed", load(folder), **{key: "tanh"})
+    with pytest.raises(MoeqError, match=f"{key} 'tanh'.*{allowed}"):
+        SourceModel.open(changed)
