@@ -20,6 +20,7 @@ from support.models import make_model
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share the tests out to processes: vLLM's engines to the first, files to the next.
 

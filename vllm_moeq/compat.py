@@ -5,7 +5,7 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ _EXPERT_OF_GPT_OSS = re.compile(
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
 Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
+Tensors = Iterable[tuple[str, torch.Tensor]]
+Watch = Callable[[torch.nn.Module, Tensors], Iterator[tuple[str, torch.Tensor]]]
 
 
 def local_slot(layer: RoutedExperts, expert: int) -> int:
@@ -115,19 +117,21 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
     LRUCacheWorkerLoRAManager._manager_cls = Manager
 
 
-def guard_loading(quantization: str, guard: Guard) -> None:
-    """Let vLLM load whole checkpoints of one ``--quantization`` only inside a context.
+def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
+    """Let vLLM load checkpoints of one ``--quantization`` only under guard.
 
     Weights that come otherwise are left alone: dummies, states that vLLM saved and checks itself,
-    and what is loaded into a running model.
+    and tensors that are handed to a running model.
 
     Args:
         quantization: Models of any other are left alone.
         guard: Makes the context for a model that is built but not loaded, given whether it is the
             prediction layer of another.
+        watch: Passes on the tensors of a checkpoint, those of a later reload too.
     """
     for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
         loader.load_weights = _guarded(loader.load_weights, quantization, guard)
+        loader.get_all_weights = _watched(loader.get_all_weights, quantization, watch)
 
 
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:
@@ -140,6 +144,17 @@ def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Call
             load(self, model, model_config)
 
     return load_weights
+
+
+def _watched(
+    read: Callable[..., Tensors], quantization: str, watch: Watch
+) -> Callable[..., Tensors]:
+    @wraps(read)
+    def get_all_weights(self: Any, model_config: Any, model: torch.nn.Module) -> Tensors:
+        tensors = read(self, model_config, model)
+        return watch(model, tensors) if model_config.quantization == quantization else tensors
+
+    return get_all_weights
 
 
 def weights_are_dummies() -> bool:

@@ -29,7 +29,7 @@ from vllm_moeq.format import (
     LayerBits,
     check_manifest,
 )
-from vllm_moeq.load_check import must_fill
+from vllm_moeq.load_check import must_bring_all, must_fill
 from vllm_moeq.moe_method import MoeqMoEMethod
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
@@ -41,7 +41,7 @@ def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(MoeqConfig)
-        guard_loading(QUANT_METHOD, must_fill)
+        guard_loading(QUANT_METHOD, must_fill, must_bring_all)
 
 
 def drafts_tokens(prefix: str, index: int) -> bool:

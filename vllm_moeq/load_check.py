@@ -4,10 +4,13 @@ vLLM skips its own check of missing tensors for quantized models and would serve
 memory. Its names of loaded tensors would not do: one parameter may be made of several tensors, as
 those of q, k and v are, and a model need not return them. So weights begin as NaN, and a model that
 still holds one after loading is refused.
+
+That does not do for a reload, which repacks layer by layer and keeps the old weights of a layer
+that got none. A reload must bring every tensor that filled the model at first.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +22,8 @@ from vllm_moeq.moe_method import MoeqMoEMethod
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NAMES_SHOWN = 5
+_LOADED = "moeq_loaded_tensors"
+"""Attribute of a model: the names of the tensors that filled it."""
 
 
 @contextmanager
@@ -42,12 +47,40 @@ def must_fill(model: Module, predicts: bool) -> Iterator[None]:
         if (missing := _count_nan(parameter))
     ]
     if unfilled:
-        shown, more = ", ".join(unfilled[:_NAMES_SHOWN]), len(unfilled) - _NAMES_SHOWN
         raise FormatError(
-            "the checkpoint lacks weights, or holds NaN: "
-            f"{shown}{f' and {more} more' if more > 0 else ''}. "
+            f"the checkpoint lacks weights, or holds NaN: {_listed(unfilled)}. "
             "Check it with `moeq verify`, or convert the model again"
         )
+
+
+def must_bring_all(
+    model: Module, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the tensors of a checkpoint, which must be at least those of the first one.
+
+    Args:
+        model: Remembers the names that it was loaded with.
+        tensors: Names and tensors on their way to the model's ``load_weights``.
+
+    Raises:
+        FormatError: At the end, names of the first checkpoint are missing.
+    """
+    names = set()
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
+    missing = sorted(getattr(model, _LOADED, names) - names)
+    if missing:
+        raise FormatError(
+            f"the checkpoint lacks tensors that the running model was loaded with: "
+            f"{_listed(missing)}. Restart the engine; check the checkpoint with `moeq verify`"
+        )
+    setattr(model, _LOADED, names)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _checked_parameters(model: Module, predicts: bool) -> Iterator[tuple[str, Parameter]]:

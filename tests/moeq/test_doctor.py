@@ -10,12 +10,12 @@ import torch
 
 from moeq.cli import main
 from support.checkpoints import write_checkpoint
-from support.cli import run_moeq
+from support.cli import run_moeq_alone
 
 
 @pytest.mark.vllm
 def test_versions_kernels_and_space_are_told_in_a_real_process() -> None:
-    done = run_moeq("doctor", "--json")
+    done = run_moeq_alone("doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {row["name"]: row for row in json.loads(done.stdout)}
     assert found["torch"]["text"] == torch.__version__

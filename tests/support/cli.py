@@ -1,11 +1,16 @@
-"""Runs the real ``moeq`` command in a process of its own."""
+"""Runs the real ``moeq`` command."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import cast
+
+from moeq.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "moeq.cli")
@@ -20,10 +25,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run_moeq(
+def run_moeq(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the ``moeq`` command in this process, which has imported already what it needs."""
+    output, errors = io.StringIO(), io.StringIO()
+    given = [*map(str, arguments)]
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            status = main(given)
+        except SystemExit as error:
+            status = cast(int, error.code)
+    return subprocess.CompletedProcess(given, status, output.getvalue(), errors.getvalue())
+
+
+def run_moeq_alone(
     *arguments: object, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``moeq`` to its end; ``before`` runs in the new process first."""
+    """Run ``moeq`` in a process of its own to its end; ``before`` runs in it first."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         env=environment(),

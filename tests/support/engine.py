@@ -1,11 +1,20 @@
-"""Runs prompts through a real vLLM engine in a process of its own."""
+"""Runs prompts through a real vLLM engine in a process of its own.
+
+Importing vLLM takes much longer than a tiny model does. So a fork server imports it once, and
+engines are children of it, with an environment of their own.
+"""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -13,8 +22,13 @@ PROMPTS = [list(text.encode()) for text in ("def forward", "The expert", "a", "q
 """Token ids: with the tests' byte-level tokenizer any id below the vocabulary will do."""
 NEW_TOKENS = 12
 LOGPROB_TOLERANCE = 1e-3
-RESULT_MARK = "engine result: "
-"""Starts the line of output that holds the result; vLLM's own lines are all around it."""
+TWO_RANKS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+}
+"""Options of :func:`launch` for tensor parallelism on two cores."""
+TESTS = Path(__file__).parents[1]
 
 
 Corruption = tuple[str, list[int], int]
@@ -54,6 +68,13 @@ class EngineRun(NamedTuple):
     log: str
 
 
+class Exit(NamedTuple):
+    """How a process ended: its exit code, and its standard output and error."""
+
+    returncode: int
+    log: str
+
+
 def engine_environment(**extra: str) -> dict[str, str]:
     """Return the environment in which the tests run vLLM."""
     return {
@@ -68,22 +89,76 @@ def engine_environment(**extra: str) -> dict[str, str]:
     }
 
 
+def in_fork(
+    function: Callable[..., None], *arguments: Any, environment: dict[str, str] | None = None
+) -> Exit:
+    """Run a function in a new process that has imported vLLM, as far as the fork server did.
+
+    Args:
+        function: Of a module that the process can import.
+        arguments: Sent to the process.
+        environment: Additional environment variables, for what reads them after the imports.
+    """
+    variables = engine_environment(PYTHONPATH=_python_path(), **(environment or {}))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = _fork_server().Process(
+            target=_in_child, args=(function, arguments, variables, str(log))
+        )
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"{function.__name__} takes longer than 600 s: {log.read_text()}")
+        return Exit(process.exitcode, log.read_text(errors="replace"))
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@cache
+def _fork_server() -> ForkServerContext:
+    """Start the fork server of this process; it ends with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.engine_main"])
+    with patch.dict(os.environ, engine_environment(PYTHONPATH=_python_path())):
+        forkserver.ensure_running()
+    return context
+
+
+def _in_child(
+    function: Callable[..., None], arguments: tuple[Any, ...], variables: dict[str, str], log: str
+) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    function(*arguments)
+
+
 def launch(
     model: Path,
     *,
+    result: Path = Path(os.devnull),
     corruptions: list[Corruption] | None = None,
     actions: list[Action] | None = None,
     prompt_logprobs: bool = True,
+    spawn_workers: bool = False,
     environment: dict[str, str] | None = None,
     **llm_options: Any,
-) -> subprocess.CompletedProcess[str]:
+) -> Exit:
     """Run the engine process to its end.
 
     Args:
         model: Checkpoint folder.
+        result: File for what ``engine_main`` finds.
         corruptions: See ``engine_main``.
         actions: See ``engine_main``.
         prompt_logprobs: Whether to ask for log-probabilities of the prompts.
+        spawn_workers: Whether ranks import vLLM anew, as vLLM has it on CPUs; else they are forked.
         environment: Additional environment variables.
         llm_options: For ``vllm.LLM``.
     """
@@ -101,29 +176,31 @@ def launch(
         "corruptions": corruptions or [],
         "actions": actions or [],
         "prompt_logprobs": 0 if prompt_logprobs else None,
+        "spawn_workers": spawn_workers,
     }
-    return subprocess.run(
-        [sys.executable, "-m", "support.engine_main", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=engine_environment(PYTHONPATH=str(Path(__file__).parents[1]), **(environment or {})),
-        check=False,
-    )
+    return in_fork(run_engine_job, job, str(result), environment=environment)
+
+
+def run_engine_job(job: dict[str, Any], result: str) -> None:
+    """Do the job of ``engine_main``, which only processes that run engines import."""
+    from support.engine_main import run_job
+
+    Path(result).write_text(json.dumps(run_job(job)))
 
 
 def run_engine(model: Path, **options: Any) -> EngineRun:
     """Run :data:`PROMPTS`; arguments as in :func:`launch`."""
-    process = launch(model, **options)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    marked = [line for line in process.stdout.splitlines() if line.startswith(RESULT_MARK)]
-    result = json.loads(marked[0].removeprefix(RESULT_MARK))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "result")
+        process = launch(model, result=file, **options)
+        assert process.returncode == 0, process.log[-9000:]
+        result = json.loads(file.read_text())
     return EngineRun(
         [[Completion(**entry) for entry in entries] for entries in result["completions"]],
         result["refusals"],
         result["buffers"],
         result["metrics"],
-        process.stdout + process.stderr,
+        process.log,
     )
 
 

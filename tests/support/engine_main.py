@@ -1,15 +1,15 @@
-"""The engine process behind ``support.engine``: one JSON job in, one JSON line out."""
+"""The engine process behind ``support.engine``: a job in, what was found out."""
 
-import json
-import sys
+import multiprocessing
 from functools import partial
 from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.v1.executor import multiproc_executor
 
-from support.engine import NEW_TOKENS, PROMPTS, RESULT_MARK
+from support.engine import NEW_TOKENS, PROMPTS
 
 
 def _buffer_sizes(model: torch.nn.Module) -> dict[str, int]:
@@ -77,15 +77,20 @@ def _act(
     return _generate(llm, prompt_logprobs, adapter)
 
 
-def main() -> None:
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Generate; then once more for each corruption and for each action.
 
     Corruptions are (name, index, value) of the first MoE layer; each is undone. Actions are
     (kind, path) and stay: ``reload`` weights from a folder, generate with an ``adapter``,
     ``add adapter`` without using it, ``generate``.
+
+    Returns:
+        The fields of ``support.engine.EngineRun`` but the log, ready for JSON.
     """
-    job = json.loads(sys.argv[1])
     prompt_logprobs = job["prompt_logprobs"]
+    if not job["spawn_workers"]:
+        # vLLM spawns them on CPUs because of OpenMP's threads, which are one a rank here.
+        multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
     llm = LLM(model=job["model"], **job["llm"])
     buffers = llm.apply_model(_buffer_sizes)
     completions = [_generate(llm, prompt_logprobs)]
@@ -103,15 +108,9 @@ def main() -> None:
     if not job["llm"].get("disable_log_stats", True):
         metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
-    result = {
+    return {
         "completions": completions,
         "refusals": refusals,
         "buffers": buffers,
         "metrics": metrics,
     }
-    print()
-    print(RESULT_MARK + json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()

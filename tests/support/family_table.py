@@ -1,44 +1,53 @@
-"""Writes the table of families from what tests found: ``python -m support.family_table RESULTS``.
+"""Writes what tests found of each family: ``python -m support.family_table RESULTS``.
 
 It runs in ``tests`` with ``PYTHONPATH=..:../offline``: else ``tests/moeq`` stands for ``moeq``.
 
 RESULTS are files of ``pytest --junitxml`` over ``tests/moeq/checkpoint``, ``tests/moeq/model`` and
-``tests/vllm_moeq``. A cell says yes where all its tests passed, why not where there can be none,
-and a dash where none was run.
+``tests/vllm_moeq``. They go into ``families.json``, which ``moeq families`` shows, and from there
+into the page's table. A cell says yes where all its tests passed, why not where there can be none,
+and a dash where none was run; what RESULTS say nothing of stays as it is.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+from moeq.checkpoint.families import FOUND_BY_TESTS
 from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, UNKNOWN_TO_TRANSFORMERS
 from support.reference import FUSED_IN_RELEASES
 
 PAGE = Path(__file__).parents[2] / "offline" / "moeq" / "checkpoint" / "README.md"
 START, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
-HEADER = (
-    "| `model_type` | as transformers saves it | read from both layouts | packed | calibrated "
-    "| vLLM on a CPU |",
-    "|---|---|---|---|---|---|",
-)
 _LAYOUTS = "test_a_fused_checkpoint_reads_as_the_one_with_a_tensor_per_expert"
+_SOURCES = "test_a_source_reads_as_its_twin"
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
 _SERVED = "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm"
-_GPT_OSS = "test_equals_transformers"
+_TENSOR_PARALLEL = "test_two_ranks_split_each_expert"
+_EXPERT_PARALLEL = "test_two_ranks_split_the_experts"
+_OF_MIXTRAL = {"test_tensor_parallel": _TENSOR_PARALLEL, "test_expert_parallel": _EXPERT_PARALLEL}
 
 Results = dict[tuple[str, str], bool]
 """By test and first parameter: whether all such tests passed."""
 
 
 def main(files: list[str]) -> None:
-    """Write the table into the page."""
-    results = _results(files)
-    rows = "\n".join([*HEADER, *(_row(family, results) for family in FAMILIES)])
-    page = PAGE.read_text()
-    before, after = page.split(START)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{START}{rows}\n{END}{after}")
+    """Write the facts, and the table into the page."""
+    results, before = _results(files), json.loads(FOUND_BY_TESTS.read_text())
+    facts = {family: _facts(family, results, before.get(family, {})) for family in FAMILIES}
+    FOUND_BY_TESTS.write_text(json.dumps(facts, indent=1) + "\n")
+    start, end = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
+    PAGE.write_text(f"{start}{START}{table(facts)}{END}{end}")
+
+
+def table(facts: dict[str, dict[str, str]]) -> str:
+    """Return the page's table, a line for each family."""
+    columns = list(next(iter(facts.values())))
+    lines = [["`model_type`", *columns], ["---"] * (1 + len(columns))]
+    lines += [[f"`{family}`", *cells.values()] for family, cells in facts.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _results(files: list[str]) -> Results:
@@ -46,38 +55,46 @@ def _results(files: list[str]) -> Results:
     for file in files:
         of_file: Results = {}
         for case in ElementTree.parse(file).iter("testcase"):
-            match = re.fullmatch(r"(\w+)\[([^\]-]+).*\]", case.get("name", ""))
+            match = re.fullmatch(r"(\w+)(?:\[([^\]-]+).*\])?", case.get("name", ""))
             if match and case.find("skipped") is None:
                 failed = case.find("failure") is not None or case.find("error") is not None
-                key = match[1], match[2]
+                key = _OF_MIXTRAL.get(match[1], match[1]), match[2] or "mixtral"
                 of_file[key] = of_file.get(key, True) and not failed
         results |= of_file  # a later run of a test holds
-    # Ranks are the parameters of this test.
-    ranks = [passed for key, passed in results.items() if key[0] == _GPT_OSS]
-    if ranks:
-        results[_SERVED[0], "gpt_oss"] = all(ranks)
     return results
 
 
-def _row(family: str, results: Results) -> str:
-    def cell(tests: tuple[str, ...], reason: str | None = None, yes: str = "yes") -> str:
-        if reason:
-            return f"no: {reason}"
+def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, str]:
+    facts = {
+        "as transformers saves it": (
+            "fused" if family in FUSED_IN_RELEASES else "a tensor per expert"
+        )
+    }
+
+    def tell(fact: str, *tests: str, reason: str | None = None, yes: str = "yes") -> None:
         found = [results[test, family] for test in tests if (test, family) in results]
-        return (yes if all(found) else "FAILED") if found else "-"
+        if reason:
+            facts[fact] = f"no: {reason}"
+        elif found:
+            facts[fact] = yes if all(found) else "FAILED"
+        else:
+            facts[fact] = before.get(fact, "-")
 
     unknown = "transformers does not know it" if family in UNKNOWN_TO_TRANSFORMERS else None
     dtype = DIFFERENT_IN_VLLM.get(family)
-    same = "yes" if dtype is None else f"yes, as vLLM itself in {dtype}"
-    cells = (
-        f"`{family}`",
-        "fused" if family in FUSED_IN_RELEASES else "a tensor per expert",
-        cell((_LAYOUTS,), unknown),
-        cell((_PACKED,)),
-        cell(_LAYERWISE),
-        cell(_SERVED, NOT_ON_CPU.get(family), same),
+    tell("both layouts", _LAYOUTS, reason=unknown)
+    tell("FP8, INT4", _SOURCES)
+    tell("packed", _PACKED)
+    tell("calibrated", *_LAYERWISE)
+    tell(
+        "vLLM on a CPU",
+        *_SERVED,
+        reason=NOT_ON_CPU.get(family),
+        yes="yes" if dtype is None else f"yes, as vLLM itself in {dtype}",
     )
-    return f"| {' | '.join(cells)} |"
+    tell("TP 2", _TENSOR_PARALLEL)
+    tell("EP 2", _EXPERT_PARALLEL)
+    return facts
 
 
 if __name__ == "__main__":

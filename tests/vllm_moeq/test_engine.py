@@ -3,12 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.cli import run_moeq
-from support.engine import Completion, EngineRun, assert_same, run_engine, run_transformers
+from support.engine import (
+    TWO_RANKS,
+    Completion,
+    EngineRun,
+    assert_same,
+    run_engine,
+    run_transformers,
+)
 from support.models import load_model
 from support.packed import W2_BITS, W13_BITS, pack_mixed
 from support.reference import dequantize_checkpoint
@@ -16,8 +22,6 @@ from support.reference import dequantize_checkpoint
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HIDDEN, INTERMEDIATE, GROUP = 128, 256, 32
-TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-TWO_RANKS_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +68,17 @@ def _assert_buffers(
 
 
 def test_tensor_parallel(packed: Path, expected: list[Completion]) -> None:
-    run = run_engine(packed, environment=TWO_RANKS_ENVIRONMENT, **TWO_RANKS)
+    run = run_engine(packed, spawn_workers=True, **TWO_RANKS)
 
     assert_same(run.completions[0], expected)
     _assert_buffers(run, [list(range(8))] * 2, ranks_per_expert=2)
 
 
 def test_expert_parallel(packed: Path, expected: list[Completion]) -> None:
-    run = run_engine(
-        packed, environment=TWO_RANKS_ENVIRONMENT, enable_expert_parallel=True, **TWO_RANKS
-    )
+    run = run_engine(packed, enable_expert_parallel=True, **TWO_RANKS)
 
     assert_same(run.completions[0], expected)
     _assert_buffers(run, [[0, 1, 2, 3], [4, 5, 6, 7]], ranks_per_expert=1)
-
-
-@pytest.mark.parametrize("expert_parallel", [False, True])
-def test_two_ranks_with_shared_experts(
-    tiny_model: Callable[[str], Path], tmp_path: Path, expert_parallel: bool
-) -> None:
-    # Checkpoints of Mixtral name the matrices w1, w2, w3; these gate_proj, up_proj, down_proj.
-    # 176 columns are two whole groups for the first of two ranks, and a short one for the second.
-    packed = pack_mixed(tiny_model("qwen2_moe"), tmp_path / "packed", group_size=64)
-    run = run_engine(
-        packed,
-        environment=TWO_RANKS_ENVIRONMENT,
-        enable_expert_parallel=expert_parallel,
-        **TWO_RANKS,
-    )
-
-    plain = dequantize_checkpoint(packed, tmp_path / "plain")
-    assert_same(run.completions[0], run_transformers(plain))
 
 
 def test_compiled_cache_is_not_reused_for_another_plan(

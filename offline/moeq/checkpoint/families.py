@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moeq.errors import MoeqError
@@ -10,6 +11,8 @@ from vllm_moeq.format import CODES_PER_WORD, GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
+FOUND_BY_TESTS = Path(__file__).with_name("families.json")
+"""What tests found of each model type; they write it (``tests/support/family_table.py``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,14 +192,16 @@ def doctor(options: Namespace) -> int:
 
 def families(options: Namespace) -> int:
     """List the families."""
-    from moeq.checkpoint.families import FAMILIES
+    from moeq.checkpoint.families import FAMILIES, FOUND_BY_TESTS
 
+    found = json.loads(FOUND_BY_TESTS.read_text())
     rows = [
         {
             "model_type": name,
             "experts": f"model.layers.N.{family.experts}",
             "router": f"model.layers.N.{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
+            "tested": found.get(name, {}),
         }
         for family in FAMILIES
         for name in family.model_types
@@ -209,6 +211,7 @@ def families(options: Namespace) -> int:
         return 0
     for row in rows:
         print(f"{row['model_type']:<16} {row['experts']}.E.{{{row['projections']}}}")
+        print(f"{'':<16} {'; '.join(f'{fact}: {cell}' for fact, cell in row['tested'].items())}")
     print(
         "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4; routed experts "
         "are quantized, nothing else"

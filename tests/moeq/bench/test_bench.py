@@ -29,7 +29,7 @@ from moeq.bench.contenders import expert_bytes
 from moeq.bench.machine import Memory, last_level_cache_bytes
 from moeq.bench.timing import draw_inputs
 from moeq.cli import main
-from support.cli import run_moeq
+from support.cli import run_moeq_alone
 from support.experts import expected_output, random_experts
 from vllm_moeq.kernels import KERNELS, select_kernel
 from vllm_moeq.kernels.cpu import library
@@ -50,7 +50,9 @@ def tiny_settings(**changes: Any) -> Settings:
 
 def bench(*options: str) -> list[dict[str, Any]]:
     """Return the rows that the real command prints for a tiny layer."""
-    done = run_moeq("bench", "--shape", SHAPE, "--runs", "3", "--threads", "1", "--json", *options)
+    done = run_moeq_alone(
+        "bench", "--shape", SHAPE, "--runs", "3", "--threads", "1", "--json", *options
+    )
     assert done.returncode == 0, done.stderr
     result: list[dict[str, Any]] = json.loads(done.stdout)
     return result
@@ -86,7 +88,7 @@ def test_rows_of_the_default_widths_in_a_real_process() -> None:
 def test_text_says_on_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEQ_CPU_ACTIVATION", "int8")
     options = ("--against", "reference", "--tokens", "16")
-    done = run_moeq("bench", "--shape", SHAPE, "--runs", "3", "--bits", "2,1,1/2", *options)
+    done = run_moeq_alone("bench", "--shape", SHAPE, "--runs", "3", "--bits", "2,1,1/2", *options)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line)
     isa = library.load().moeq_isa().decode()
@@ -214,7 +216,7 @@ def test_without_a_compiler_torch_reads_memory_and_the_reference_runs(
     monkeypatch.setenv("MOEQ_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     options = ("--bits", "2", "--tokens", "1", "--runs", "3")
-    done = run_moeq("bench", "--shape", SHAPE, *options)
+    done = run_moeq_alone("bench", "--shape", SHAPE, *options)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line)
     assert lines["ISA"] == "none: the C++ compiler CXX='no-such-compiler' was not found"

@@ -25,7 +25,7 @@ from support.checkpoints import (
     plan_dict,
     write_checkpoint,
 )
-from support.cli import INTERRUPTED, run_moeq, start_moeq
+from support.cli import INTERRUPTED, run_moeq, run_moeq_alone, start_moeq
 
 pytestmark = pytest.mark.slow
 
@@ -241,7 +241,7 @@ def test_a_second_run_to_the_same_output_is_refused_and_the_first_completes(
 
 def test_a_file_size_limit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model")
-    done = run_moeq(
+    done = run_moeq_alone(
         "quantize", tmp_path / "model", "-o", tmp_path / "out", "--bits", 2, "--group-size", 64,
         "--calib", "none",
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
@@ -253,7 +253,7 @@ def test_a_file_size_limit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model")
-    done = run_moeq(
+    done = run_moeq_alone(
         "plan", model, "--bits", "2.5", "--group-size", "32", "-o", tmp_path / "plan.json",
         "--calib", "none",
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from moeq.checkpoint.families import FAMILIES
+from moeq.checkpoint.families import FAMILIES, FOUND_BY_TESTS
 from moeq.cli import main
 from moeq.cli.commands import COMMANDS
 from moeq.cli.options import parser
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
 from support.cli import run_moeq
+from support.family_table import END, PAGE, START
 from vllm_moeq._version import __version__
 
 
@@ -223,6 +224,20 @@ def test_json_for_scripts(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert {row["model_type"] for row in json.loads(capsys.readouterr().out)} == {
         name for family in FAMILIES for name in family.model_types
     }
+
+
+def test_families_and_the_page_tell_what_tests_found(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(FOUND_BY_TESTS.read_text())
+    page = PAGE.read_text().split(START)[1].split(END)[0]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    columns = lines[0][1:]
+    assert {
+        name.strip("`"): dict(zip(columns, cells, strict=True)) for name, *cells in lines[2:]
+    } == found
+    assert main(["families"]) == 0
+    told = capsys.readouterr().out
+    for cells in found.values():
+        assert "; ".join(f"{column}: {cell}" for column, cell in cells.items()) in told
 
 
 def test_without_text_the_rule_is_not_praised(

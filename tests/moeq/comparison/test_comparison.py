@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from moeq.comparison.study import correlations
 from moeq.signals.table import SIGNALS
-from support.cli import run_moeq
+from support.cli import run_moeq, run_moeq_alone
 from support.reference import dequantize_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -260,7 +260,7 @@ def test_a_folder_that_exists_is_told_before_a_model_is_fetched(tmp_path: Path) 
 def test_temporary_files_that_cannot_be_written_are_named(
     comparison: Comparison, tmp_path: Path
 ) -> None:
-    done = run_moeq(
+    done = run_moeq_alone(
         "compare", comparison.model, "-o", tmp_path / "out", "--calib", comparison.calibration,
         "--text", comparison.text, "--nsamples", 1, "--seqlen", 16, "--group-size", 32,
         before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),

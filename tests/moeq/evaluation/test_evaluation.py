@@ -3,8 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from moeq.cli import main
 from moeq.errors import MoeqError
 from moeq.evaluation.whole import WholeModel
 from moeq.model.text import calibration_sequences, evaluation_sequences
-from support.cli import run_moeq
+from support.cli import run_moeq, run_moeq_alone
 from support.models import load_model
 from support.reference import dequantize_checkpoint
 
@@ -51,17 +49,11 @@ def _packed(source: Path, target: Path, text: Path | None = None) -> Path:
 
 
 def _evaluate(*arguments: object) -> dict[str, Any]:
-    command = ("eval", *arguments, "--json", "--seqlen", LENGTH, "--nsamples", COUNT)
-    if "vllm" in arguments:
-        done = run_moeq(*command)
-        assert done.returncode == 0, done.stderr
-        assert "exited unexpectedly" not in done.stderr  # as vLLM says of an engine left running
-        printed = done.stdout
-    else:  # in this process, which takes seconds less
-        with redirect_stdout(StringIO()) as output:
-            assert main(list(map(str, command))) == 0
-        printed = output.getvalue()
-    result: dict[str, Any] = json.loads(printed)
+    run = run_moeq_alone if "vllm" in arguments else run_moeq  # the engine stays in its process
+    done = run("eval", *arguments, "--json", "--seqlen", LENGTH, "--nsamples", COUNT)
+    assert done.returncode == 0, done.stderr
+    assert "exited unexpectedly" not in done.stderr  # so says vLLM of an engine nobody shut down
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
