@@ -13,6 +13,7 @@ from packaging.version import Version
 
 import moeq
 from moeq.checkpoint import SourceModel
+from moeq.cli import main
 from moeq.errors import MoeqError
 from moeq.model import structure
 from moeq.model.structure import check_structure, structure_problems
@@ -25,7 +26,6 @@ from support.checkpoints import (
     mixtral_tensors,
     write_checkpoint,
 )
-from support.cli import run_moeq
 from support.models import FAMILIES
 from vllm_moeq.format import write_manifest
 
@@ -165,7 +165,7 @@ def test_a_model_that_transformers_does_not_know_is_not_checked(
     assert message in caplog.text
 
 
-def test_every_command_checks(tmp_path: Path) -> None:
+def test_every_command_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound = write_checkpoint(tmp_path / "sound")
     model = write_checkpoint(tmp_path / "model")
     change_tensors(model, lambda tensors: tensors.pop(HEAD))
@@ -174,9 +174,9 @@ def test_every_command_checks(tmp_path: Path) -> None:
     text.write_text("x" * 1000)
     message = f"{HEAD} .* is missing"
 
-    done = run_moeq("quantize", model, "-o", tmp_path / "out", "--bits", 2, "--calib", "none")
-    assert done.returncode == 1
-    assert f"tensor {HEAD} [32, 64] is missing" in done.stderr
+    command = f"quantize {model} -o {tmp_path / 'out'} --bits 2 --calib none"
+    assert main(command.split()) == 1
+    assert f"tensor {HEAD} [32, 64] is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(MoeqError, match=message):
         moeq.plan(model, **options)
