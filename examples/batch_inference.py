@@ -1,38 +1,263 @@
 """Complete many prompts at once, without a server.
 
-    python examples/batch_inference.py MODEL PROMPTS.txt COMPLETIONS.jsonl
+    python examples/batch_inference.py MODEL REQUESTS.jsonl RESULTS.jsonl
 
-MODEL is a packed checkpoint (or any model that vLLM runs); PROMPTS.txt has one prompt on each line.
-vLLM batches them by itself, which uses the machine far better than one request after the other.
+MODEL is a packed checkpoint, or any model that vLLM runs. A line of REQUESTS is one of
+
+    {"prompt": "Once upon a time"}
+    {"id": "q7", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 100}
+
+and may have its own max_tokens, temperature, top_p, seed and stop. Lines of RESULTS have the order
+of their requests. Requests that failed are in RESULTS.errors.jsonl, each with the reason.
+
+A run that was killed goes on with the same command: what it has finished is in RESULTS.jsonl.part.
+Options of vLLM (--max-model-len, --data-parallel-size, ...) are taken as they are.
 """
 
 import argparse
+import asyncio
+import fcntl
+import hashlib
 import json
+import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "seed", "stop")
+KNOWN = {"id", "prompt", "messages", *SAMPLING}
+
+
+class Journal:
+    """What a run has finished, in a file that survives its end.
+
+    Its first line says what the run was asked; another one cannot go on with it. Every other line
+    is a result with the number of its request.
+
+    Args:
+        path: Made if it is not there.
+        asked: What results depend on, as JSON.
+
+    Raises:
+        SystemExit: The file is of another run, or in use.
+    """
+
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        self.path = path
+        self._file: BinaryIO = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{path} is in use by another run")
+        self._drop_torn_line()
+        self._places: dict[int, int] = {}
+        if not self._file.seek(0, os.SEEK_END):
+            self._write(asked)
+        for place, entry in self._entries():
+            if place:
+                self._places[entry["line"]] = place
+            elif entry != asked:
+                changed = ", ".join(name for name in asked if asked[name] != entry.get(name))
+                sys.exit(f"{path} is of a run with another {changed}: finish that, or delete it")
+
+    def __contains__(self, line: int) -> bool:
+        return line in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Keep a result."""
+        self._places[entry["line"]] = self._write(entry)
+
+    def finish(self, results: Path, errors: Path) -> int:
+        """Write results and errors in the order of their requests; return the number of errors."""
+        failed = 0
+        names = [path.with_name(path.name + ".unfinished") for path in (results, errors)]
+        with names[0].open("wb") as good, names[1].open("wb") as bad:
+            for _, place in sorted(self._places.items()):
+                self._file.seek(place)
+                line = self._file.readline()
+                is_error = "error" in json.loads(line)
+                failed += is_error
+                (bad if is_error else good).write(line)
+        if failed:
+            names[1].replace(errors)
+        else:
+            names[1].unlink()
+        names[0].replace(results)
+        self.path.unlink()
+        return failed
+
+    def _write(self, entry: dict[str, Any]) -> int:
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        return place
+
+    def _entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        self._file.seek(0)
+        place = 0
+        for line in self._file:
+            yield place, json.loads(line)
+            place += len(line)
+
+    def _drop_torn_line(self) -> None:
+        """A kill can leave the last line without its end."""
+        self._file.seek(0)
+        whole = sum(len(line) for line in self._file if line.endswith(b"\n"))
+        self._file.truncate(whole)
+
+
+def arguments() -> argparse.Namespace:
+    """Return our own options and, in ``engine``, those of vLLM."""
+    from vllm import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="packed checkpoint")
+    parser.add_argument("requests", type=Path, help="JSON lines, see above")
+    parser.add_argument("results", type=Path, help="JSON lines, to be made")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of each completion")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
+    parser.add_argument(
+        "--in-flight", type=int, default=1024, help="requests given to vLLM at once"
+    )
+    options, rest = parser.parse_known_args()
+    engine = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog=parser.prog))
+    options.engine = engine.parse_args(["--model", options.model, *rest])
+    return options
+
+
+def check(request: Any) -> None:
+    """Check a request.
+
+    Raises:
+        ValueError: It is none; says why.
+    """
+    if not isinstance(request, dict):
+        raise ValueError("a request is a JSON object")
+    if unknown := sorted(request.keys() - KNOWN):
+        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
+    if ("prompt" in request) == ("messages" in request):
+        raise ValueError("a request has either a prompt or messages")
+
+
+async def complete(
+    engine: Any, tokenizer: Any, number: int, text: str, defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the result of a request, or an entry with what is wrong with it."""
+    from vllm import SamplingParams
+
+    entry: dict[str, Any] = {"line": number}
+    try:
+        request = json.loads(text)
+        if isinstance(request, dict) and "id" in request:
+            entry["id"] = request["id"]
+        check(request)
+        sampling = defaults | {name: request[name] for name in SAMPLING if name in request}
+        if "messages" in request:
+            prompt = tokenizer.apply_chat_template(
+                request["messages"], add_generation_prompt=True, tokenize=False
+            )
+            tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        else:
+            tokens = tokenizer.encode(request["prompt"])
+        last = None
+        async for output in engine.generate(
+            {"prompt_token_ids": tokens}, SamplingParams(**sampling), str(number)
+        ):
+            last = output
+        assert last is not None
+    except Exception as error:  # whatever is wrong with one request, the others go on
+        if engine.errored:
+            raise
+        return entry | {"error": f"{type(error).__name__}: {error}"}
+    completion = last.outputs[0]
+    return entry | {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(tokens),
+        "completion_tokens": len(completion.token_ids),
+    }
+
+
+async def run(options: argparse.Namespace, journal: Journal, total: int) -> None:
+    """Complete all requests that the journal does not have."""
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+    from vllm import AsyncEngineArgs, AsyncLLMEngine
+
+    defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    tokenizer = AutoTokenizer.from_pretrained(
+        options.engine.tokenizer or options.model,
+        trust_remote_code=options.engine.trust_remote_code,
+    )
+    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(options.engine))
+    room = asyncio.Semaphore(options.in_flight)
+    bar = tqdm(total=total, initial=len(journal), unit="request")
+    started, tokens = time.monotonic(), 0
+
+    async def one(number: int, text: str) -> None:
+        nonlocal tokens
+        entry = await complete(engine, tokenizer, number, text, defaults)
+        journal.add(entry)
+        room.release()
+        tokens += entry.get("completion_tokens", 0)
+        bar.set_postfix({"tokens/s": f"{tokens / (time.monotonic() - started):.0f}"}, refresh=False)
+        bar.update()
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for number, text in numbered(options.requests):
+                if number not in journal:
+                    await room.acquire()
+                    tasks.create_task(one(number, text))
+    finally:
+        bar.close()
+        engine.shutdown()
+
+
+def numbered(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty with their numbers, from 1."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
 
 
 def main() -> None:
-    """Generate, and write one JSON object for each prompt, in order."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="packed checkpoint")
-    parser.add_argument("prompts", type=Path, help="text file, one prompt on each line")
-    parser.add_argument("output", type=Path, help="JSON lines file to write")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each completion")
-    parser.add_argument("--max-model-len", type=int, default=2048, help="prompt and completion")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    options = parser.parse_args()
-
-    from vllm import LLM, SamplingParams
-
-    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
-    llm = LLM(model=options.model, max_model_len=options.max_model_len)
-    sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
-    outputs = llm.generate(prompts, sampling)
-    llm.llm_engine.engine_core.shutdown()  # at the end of the process it could abort
-    with options.output.open("w", encoding="utf-8") as file:
-        for prompt, output in zip(prompts, outputs, strict=True):
-            entry = {"prompt": prompt, "completion": output.outputs[0].text}
-            file.write(json.dumps(entry) + "\n")
+    """Complete all requests, or go on where an earlier run has ended."""
+    options = arguments()
+    if options.results.exists():
+        sys.exit(f"{options.results} exists already; remove it or choose another name")
+    with options.requests.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    asked = {
+        "requests (sha256)": digest,
+        "model": str(options.model),
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+    }
+    journal = Journal(options.results.with_name(options.results.name + ".part"), asked)
+    total = sum(1 for _ in numbered(options.requests))
+    if len(journal) < total:
+        try:
+            asyncio.run(run(options, journal, total))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    errors = options.results.with_suffix(".errors.jsonl")
+    failed = journal.finish(options.results, errors)
+    print(f"{total - failed} of {total} requests completed: {options.results}")
+    if failed:
+        print(f"{failed} failed: {errors}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,99 @@
-"""The example of batch inference, through a real engine."""
+"""The example of batch inference, through a real engine that is killed on the way."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from support.cli import run_moeq
-from support.engine import engine_environment
+from support.engine import NEW_TOKENS, PROMPTS, engine_environment
+from support.models import load_model
+from support.packed import pack_mixed
+from support.reference import dequantize_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_inference.py"
-PROMPTS = ["def forward", "The expert", "quantize me!", "The expert"]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+ROUNDS = 8
+BAD = {
+    "not json": "JSONDecodeError",
+    '{"prompt": "a", "temperatur3": 1}': "unknown field 'temperatur3'",
+    '{"id": "both", "prompt": "a", "messages": []}': "either a prompt or messages",
+    json.dumps({"id": "long", "prompt": "a" * 200}): "128",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_every_prompt_is_completed_in_order(
+def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    packed, prompts, output = (tmp_path / name for name in ("packed", "in.txt", "out.jsonl"))
-    options = ("--bits", 2.5, "--strategy", "random:1", "--group-size", 32, "--calib", "none")
-    assert run_moeq("quantize", tiny_model("mixtral"), "-o", packed, *options).returncode == 0
-    prompts.write_text("\n".join(PROMPTS) + "\n\n")
-    command: list[str | Path] = [sys.executable, EXAMPLE, packed, prompts, output, "--max-tokens=5"]
-    done = subprocess.run(
-        [*command, "--max-model-len=64"],
-        env=engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
-        capture_output=True,
-        text=True,
-        check=False,
+    packed = pack_mixed(tiny_model("mixtral"), tmp_path / "packed")
+    (packed / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    texts = [bytes(tokens).decode() for tokens in PROMPTS]
+    good: list[dict[str, Any]] = []
+    for number in range(ROUNDS):
+        good += [{"id": f"p{number}.{i}", "prompt": text} for i, text in enumerate(texts)]
+        good += [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    requests.write_text("\n".join([*BAD, "", *map(json.dumps, good)]) + "\n")
+    command = [
+        sys.executable, str(EXAMPLE), str(packed), str(requests), str(results), "--dtype=float32",
+        f"--max-tokens={NEW_TOKENS}", "--max-model-len=128", "--enforce-eager", "--in-flight=2",
+    ]  # fmt: skip
+    environment = engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
+
+    part = tmp_path / "results.jsonl.part"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        while process.poll() is None and not (part.exists() and len(_lines(part)) > 10):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = _lines(part)[1:]
+    assert 0 < len(kept) < len(good), (tmp_path / "log").read_text()[-3000:]
+    assert not results.exists()
+    with part.open("a") as file:
+        file.write('{"line": 99, "te')  # the kill can come in the middle of a line
+
+    other = subprocess.run(
+        [*command, "--temperature=1"], capture_output=True, text=True, check=False
     )
+    assert other.returncode == 1
+    assert "of a run with another temperature" in other.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "exited unexpectedly" not in done.stderr  # so says vLLM of an engine nobody shut down
-    found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [entry["prompt"] for entry in found] == PROMPTS
-    assert all(entry["completion"] for entry in found)
-    assert found[1] == found[3] != found[0]
+
+    found = [json.loads(line) for line in _lines(results)]
+    assert not part.exists()
+    first = len(BAD) + 2
+    assert [entry["line"] for entry in found] == list(range(first, first + len(good)))
+    assert [entry.get("id") for entry in found] == [entry.get("id") for entry in good]
+    assert all(json.loads(line) in found for line in kept if "error" not in json.loads(line))
+    model = load_model(dequantize_checkpoint(packed, tmp_path / "plain"))
+    for i, entry in enumerate(found):
+        prompt = tokenizer(texts[i % len(texts)], return_tensors="pt").input_ids
+        (tokens,) = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[
+            :, prompt.shape[1] :
+        ]
+        assert entry["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert entry["completion_tokens"] == len(tokens)
+    failed = [json.loads(line) for line in _lines(tmp_path / "results.errors.jsonl")]
+    assert [entry["line"] for entry in failed] == [1, 2, 3, 4]
+    assert [entry.get("id") for entry in failed] == [None, None, "both", "long"]
+    for entry, message in zip(failed, BAD.values(), strict=True):
+        assert message in entry["error"]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
