@@ -249,7 +249,7 @@ class PackedExperts(Module):
         self, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         # Triton launches on the current GPU, which is not that of every layer of a device map.
-        with torch.cuda.device_of(hidden_states):
+        with torch.cuda.device_of(hidden_states):  # type: ignore[no-untyped-call]
             result: torch.Tensor = fused_experts(
                 hidden_states,
                 weights.float(),
