@@ -23,7 +23,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 ROUNDS = 8
 BAD = {
     "not json": "JSONDecodeError",
-    '{"prompt": "a", "temperatur3": 1}': "unknown field 'temperatur3'",
+    '{"prompt": "a", "colour": 1}': "unknown field 'colour'",
     '{"id": "both", "prompt": "a", "messages": []}': "either a prompt or messages",
     json.dumps({"id": "long", "prompt": "a" * 200}): "128",
 }
