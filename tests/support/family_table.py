@@ -2,8 +2,7 @@
 
 It runs in ``tests`` with ``PYTHONPATH=..:../offline``: else ``tests/moeq`` stands for ``moeq``.
 
-RESULTS are files of ``pytest --junitxml`` over ``tests/moeq/checkpoint``, ``tests/moeq/model`` and
-``tests/vllm_moeq``. They go into ``families.json``, which ``moeq families`` shows, and from there
+RESULTS are files of ``pytest --junitxml`` over ``tests/moeq`` and ``tests/vllm_moeq``. They go into ``families.json``, which ``moeq families`` shows, and from there
 into the page's table. A cell says yes where all its tests passed, why not where there can be none,
 and a dash where none was run; what RESULTS say nothing of stays as it is.
 """
@@ -21,13 +20,16 @@ from support.reference import FUSED_IN_RELEASES
 PAGE = Path(__file__).parents[2] / "offline" / "moeq" / "checkpoint" / "README.md"
 START, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
 _LAYOUTS = "test_a_fused_checkpoint_reads_as_the_one_with_a_tensor_per_expert"
-_SOURCES = "test_a_source_reads_as_its_twin"
+_SOURCES = (
+    "test_a_source_reads_as_its_twin", "test_calibration_and_evaluation_cannot_tell_them_apart",
+)  # fmt: skip
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
 _SERVED = "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm"
 _TENSOR_PARALLEL = "test_two_ranks_split_each_expert"
 _EXPERT_PARALLEL = "test_two_ranks_split_the_experts"
 _OF_MIXTRAL = {"test_tensor_parallel": _TENSOR_PARALLEL, "test_expert_parallel": _EXPERT_PARALLEL}
+_TRANSFORMERS = "hf: test_equals_the_dequantized_model"
 
 Results = dict[tuple[str, str], bool]
 """By test and first parameter: whether all such tests passed."""
@@ -58,7 +60,10 @@ def _results(files: list[str]) -> Results:
             match = re.fullmatch(r"(\w+)(?:\[([^\]-]+).*\])?", case.get("name", ""))
             if match and case.find("skipped") is None:
                 failed = case.find("failure") is not None or case.find("error") is not None
-                key = _OF_MIXTRAL.get(match[1], match[1]), match[2] or "mixtral"
+                test = _OF_MIXTRAL.get(match[1], match[1])
+                if ".hf." in case.get("classname", ""):
+                    test = f"hf: {test}"
+                key = test, match[2] or "mixtral"
                 of_file[key] = of_file.get(key, True) and not failed
         results |= of_file  # a later run of a test holds
     return results
@@ -83,7 +88,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     unknown = "transformers does not know it" if family in UNKNOWN_TO_TRANSFORMERS else None
     dtype = DIFFERENT_IN_VLLM.get(family)
     tell("both layouts", _LAYOUTS, reason=unknown)
-    tell("FP8, INT4", _SOURCES)
+    tell("FP8, FP4, INT4", *_SOURCES)
     tell("packed", _PACKED)
     tell("calibrated", *_LAYERWISE)
     tell(
@@ -94,6 +99,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     )
     tell("TP 2", _TENSOR_PARALLEL)
     tell("EP 2", _EXPERT_PARALLEL)
+    tell("transformers", _TRANSFORMERS)
     return facts
 
 

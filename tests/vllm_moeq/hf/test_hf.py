@@ -84,7 +84,7 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", KNOWN)
 def test_equals_the_dequantized_model(
     packed: Callable[[str], Path],
     family: str,
@@ -98,10 +98,11 @@ def test_equals_the_dequantized_model(
     assert torch.equal(_logits(plain), expected)
     assert not hasattr(plain.config, "quantization_config")
 
-    on_cpu = load_model(folder)
-    assert any(isinstance(module, PackedExperts) for module in on_cpu.modules())
-    # The kernel's own error: activations are 16-bit integers inside.
-    torch.testing.assert_close(_logits(on_cpu), expected, atol=2e-3, rtol=0)
+    if family in DIFFERENT:
+        on_cpu = load_model(folder)
+        assert any(isinstance(module, PackedExperts) for module in on_cpu.modules())
+        # The kernel's own error: activations are 16-bit integers inside.
+        torch.testing.assert_close(_logits(on_cpu), expected, atol=2e-3, rtol=0)
 
     monkeypatch.setenv("MOEQ_KERNEL", "reference")
     torch.testing.assert_close(_logits(load_model(folder)), expected, atol=2e-5, rtol=0)
