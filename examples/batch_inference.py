@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -28,6 +29,8 @@ from typing import Any, BinaryIO
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed", "stop")
 KNOWN = {"id", "prompt", "messages", *SAMPLING}
+DECISIVE = ("max_tokens", "temperature", "tokenizer", "revision", "dtype", "quantization", "seed")
+"""Options on which results depend: a run cannot go on with others."""
 
 
 class Journal:
@@ -93,7 +96,7 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> int:
         place = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         return place
 
@@ -112,16 +115,16 @@ class Journal:
 
 
 def arguments() -> argparse.Namespace:
-    """Return our own options and, in ``engine``, those of vLLM."""
+    """Return our own options and those of vLLM's engine."""
     from vllm import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = argparse.ArgumentParser(
+    parser = FlexibleArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="packed checkpoint")
-    parser.add_argument("requests", type=Path, help="JSON lines, see above")
-    parser.add_argument("results", type=Path, help="JSON lines, to be made")
+    parser.add_argument("checkpoint", metavar="MODEL")
+    parser.add_argument("requests", type=Path, metavar="REQUESTS", help="JSON lines, see above")
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="JSON lines, to be made")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each completion")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
@@ -129,9 +132,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--in-flight", type=int, default=1024, help="requests given to vLLM at once"
     )
-    options, rest = parser.parse_known_args()
-    engine = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog=parser.prog))
-    options.engine = engine.parse_args(["--model", options.model, *rest])
+    options = AsyncEngineArgs.add_cli_args(parser).parse_args()
+    options.model = options.checkpoint
+    if options.in_flight < 1:
+        parser.error(f"--in-flight {options.in_flight} must be at least 1")
     return options
 
 
@@ -147,13 +151,28 @@ def check(request: Any) -> None:
         raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
     if ("prompt" in request) == ("messages" in request):
         raise ValueError("a request has either a prompt or messages")
+    if not isinstance(request.get("prompt", ""), str):
+        raise ValueError("a prompt is a string")
+    messages = request.get("messages", [])
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise ValueError("messages are a list of objects with role and content, both strings")
 
 
 async def complete(
-    engine: Any, tokenizer: Any, number: int, text: str, defaults: dict[str, Any]
+    engine: Any, tokenizer: Any, number: int, text: bytes, defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the result of a request, or an entry with what is wrong with it."""
+    """Return the result of a request, or an entry with what is wrong with it.
+
+    Raises:
+        RuntimeError: The engine was stopped in the middle of it.
+    """
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     entry: dict[str, Any] = {"line": number}
     try:
@@ -161,7 +180,6 @@ async def complete(
         if isinstance(request, dict) and "id" in request:
             entry["id"] = request["id"]
         check(request)
-        sampling = defaults | {name: request[name] for name in SAMPLING if name in request}
         if "messages" in request:
             prompt = tokenizer.apply_chat_template(
                 request["messages"], add_generation_prompt=True, tokenize=False
@@ -169,17 +187,20 @@ async def complete(
             tokens = tokenizer.encode(prompt, add_special_tokens=False)
         else:
             tokens = tokenizer.encode(request["prompt"])
-        last = None
-        async for output in engine.generate(
-            {"prompt_token_ids": tokens}, SamplingParams(**sampling), str(number)
-        ):
-            last = output
-        assert last is not None
+        sampling = SamplingParams(
+            **defaults | {name: request[name] for name in SAMPLING if name in request},
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = engine.generate({"prompt_token_ids": tokens}, sampling, str(number))
+        completion = [output async for output in outputs][-1].outputs[0]
+        if completion.finish_reason == "error":
+            raise RuntimeError("vLLM could not finish this request")
     except Exception as error:  # whatever is wrong with one request, the others go on
         if engine.errored:
             raise
         return entry | {"error": f"{type(error).__name__}: {error}"}
-    completion = last.outputs[0]
+    if completion.finish_reason == "abort":
+        raise RuntimeError("the engine was stopped; the same command goes on")
     return entry | {
         "text": completion.text,
         "finish_reason": completion.finish_reason,
@@ -191,20 +212,18 @@ async def complete(
 async def run(options: argparse.Namespace, journal: Journal, total: int) -> None:
     """Complete all requests that the journal does not have."""
     from tqdm import tqdm
-    from transformers import AutoTokenizer
     from vllm import AsyncEngineArgs, AsyncLLMEngine
 
     defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature}
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.engine.tokenizer or options.model,
-        trust_remote_code=options.engine.trust_remote_code,
-    )
-    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(options.engine))
+    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(options))
+    tokenizer = engine.get_tokenizer()
+    if inspect.isawaitable(tokenizer):  # in older releases
+        tokenizer = await tokenizer
     room = asyncio.Semaphore(options.in_flight)
     bar = tqdm(total=total, initial=len(journal), unit="request")
     started, tokens = time.monotonic(), 0
 
-    async def one(number: int, text: str) -> None:
+    async def one(number: int, text: bytes) -> None:
         nonlocal tokens
         entry = await complete(engine, tokenizer, number, text, defaults)
         journal.add(entry)
@@ -224,9 +243,9 @@ async def run(options: argparse.Namespace, journal: Journal, total: int) -> None
         engine.shutdown()
 
 
-def numbered(path: Path) -> Iterator[tuple[int, str]]:
+def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not empty with their numbers, from 1."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
@@ -235,27 +254,29 @@ def numbered(path: Path) -> Iterator[tuple[int, str]]:
 def main() -> None:
     """Complete all requests, or go on where an earlier run has ended."""
     options = arguments()
-    if options.results.exists():
-        sys.exit(f"{options.results} exists already; remove it or choose another name")
-    with options.requests.open("rb") as file:
+    results, requests = options.results, options.requests
+    stem = results.stem if results.suffix == ".jsonl" else results.name
+    errors, part = (
+        results.with_name(name) for name in (f"{stem}.errors.jsonl", f"{results.name}.part")
+    )
+    for path in (results, errors):
+        if path.exists() and (path is results or not part.exists() or path.samefile(requests)):
+            sys.exit(f"{path} exists already; remove it or choose another name for RESULTS")
+    with requests.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    asked = {
-        "requests (sha256)": digest,
-        "model": str(options.model),
-        "max_tokens": options.max_tokens,
-        "temperature": options.temperature,
+    asked = {"requests (sha256)": digest} | {
+        name: str(getattr(options, name)) for name in ("model", *DECISIVE)
     }
-    journal = Journal(options.results.with_name(options.results.name + ".part"), asked)
-    total = sum(1 for _ in numbered(options.requests))
+    journal = Journal(part, asked)
+    total = sum(1 for _ in numbered(requests))
     if len(journal) < total:
         try:
             asyncio.run(run(options, journal, total))
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
-    errors = options.results.with_suffix(".errors.jsonl")
-    failed = journal.finish(options.results, errors)
-    print(f"{total - failed} of {total} requests completed: {options.results}")
+    failed = journal.finish(results, errors)
+    print(f"{total - failed} of {total} requests completed: {results}")
     if failed:
         print(f"{failed} failed: {errors}", file=sys.stderr)
 

@@ -26,6 +26,9 @@ BAD = {
     '{"prompt": "a", "colour": 1}': "unknown field 'colour'",
     '{"id": "both", "prompt": "a", "messages": []}': "either a prompt or messages",
     json.dumps({"id": "long", "prompt": "a" * 200}): "128",
+    json.dumps({"id": "\ud83d", "prompt": ["a"]}): "a prompt is a string",
+    json.dumps({"messages": [{"role": "user", "content": [{"text": "a"}]}]}): "both strings",
+    '{"prompt": "\xff"}': "UnicodeDecodeError",
 }
 
 
@@ -43,7 +46,7 @@ def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
         good += [{"id": f"p{number}.{i}", "prompt": text} for i, text in enumerate(texts)]
         good += [{"messages": [{"role": "user", "content": text}]} for text in texts]
     requests, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
-    requests.write_text("\n".join([*BAD, "", *map(json.dumps, good)]) + "\n")
+    requests.write_bytes("\n".join([*BAD, "", *map(json.dumps, good)]).encode("latin-1") + b"\n")
     command = [
         sys.executable, str(EXAMPLE), str(packed), str(requests), str(results), "--dtype=float32",
         f"--max-tokens={NEW_TOKENS}", "--max-model-len=128", "--enforce-eager", "--in-flight=2",
@@ -55,7 +58,7 @@ def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        while process.poll() is None and not (part.exists() and len(_lines(part)) > 10):
+        while process.poll() is None and not (part.exists() and len(_lines(part)) > len(BAD) + 6):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -79,7 +82,8 @@ def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
     first = len(BAD) + 2
     assert [entry["line"] for entry in found] == list(range(first, first + len(good)))
     assert [entry.get("id") for entry in found] == [entry.get("id") for entry in good]
-    assert all(json.loads(line) in found for line in kept if "error" not in json.loads(line))
+    finished = [entry for entry in map(json.loads, kept) if "error" not in entry]
+    assert finished and all(entry in found for entry in finished)
     model = load_model(dequantize_checkpoint(packed, tmp_path / "plain"))
     for i, entry in enumerate(found):
         prompt = tokenizer(texts[i % len(texts)], return_tensors="pt").input_ids
@@ -89,8 +93,16 @@ def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
         assert entry["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
         assert entry["completion_tokens"] == len(tokens)
     failed = [json.loads(line) for line in _lines(tmp_path / "results.errors.jsonl")]
-    assert [entry["line"] for entry in failed] == [1, 2, 3, 4]
-    assert [entry.get("id") for entry in failed] == [None, None, "both", "long"]
+    assert [entry["line"] for entry in failed] == list(range(1, len(BAD) + 1))
+    assert [entry.get("id") for entry in failed] == [
+        None,
+        None,
+        "both",
+        "long",
+        "\ud83d",
+        None,
+        None,
+    ]
     for entry, message in zip(failed, BAD.values(), strict=True):
         assert message in entry["error"]
 

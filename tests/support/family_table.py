@@ -2,9 +2,10 @@
 
 It runs in ``tests`` with ``PYTHONPATH=..:../offline``: else ``tests/moeq`` stands for ``moeq``.
 
-RESULTS are files of ``pytest --junitxml`` over ``tests/moeq`` and ``tests/vllm_moeq``. They go into ``families.json``, which ``moeq families`` shows, and from there
-into the page's table. A cell says yes where all its tests passed, why not where there can be none,
-and a dash where none was run; what RESULTS say nothing of stays as it is.
+RESULTS are files of ``pytest --junitxml`` over ``tests/moeq`` and ``tests/vllm_moeq``. They go into
+``families.json``, which ``moeq families`` shows, and from there into the page's table. A cell says
+yes where all its tests passed, why not where there can be none, and a dash where none was run; what
+RESULTS say nothing of stays as it is.
 """
 
 import json

@@ -144,6 +144,8 @@ class MoeqHfQuantizer(HfQuantizer):
             self._forget(model)
         else:
             self._names = self._names_in_memory(model)
+            self._tied = dict(getattr(model, "all_tied_weights_keys", {}))
+            self._not_stored = set(model.state_dict()) - set(self._names.values())
             model.save_pretrained = MethodType(save_pretrained, model)
         del self._fused, self._shapes, self._conversions
 
@@ -212,13 +214,15 @@ class MoeqHfQuantizer(HfQuantizer):
         """Return all tensors under their names on disk: the packed ones as they are there.
 
         Raises:
-            ValueError: Modules have been replaced, as by adapters that are not merged.
+            ValueError: Modules have been replaced or offloaded, or there are tensors that the
+                checkpoint has no place for.
             FormatError: The files are no more as they were.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # transformers saves the adapter alone
         self._check_whole(model)
         ours = model.state_dict()
+        self._check_nothing_is_new(ours)
         tensors = {}
         with self.files.opened() as read:
             for name in self.files.names:
@@ -227,12 +231,22 @@ class MoeqHfQuantizer(HfQuantizer):
                     tensors[name] = read(name)
                 elif in_memory not in ours or ours[in_memory].is_meta:
                     raise ValueError(
-                        f"{in_memory} is gone or offloaded, so that the model cannot be saved. "
-                        "Merge adapters before"
+                        f"{in_memory} is gone or offloaded, so that the model cannot be saved: "
+                        "merge adapters before, and load without offloading"
                     )
                 else:
                     tensors[name] = ours[in_memory]
         return tensors, {}
+
+    def _check_nothing_is_new(self, ours: dict[str, torch.Tensor]) -> None:
+        for name in ours.keys() - set(self._names.values()):
+            other = self._tied.get(name)
+            untied = other in ours and ours[name].data_ptr() != ours[other].data_ptr()
+            if untied or name not in self._not_stored:
+                raise ValueError(
+                    f"{name} is no tensor of {self.files.folder}, so that it would be lost: save a "
+                    "model that was loaded with MoeqConfig(dequantize=True) instead"
+                )
 
     def _check_whole(self, model: Any) -> None:
         stored = json.loads((self.files.folder / "config.json").read_text(encoding="utf-8"))

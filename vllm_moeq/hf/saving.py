@@ -14,11 +14,14 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **options: Any)
 
     Raises:
         ValueError: The folder is the one that the model was loaded from, from which the packed
-            experts are copied; or ``push_to_hub``, which would come before the guard.
+            experts are copied; or ``push_to_hub``, which would come before the guard; or a
+            ``state_dict``, which has no packed experts.
     """
     folder = Path(save_directory)
     if options.pop("push_to_hub", False):
         raise ValueError("call `model.push_to_hub(...)` instead of `push_to_hub=True`")
+    if options.get("state_dict") is not None or any(args[1:2]):
+        raise ValueError("packed experts are saved from the model: give no `state_dict`")
     if folder.resolve() == model.hf_quantizer.source.resolve():
         raise ValueError(
             f"{folder} is where the model was loaded from, and its packed experts are copied from "

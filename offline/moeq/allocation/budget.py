@@ -93,7 +93,9 @@ def bits_by_layer(
     lowest, spacing = levels[-1], levels[0] - levels[1] if len(levels) > 1 else 0
     least = [_uniform_bytes([layer], group_size, lowest) for layer in layers]
     most = [_uniform_bytes([layer], group_size, levels[0]) for layer in layers]
-    if spacing == 0 or not sum(least) <= budget <= sum(most):
+    if budget >= sum(most):
+        return [float(levels[0])] * len(layers)
+    if budget < sum(least):
         return [average_bits(budget, layers, group_size)] * len(layers)
     share = Fraction(budget - sum(least), sum(most) - sum(least))
     result, left = [], Fraction(0)

@@ -76,7 +76,9 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
         title=f"{name}, mixed expert bits",
         source=link,
         strategy=provenance.strategy,
-        requested=provenance.requested_bits,
+        requested="unknown"
+        if provenance.requested_bits is None
+        else f"{provenance.requested_bits:.4g}",
         achieved=provenance.achieved_bits or float("nan"),
         bits_per_weight=provenance.bits_per_weight or float("nan"),
         group_size=plan.group_size,

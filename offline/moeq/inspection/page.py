@@ -119,8 +119,8 @@ def _tried(inspection: Inspection) -> Iterator[str]:
         return
     yield "<h2>Plans that were tried</h2>"
     yield (
-        f"<p>On {tried[0]['tokens']:,} tokens held back from the calibration text, at equal bytes, "
-        "in nats per token.</p>"
+        f"<p>On {tried[0]['tokens']:,} tokens held back from the calibration text, at equal "
+        "bytes but for a step of one expert, in nats per token.</p>"
     )
     rows = [
         [

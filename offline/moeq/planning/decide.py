@@ -81,13 +81,11 @@ def decide(
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:
     """Return a plan of the size of a measured one, to tell what rounding will take."""
-    asked = measurement.options
-    return make_plan(
-        source,
-        PlanOptions(
-            asked.bits, strategy="random:0", group_size=asked.group_size, budget=asked.budget
-        ),
-    )
+    bits, group_size, budget = (
+        measurement.options.bits, measurement.options.group_size, measurement.budget,
+    )  # fmt: skip
+    options = PlanOptions(bits, strategy="random:0", group_size=group_size, budget=budget)
+    return make_plan(source, options)
 
 
 def _options(request: PlanRequest, bits: float, budget: int | None) -> PlanOptions:
@@ -123,7 +121,7 @@ def _size(source: SourceModel, request: PlanRequest) -> tuple[float, int | None]
         budget = target_size_budget(target, source, group_size)
     else:
         return float(DEFAULT_BITS if request.bits is None else request.bits), None
-    average = average_bits(budget, layers, group_size)
+    average = min(average_bits(budget, layers, group_size), max(request.levels or WIDTHS))
     if request.chosen_strategy == "uniform":
         average = max(width for width in WIDTHS if width <= average)
     return average, budget

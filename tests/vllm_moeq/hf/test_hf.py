@@ -282,6 +282,13 @@ def test_what_cannot_be_done_is_refused(
         model.save_pretrained(folder)
     with pytest.raises(ValueError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "again", push_to_hub=True)
+    with pytest.raises(ValueError, match="give no `state_dict`"):
+        model.save_pretrained(tmp_path / "again", state_dict=model.state_dict())
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.bias = torch.nn.Parameter(torch.ones(attention.q_proj.out_features))
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.bias is no tensor of"):
+        model.save_pretrained(tmp_path / "again")
+    attention.q_proj.bias = None
     change_tensors(folder, lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(FormatError, match="has changed since"):
         model.save_pretrained(tmp_path / "again")
