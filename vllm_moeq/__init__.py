@@ -27,11 +27,11 @@ def register() -> None:
         return
     try:
         from vllm_moeq.config import register_config
-    except ImportError as error:
+
+        register_config()
+    except (ImportError, AttributeError) as error:
         _logger.warning(
             "vllm-moeq %s is not active: this vLLM lacks an interface that it uses (%s)",
             __version__,
             error,
         )
-        return
-    register_config()

@@ -131,7 +131,8 @@ def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
     """
     for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
         loader.load_weights = _guarded(loader.load_weights, quantization, guard)
-        loader.get_all_weights = _watched(loader.get_all_weights, quantization, watch)
+        if hasattr(loader, "get_all_weights"):  # in older releases one of them has none
+            loader.get_all_weights = _watched(loader.get_all_weights, quantization, watch)
 
 
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:

@@ -40,8 +40,8 @@ _LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
-        register_quantization_config(QUANT_METHOD)(MoeqConfig)
         guard_loading(QUANT_METHOD, must_fill, must_bring_all)
+        register_quantization_config(QUANT_METHOD)(MoeqConfig)
 
 
 def drafts_tokens(prefix: str, index: int) -> bool:

@@ -91,7 +91,9 @@ def _hints(group_size: int, intermediate_size: int, tp_size: int) -> list[str]:
     # Divisors of tp_size only: into those, attention heads divide too.
     size = next(size for size in range(groups, 0, -1) if tp_size % size == 0)
     smaller = [
-        group for group in reversed(GROUP_SIZES) if num_groups(intermediate_size, group) >= tp_size
+        group
+        for group in reversed(GROUP_SIZES)
+        if group < group_size and num_groups(intermediate_size, group) >= tp_size
     ]
     hints = ["--enable-expert-parallel", f"--tensor-parallel-size {size}"]
     return hints + [f"a checkpoint made with --group-size {group}" for group in smaller[:1]]

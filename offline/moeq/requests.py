@@ -59,7 +59,7 @@ class PlanRequest:
             :class:`moeq.RouterNormTracker`; None lets the final router norm stand in.
         group_size: Weights of a row that share a scale; measured plans choose from several, with
             as many bytes as the largest would take. None takes what fits the model: of those that
-            divide its hidden size the one to which serving adds the fewest zeros, 128 for most.
+            divide its hidden size the one that serves in the least memory, 128 for most.
         zeta: MaxVar factor that lets an expert overtake.
         maxvar: One of :data:`MAXVARS`: MaxVar as in the paper, or as in its code for Mixtral.
         reorder: One of :data:`REORDERS`: repeat the MaxVar re-order until nothing moves, or not.

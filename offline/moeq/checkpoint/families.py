@@ -11,6 +11,8 @@ from vllm_moeq.format import CODES_PER_WORD, GROUP_SIZES, BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
+_USUAL_BITS, _BITS_OF_A_GROUP = 2.5, 24
+"""Of a weight, and of the scale and the zero point of a group."""
 FOUND_BY_TESTS = Path(__file__).with_name("families.json")
 """What tests found of each model type; they write it (``tests/support/family_table.py``)."""
 
@@ -202,9 +204,8 @@ def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Famil
     kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if "expert" in name}
     if kinds:
         message += (
-            f". Its experts are {', '.join(sorted(kinds)[:_NAMES_TOLD])}: if they are SwiGLU "
-            "without biases, a row in moeq/checkpoint/families.py describes them "
-            "(README.md beside it)"
+            f". Its experts are {', '.join(sorted(kinds)[:_NAMES_TOLD])}: a row in "
+            "moeq/checkpoint/families.py would describe them (README.md beside it)"
         )
     raise MoeqError(message)
 
@@ -324,14 +325,14 @@ def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
         if inner % CODES_PER_WORD:
             raise MoeqError(
                 f"the intermediate_size {inner} of {layer.container} is no multiple of "
-                f"{CODES_PER_WORD}: its experts cannot be packed"
+                f"{CODES_PER_WORD}: its experts cannot be packed with any group size"
             )
 
 
 def fitting_group_size(layers: list[MoELayer]) -> int:
-    """Return the group size for which serving adds the fewest columns to down.
+    """Return the group size with which experts take the least memory when they are served.
 
-    Of equal ones it is the largest, whose scales take the fewest bytes.
+    Small groups have more scales, large ones more zeros at the end of a row.
 
     Raises:
         MoeqError: None divides the rows of gate and up.
@@ -343,6 +344,9 @@ def fitting_group_size(layers: list[MoELayer]) -> int:
             f"hidden_size {min(hidden_sizes)} is no multiple of {GROUP_SIZES[0]}: the experts "
             "cannot be packed with any group size"
         )
-    return min(
-        fitting, key=lambda group: (sum(layer.added_columns(group) for layer in layers), -group)
-    )
+
+    def served_bits(group_size: int) -> float:
+        columns = sum(layer.intermediate_size + layer.added_columns(group_size) for layer in layers)
+        return columns * (_USUAL_BITS + _BITS_OF_A_GROUP / group_size)
+
+    return min(fitting, key=served_bits)

@@ -20,6 +20,11 @@ _PREDICT_IN_MTP = {
     "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds under the name ``mtp``."""
+_TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+}
+"""What vLLM computes with whatever ``config.json`` says, by ``model_type``."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -77,6 +82,13 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
             f"{folder}: config.json has {key} {text[key]!r}, but experts of {config['model_type']} "
             f"are served with {' or '.join(family.activations)} only"
         )
+    model_type = str(config.get("model_type"))
+    for key, value in _TAKEN_FOR_GRANTED.get(model_type, {}).items():
+        if text.get(key, value) != value:
+            raise MoeqError(
+                f"{folder}: config.json has {key} {text[key]!r}, but vLLM runs {model_type} with "
+                f"{value!r} only"
+            )
     if text.get("moe_latent_size"):
         raise MoeqError(
             f"{folder}: config.json has moe_latent_size {text['moe_latent_size']}: experts between "

@@ -99,6 +99,9 @@ def _layer_problems(
         return [f"tensor {router_name} is missing"]
     if first is None:
         return [f"tensor {scale_name} is missing"]
+    for name, info in ((router_name, router), (scale_name, first)):
+        if len(info.shape) != 2:
+            return [f"{name} is {list(info.shape)}, expected a matrix"]
     problems = []
     num_experts, hidden_size = router.shape
     intermediate_size = first.shape[0]

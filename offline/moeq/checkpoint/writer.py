@@ -18,6 +18,7 @@ from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
+from moeq.errors import MoeqError
 from moeq.progress import Progress, silent, stage
 from vllm_moeq.format import (
     BitPlan,
@@ -29,6 +30,7 @@ from vllm_moeq.format import (
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 _WORKING_BYTES_PER_WEIGHT = 5
+_WEIGHTS_AT_ONCE = 2**24
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
 _WORKERS = len(os.sched_getaffinity(0))
 
@@ -188,7 +190,13 @@ class Conversion:
         self, job: _Job, packed: Callable[[str, int], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         if job.bits is None:
-            return {job.name: self.source.tensor(job.name)}
+            tensor = self.source.tensor(job.name)
+            # A part at a time: the mask of an embedding would take half its memory.
+            if any(part.isnan().any() for part in tensor.flatten().split(_WEIGHTS_AT_ONCE)):
+                raise MoeqError(
+                    f"{self.source.folder}: {job.name} holds NaN: get the checkpoint again"
+                )
+            return {job.name: tensor}
         return packed(job.name, job.bits)
 
 

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from moeq.checkpoint import CheckpointReader, MoELayer
+from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
 from moeq.model.architecture import auto_class, names_on_disk, stored_names
@@ -121,7 +122,9 @@ def _silent_transformers() -> Iterator[None]:
 def _problems(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) -> Iterator[str]:
     wanted: dict[str, torch.Tensor] = model.state_dict()
     yield from _expert_problems(wanted, layers)
-    stored = stored_names(model, _outside_experts(reader, layers))
+    names = list(_outside_experts(reader, layers))
+    stored = stored_names(model, names)
+    yield from _name_problems(model, names, stored)
     missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
     on_disk = names_on_disk(model, missing)
     ignored = _matcher(model._keys_to_ignore_on_load_missing)
@@ -137,7 +140,19 @@ def _problems(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) 
                 f"tensor {stored[name]} in {found.file} is {list(found.shape)}, config.json makes "
                 f"it {list(wanted[name].shape)}"
             )
+        elif wanted[name].is_floating_point() and found.dtype not in (*FLOATS, "F64"):
+            yield f"tensor {stored[name]} in {found.file} is {found.dtype}, not floating point"
     yield from _tied_problems(model, reader, stored)
+
+
+def _name_problems(model: Any, names: Sequence[str], stored: Mapping[str, str]) -> Iterator[str]:
+    """Tell of names that transformers understands, but vLLM does not."""
+    root = f"{model.base_model_prefix}."
+    for name in sorted(set(names) - set(stored.values())):
+        yield f"tensor {name} is there twice, the other one under another name"
+    for ours, name in stored.items():
+        if ours in (root + name, name.removeprefix(root)) and ours != name:
+            yield f"tensor {name} must be called {ours}, as vLLM looks for it"
 
 
 def _expert_problems(

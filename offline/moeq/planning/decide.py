@@ -122,6 +122,12 @@ def _size(source: SourceModel, request: PlanRequest) -> tuple[float, int | None]
     else:
         return float(DEFAULT_BITS if request.bits is None else request.bits), None
     average = min(average_bits(budget, layers, group_size), max(request.levels or WIDTHS))
+    if average < min(request.levels or WIDTHS):
+        option = "target_size" if request.bits_per_weight is None else "bits_per_weight"
+        raise MoeqError(
+            f"`{option}` {getattr(request, option)} leaves {average:.4g} bits to an expert weight, "
+            f"less than the smallest of `levels` {','.join(map(str, request.levels or ()))}"
+        )
     if request.chosen_strategy == "uniform":
         average = max(width for width in WIDTHS if width <= average)
     return average, budget

@@ -146,3 +146,11 @@ def test_layers_share_a_budget_to_the_last_expert(
         spent = sum(n * _expert(bits) for of_layer in counts for bits, n in of_layer.items())
         assert budget - step < spent <= budget
         assert max(averages) - min(averages) <= levels[0] - levels[1]
+
+
+@pytest.mark.parametrize("levels", [(3, 2), (3,)])
+def test_a_budget_beyond_the_levels_takes_the_highest(
+    source: SourceModel, levels: tuple[int, ...]
+) -> None:
+    budget = _experts(3) + 100_000
+    assert bits_by_layer(budget, source.layers, GROUP, levels) == [3.0] * NUM_LAYERS

@@ -152,11 +152,12 @@ def _layers(hidden: int, *inner: int) -> list[MoELayer]:
         (4096, [176], 64),  # 192 with 32 as well, 256 with 128
         (4096, [88], 32),
         (160, [1024], 32),
-        (4096, [128, 88], 32),
+        (4096, [128, 88], 128),
+        (4096, [1440], 128),  # 1536, but a quarter of the scales that 32 has
         (4096, [8], 32),
     ],
 )
-def test_the_group_size_that_serving_adds_the_least_to_is_taken(
+def test_the_group_size_that_serves_in_the_least_memory_is_taken(
     hidden: int, inner: list[int], expected: int
 ) -> None:
     assert fitting_group_size(_layers(hidden, *inner)) == expected

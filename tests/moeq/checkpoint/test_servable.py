@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,27 @@ def test_activations_of_other_families_have_their_own_names(
     changed = rewrite(folder, tmp_path / "changed", load(folder), **{key: "tanh"})
     with pytest.raises(MoeqError, match=f"{key} 'tanh'.*{allowed}"):
         SourceModel.open(changed)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "only"),
+    [("gpt_oss", "swiglu_limit", 3.0, "7.0"), ("olmoe", "clip_qkv", 8.0, "None")],
+)
+def test_what_vllm_takes_for_granted_is_refused_otherwise(
+    tiny_model: TinyModel, tmp_path: Path, family: str, key: str, value: float, only: str
+) -> None:
+    model = Path(shutil.copytree(tiny_model(family), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(MoeqError, match=rf"{key} {value}, but vLLM runs {family} with {only} only"):
+        SourceModel.open(model)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_nan_outside_the_experts_is_refused(tmp_path: Path, name: str) -> None:
+    tensors = mixtral_tensors()
+    tensors[name].view(-1)[-1] = torch.nan
+    source = write_checkpoint(tmp_path / "model", tensors)
+    with pytest.raises(MoeqError, match=f"{name} holds NaN: get the checkpoint again"):
+        moeq.quantize(source, tmp_path / "out", bits=2, group_size=64, calib=None)
+    assert not (tmp_path / "out").exists()

@@ -196,3 +196,11 @@ def test_a_wrong_bias_is_found(
     write_manifest(packed)
     (problem,) = verify_checkpoint(packed)
     assert re.search(f"{re.escape(name)} {message}", problem)
+
+
+def test_a_router_that_is_no_matrix_is_named(packed: Path) -> None:
+    tensors = load_file(packed / SHARD)
+    tensors[ROUTERS[0]] = tensors[ROUTERS[0]].flatten()
+    save_file(tensors, packed / SHARD)
+    write_manifest(packed)
+    assert f"{ROUTERS[0]} is [256], expected a matrix" in verify_checkpoint(packed)

@@ -95,6 +95,21 @@ def _nothing(tensors: Tensors) -> None:
         ),
         (_nothing, {"tie_word_embeddings": True}, [f"{HEAD} differs from {EMBEDDINGS}, .* false"]),
         (_nothing, {"num_attention_heads": "x"}, ["describes no model .*num_attention"]),
+        (
+            lambda t: t.update({QUERY: torch.zeros(HIDDEN, HIDDEN, dtype=torch.int8)}),
+            {},
+            [f"tensor {QUERY} in model.safetensors is I8, not floating point"],
+        ),
+        (
+            lambda t: t.update({"norm.weight": t.pop("model.norm.weight")}),
+            {},
+            ["tensor norm.weight must be called model.norm.weight"],
+        ),
+        (
+            lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}),
+            {},
+            ["norm.weight is there twice, the other one under another name"],
+        ),
     ],
 )  # fmt: skip
 def test_what_config_does_not_describe_is_named(
