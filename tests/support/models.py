@@ -257,12 +257,16 @@ NOT_ON_CPU = {
     "glm_moe_dsa": "no sparse attention",
     "nemotron_h": "no experts without a gate",
     "mimo_v2_flash": "reads a configuration that transformers does not write",
-    "kimi_k2": "its configuration is code in the repository",
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"), "needs torchvision"),
     **dict.fromkeys(("llama4", "gemma4"), "not run inside a vision model"),
 }
 """Why vLLM 0.32 cannot run a family on CPUs, quantized or not; for all the tests here know."""
-DIFFERENT_IN_VLLM = {"ernie4_5_moe": "float32", "lfm2_moe": "float32", "qwen3_next": "bfloat16"}
+DIFFERENT_IN_VLLM = {
+    "ernie4_5_moe": "float32",
+    "lfm2_moe": "float32",
+    "qwen3_next": "bfloat16",
+    "kimi_k2": "float32",
+}
 """Families whose answers on CPUs are not those of transformers, quantized or not, or that vLLM
 runs in bfloat16 only: the reference is vLLM itself with the dequantized model."""
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN_TO_TRANSFORMERS]
