@@ -20,20 +20,11 @@ from support.models import make_model
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to processes: vLLM's engines to the first, files to the next.
-
-    Engines side by side would need more memory and threads than small machines have. A file's tests
-    stay together, since they share what is costly to make.
-    """
-
-    def group(item: pytest.Item) -> str:
-        return "vllm" if item.get_closest_marker("vllm") else str(item.path)
-
-    items.sort(key=lambda item: group(item) != "vllm")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    """Run what takes longest first, so that processes that share the files end together."""
+    items.sort(
+        key=lambda item: [item.get_closest_marker(name) is None for name in ("vllm", "slow")]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ if [ ! -d .venv/triton-3.6 ]; then
   mv .venv/triton-unfinished .venv/triton-3.6
 fi
 
-# Two processes: most of what is tested runs in one thread. More OpenMP threads than free cores
-# collapse.
+# Two processes: most of what is tested runs in one thread. Tests of a file share what is costly to
+# make. More OpenMP threads than free cores collapse.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 tests/check.sh
-python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

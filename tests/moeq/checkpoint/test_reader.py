@@ -107,7 +107,7 @@ def _remove_layer_experts(tensors: Tensors) -> None:
         (_set(GATE, torch.zeros(INTERMEDIATE, HIDDEN, dtype=torch.int8)), f"{GATE} has type I8"),
         (
             _set(GATE, torch.zeros(INTERMEDIATE, HIDDEN).to(torch.float8_e4m3fn)),
-            f"{GATE} has type F8_E4M3",
+            f"{GATE} is F8_E4M3, which quantization_config in config.json does not explain",
         ),
         (_set(ROUTERS[0], torch.zeros(NUM_EXPERTS, 8)), rf"{ROUTERS[0]} has shape \[4, 8\]"),
         (_set(ROUTERS[0], torch.zeros(NUM_EXPERTS + 1, HIDDEN)), f"{CONTAINERS[0]}.4.w1.weight"),

@@ -134,7 +134,8 @@ def test_a_typo_does_not_remove_unfinished_work(tmp_path: Path) -> None:
     unfinished = tmp_path / ".out.moeq" / "calibration"
     unfinished.mkdir(parents=True)
     (unfinished / "state.json").write_text("hours of work")
-    for options in (["--plan", "typo.json", "--method", "rtn"], ["--calib", "none"]):
+    too_large = ["--calib", "none", "--group-size", 128]
+    for options in (["--plan", "typo.json", "--method", "rtn"], too_large):
         done = run_moeq("quantize", tmp_path / "model", "-o", tmp_path / "out", *options)
         assert done.returncode == 1  # the second: its rows are no multiple of 128
         assert (unfinished / "state.json").exists()
