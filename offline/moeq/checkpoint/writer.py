@@ -192,7 +192,7 @@ class Conversion:
         if job.bits is None:
             tensor = self.source.tensor(job.name)
             # A part at a time: the mask of an embedding would take half its memory.
-            if any(part.isnan().any() for part in tensor.flatten().split(_WEIGHTS_AT_ONCE)):
+            if any(part.isnan().any() for part in torch.split(tensor.flatten(), _WEIGHTS_AT_ONCE)):
                 raise MoeqError(
                     f"{self.source.folder}: {job.name} holds NaN: get the checkpoint again"
                 )
