@@ -200,7 +200,7 @@ async def complete(
             raise
         return entry | {"error": f"{type(error).__name__}: {error}"}
     if completion.finish_reason == "abort":
-        raise RuntimeError("the engine was stopped; the same command goes on")
+        raise RuntimeError("the engine was stopped")
     return entry | {
         "text": completion.text,
         "finish_reason": completion.finish_reason,
@@ -255,6 +255,10 @@ def main() -> None:
     """Complete all requests, or go on where an earlier run has ended."""
     options = arguments()
     results, requests = options.results, options.requests
+    if not requests.is_file():
+        sys.exit(f"{requests} is no file: REQUESTS are JSON lines, see --help")
+    if not results.parent.is_dir():
+        sys.exit(f"{results.parent} is no folder: make it, or choose another place for RESULTS")
     stem = results.stem if results.suffix == ".jsonl" else results.name
     errors, part = (
         results.with_name(name) for name in (f"{stem}.errors.jsonl", f"{results.name}.part")
@@ -275,6 +279,11 @@ def main() -> None:
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
+        except ExceptionGroup as errors_of_tasks:
+            sys.exit(
+                f"stopped by {errors_of_tasks.exceptions[0]!r}; what is finished is in {part}, and "
+                "the same command goes on"
+            )
     failed = journal.finish(results, errors)
     print(f"{total - failed} of {total} requests completed: {results}")
     if failed:

@@ -86,6 +86,18 @@ class Share(NamedTuple):
         return cls(start, end - start, last * group_size - end, intermediate_size)
 
 
+def check_hidden_size(layer: str, group_size: int, hidden_size: int) -> None:
+    """Check that rows of gate and up are whole groups.
+
+    Raises:
+        FormatError: They are not.
+    """
+    if hidden_size % group_size:
+        raise FormatError(
+            f"{layer}: group size {group_size} does not divide hidden_size {hidden_size}"
+        )
+
+
 def _hints(group_size: int, intermediate_size: int, tp_size: int) -> list[str]:
     groups = num_groups(intermediate_size, group_size)
     # Divisors of tp_size only: into those, attention heads divide too.

@@ -17,11 +17,10 @@ import torch
 from torch.nn import Module, Parameter
 
 from vllm_moeq.compat import VocabParallelEmbedding
-from vllm_moeq.format import FormatError
+from vllm_moeq.format import FormatError, first_few
 from vllm_moeq.moe_method import MoeqMoEMethod
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NAMES_SHOWN = 5
 _LOADED = "moeq_loaded_tensors"
 """Attribute of a model: the names of the tensors that filled it."""
 
@@ -48,7 +47,7 @@ def must_fill(model: Module, predicts: bool) -> Iterator[None]:
     ]
     if unfilled:
         raise FormatError(
-            f"the checkpoint lacks weights, or holds NaN: {_listed(unfilled)}. "
+            f"the checkpoint lacks weights, or holds NaN: {first_few(unfilled)}. "
             "Check it with `moeq verify`, or convert the model again"
         )
 
@@ -73,14 +72,9 @@ def must_bring_all(
     if missing:
         raise FormatError(
             f"the checkpoint lacks tensors that the running model was loaded with: "
-            f"{_listed(missing)}. Restart the engine; check the checkpoint with `moeq verify`"
+            f"{first_few(missing)}. Restart the engine; check the checkpoint with `moeq verify`"
         )
     setattr(model, _LOADED, names)
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _checked_parameters(model: Module, predicts: bool) -> Iterator[tuple[str, Parameter]]:

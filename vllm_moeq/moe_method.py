@@ -18,7 +18,14 @@ from vllm_moeq.compat import (
     set_weight_attrs,
     weights_are_dummies,
 )
-from vllm_moeq.expert_buffers import WEIGHT_BUFFERS, ExpertBuffers, Kind, Shard, Share
+from vllm_moeq.expert_buffers import (
+    WEIGHT_BUFFERS,
+    ExpertBuffers,
+    Kind,
+    Shard,
+    Share,
+    check_hidden_size,
+)
 from vllm_moeq.format import FormatError, LayerBits
 from vllm_moeq.kernels import (
     ACTIVATIONS,
@@ -89,10 +96,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 f"{name}: the chosen all-to-all backend pads hidden_size {moe.hidden_dim_unpadded} "
                 f"to {hidden_size}, which packed experts cannot follow; choose another backend"
             )
-        if hidden_size % self.group_size:
-            raise FormatError(
-                f"{name}: group size {self.group_size} does not divide hidden_size {hidden_size}"
-            )
+        check_hidden_size(name, self.group_size, hidden_size)
         intermediate_size = intermediate_size_per_partition * moe.tp_size
         share = Share.of_rank(name, self.group_size, intermediate_size, moe.tp_rank, moe.tp_size)
         # Ask vLLM where each expert lives: expert placement may be linear or round robin.

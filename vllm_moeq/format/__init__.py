@@ -1,6 +1,6 @@
 """The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
 
-from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.errors import FormatError, first_few
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_moeq.format.packing import (
     CODES_PER_WORD,
@@ -50,6 +50,7 @@ __all__ = [
     "Provenance",
     "check_manifest",
     "dequantize",
+    "first_few",
     "guarded",
     "num_groups",
     "pack",

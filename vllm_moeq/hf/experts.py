@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from vllm_moeq.expert_buffers import WEIGHT_BUFFERS, ExpertBuffers, Kind, Share
+from vllm_moeq.expert_buffers import (
+    WEIGHT_BUFFERS,
+    ExpertBuffers,
+    Kind,
+    Share,
+    check_hidden_size,
+)
 from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits, Projection
 from vllm_moeq.kernels import (
     ACTIVATIONS,
@@ -79,10 +85,7 @@ class FusedExperts:
                 f"{self.name}: expert_bits lists {bits.num_experts} experts, the model has "
                 f"{experts}. The plan belongs to another model"
             )
-        if hidden % group_size:
-            raise FormatError(
-                f"{self.name}: group size {group_size} does not divide hidden_size {hidden}"
-            )
+        check_hidden_size(self.name, group_size, hidden)
         share = Share.of_rank(self.name, group_size, intermediate, 0, 1)
         layout = ExpertLayout.build(
             w13_bits=list(bits.w13),

@@ -11,7 +11,7 @@ import torch
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 
-from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, FormatError
+from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, FormatError, first_few
 from vllm_moeq.hf.config import MoeqConfig
 from vllm_moeq.hf.experts import FusedExperts, PackedExperts, is_fused_experts
 from vllm_moeq.hf.files import PackedFiles
@@ -21,7 +21,6 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _PACKED_TENSOR = r"\.experts\.\d+\.\w+\.(weight_packed|weight_scale|weight_zero_point|bias)$"
 _UNEXPECTED, _MISSING = "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"
 """Patterns of names, attributes of a model."""
-_NAMES_SHOWN = 5
 
 
 class MoeqHfQuantizer(HfQuantizer):
@@ -182,10 +181,8 @@ class MoeqHfQuantizer(HfQuantizer):
             elif tensor.shape != self._shapes[name]:
                 wrong.append(f"{name} is {list(tensor.shape)}, not {list(self._shapes[name])}")
         if wrong:
-            more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
             raise FormatError(
-                f"{self.files.folder}: {', '.join(wrong[:_NAMES_SHOWN])}{more}. Check it with "
-                "`moeq verify`"
+                f"{self.files.folder}: {first_few(wrong)}. Check it with `moeq verify`"
             )
 
     def _names_in_memory(self, model: Any) -> dict[str, str]:

@@ -19,10 +19,10 @@ from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
 from moeq.model.architecture import auto_class, names_on_disk, stored_names
+from vllm_moeq.format import first_few
 
 logger = logging.getLogger(__name__)
 
-_NAMES_SHOWN = 5
 _OLDEST = Version("5.15")
 """Of transformers: releases before build some models in another way than they are on disk."""
 _EXPERTS = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)")
@@ -47,18 +47,20 @@ def check_structure(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Non
     model = _meta_model(reader, layers)
     if model is None:
         return
-    problems = list(_problems(model, reader, layers))
+    names = _outside_experts(reader, layers)
+    stored = stored_names(model, names)
+    problems = list(_problems(model, reader, layers, names, stored))
     if problems:
         raise MoeqError(
             f"{reader.folder} is not the model that its config.json describes: "
-            f"{_first(problems, '; ')}. Get the checkpoint again, or correct config.json"
+            f"{first_few(problems, '; ')}. Get the checkpoint again, or correct config.json"
         )
-    unknown = list(_unknown(model, reader, layers))
+    unknown = list(_unknown(model, reader, stored))
     if unknown:
         logger.warning(
             "%s: the model that config.json describes has no %s; vLLM may refuse to load it",
             reader.folder,
-            _first(unknown, ", "),
+            first_few(unknown),
         )
 
 
@@ -77,7 +79,10 @@ def structure_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) -> 
         MoeqError: ``config.json`` describes no model.
     """
     model = _meta_model(reader, layers)
-    return [] if model is None else list(_problems(model, reader, layers))
+    if model is None:
+        return []
+    names = _outside_experts(reader, layers)
+    return list(_problems(model, reader, layers, names, stored_names(model, names)))
 
 
 def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
@@ -119,11 +124,15 @@ def _silent_transformers() -> Iterator[None]:
         messages.set_verbosity(verbosity)
 
 
-def _problems(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) -> Iterator[str]:
+def _problems(
+    model: Any,
+    reader: CheckpointReader,
+    layers: Sequence[MoELayer],
+    names: Sequence[str],
+    stored: Mapping[str, str],
+) -> Iterator[str]:
     wanted: dict[str, torch.Tensor] = model.state_dict()
     yield from _expert_problems(wanted, layers)
-    names = list(_outside_experts(reader, layers))
-    stored = stored_names(model, names)
     yield from _name_problems(model, names, stored)
     missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
     on_disk = names_on_disk(model, missing)
@@ -195,11 +204,11 @@ def _tied_problems(
                 )
 
 
-def _unknown(model: Any, reader: CheckpointReader, layers: Sequence[MoELayer]) -> Iterator[str]:
+def _unknown(model: Any, reader: CheckpointReader, names: Mapping[str, str]) -> Iterator[str]:
     """Yield the tensors on disk that the model has no place for and does not leave out either."""
     known = model.state_dict()
     ignored = _matcher(model._keys_to_ignore_on_load_unexpected)
-    for name, stored in stored_names(model, _outside_experts(reader, layers)).items():
+    for name, stored in names.items():
         block = re.match(r"(.*\blayers\.(\d+)\.)?", stored)
         index = int(block[2]) if block and block[2] else 0
         if not (
@@ -219,12 +228,6 @@ def _outside_experts(reader: CheckpointReader, layers: Sequence[MoELayer]) -> li
         if (match := re.match(r"(.*)\.\d+\.[^.]+\.[^.]+$", name)) and match[1] in containers
     }
     return [name for name in reader.tensors if name not in experts]
-
-
-def _first(items: Sequence[str], separator: str) -> str:
-    """Name the first few, and say how many there are beside them."""
-    more = len(items) - _NAMES_SHOWN
-    return separator.join(items[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _matcher(patterns: Any) -> re.Pattern[str] | None:

@@ -81,10 +81,8 @@ def decide(
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:
     """Return a plan of the size of a measured one, to tell what rounding will take."""
-    bits, group_size, budget = (
-        measurement.options.bits, measurement.options.group_size, measurement.budget,
-    )  # fmt: skip
-    options = PlanOptions(bits, strategy="random:0", group_size=group_size, budget=budget)
+    asked, budget = measurement.options, measurement.budget
+    options = PlanOptions(asked.bits, None, "random:0", asked.group_size, budget=budget)
     return make_plan(source, options)
 
 
