@@ -1,6 +1,7 @@
 """The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
 
 from vllm_moeq.format.errors import FormatError, first_few
+from vllm_moeq.format.linear import LINEAR_WIDTHS, linear_bytes, linear_tensors
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_moeq.format.packing import (
     CODES_PER_WORD,
@@ -36,6 +37,7 @@ __all__ = [
     "CODES_PER_WORD",
     "FORMAT_VERSION",
     "GROUP_SIZES",
+    "LINEAR_WIDTHS",
     "MANIFEST_NAME",
     "PROJECTIONS",
     "QUANT_METHOD",
@@ -52,6 +54,8 @@ __all__ = [
     "dequantize",
     "first_few",
     "guarded",
+    "linear_bytes",
+    "linear_tensors",
     "num_groups",
     "pack",
     "packed_bytes",

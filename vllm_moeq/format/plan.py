@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.linear import check_linear_bits
 
 FORMAT_VERSION = 1
 WIDTHS = (1, 2, 3, 4, 8)
@@ -130,29 +131,34 @@ class BitPlan:
         expert_bits: On-disk path of an experts container (``model.layers.0.mlp.experts``) to the
             widths of its experts.
         provenance: How the plan came about.
+        linear_bits: Name on disk of a dense linear layer (``model.layers.0.self_attn.q_proj``) to
+            its width, 4 or 8; all others have 16 bits.
     """
 
     group_size: int
     expert_bits: Mapping[str, LayerBits]
     provenance: Provenance = field(default_factory=Provenance)
+    linear_bits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the values that the type system does not.
 
         Raises:
-            FormatError: An unknown group size or no layer at all.
+            FormatError: An unknown group size or width, or no layer at all.
         """
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise FormatError(f"group_size {self.group_size!r} is not one of {list(GROUP_SIZES)}")
         if not self.expert_bits:
             raise FormatError("expert_bits is empty: the plan names no layer")
+        check_linear_bits(self.linear_bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, as stored in ``plan.json`` and in ``config.json``."""
+        """Return the JSON form, as stored in ``plan.json``."""
         return {
             "format_version": FORMAT_VERSION,
             "group_size": self.group_size,
             "expert_bits": {name: bits.to_dict() for name, bits in self.expert_bits.items()},
+            "linear_bits": dict(self.linear_bits),
             "provenance": self.provenance.to_dict(),
         }
 
@@ -183,4 +189,5 @@ class BitPlan:
                 name: LayerBits.from_dict(name, bits) for name, bits in expert_bits.items()
             },
             provenance=Provenance.from_dict(data.get("provenance", {})),
+            linear_bits=data.get("linear_bits", {}),
         )

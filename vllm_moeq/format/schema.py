@@ -1,12 +1,13 @@
 """The ``quantization_config`` of a packed checkpoint and the tensors that it promises."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.linear import from_compressed_tensors, to_compressed_tensors
 from vllm_moeq.format.packing import num_groups, packed_columns
 from vllm_moeq.format.plan import BitPlan
 
@@ -37,14 +38,16 @@ class CheckpointConfig:
     """``quantization_config`` in the ``config.json`` of a packed checkpoint.
 
     Attributes:
-        plan: Widths and group size of all experts.
+        plan: Group size, and the widths of all experts and dense layers.
     """
 
     plan: BitPlan
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"quant_method": QUANT_METHOD, **self.plan.to_dict(), "linear": None}
+        plan = self.plan.to_dict()
+        linear = to_compressed_tensors(plan.pop("linear_bits"), self.plan.group_size)
+        return {"quant_method": QUANT_METHOD, **plan, "linear": linear}
 
     @classmethod
     def from_dict(cls, data: Any) -> "CheckpointConfig":
@@ -60,12 +63,9 @@ class CheckpointConfig:
                 f"quantization_config.quant_method is {data.get('quant_method')!r}, "
                 f"not {QUANT_METHOD!r}: this checkpoint was not written by moeq"
             )
-        if data.get("linear") is not None:
-            raise FormatError(
-                "quantization_config.linear is set, but this version reads only checkpoints whose "
-                "dense layers are unquantized"
-            )
-        return cls(plan=BitPlan.from_dict(data))
+        plan = BitPlan.from_dict({**data, "linear_bits": {}})
+        linear_bits = from_compressed_tensors(data.get("linear"), plan.group_size)
+        return cls(plan=replace(plan, linear_bits=linear_bits))
 
 
 @dataclass(frozen=True, slots=True)
