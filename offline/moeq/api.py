@@ -32,6 +32,7 @@ def quantize(
     bits: float | None = None,
     bits_per_weight: float | None = None,
     target_size: str | int | None = None,
+    dense_bits: str | int = "auto",
     plan: "AnyPath | BitPlan | None" = None,
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
@@ -65,9 +66,12 @@ def quantize(
     Args:
         model: Folder or hub id of a checkpoint with 16- or 32-bit experts.
         output: Folder to create; it appears when it is complete.
-        bits: Average width of the expert weights in bits; 2.5 if no size is given.
-        bits_per_weight: Instead of ``bits``: the same with scales and zero points.
+        bits: Average width of the expert weights in bits; 2.5 if no size is given. Of a measured
+            plan that chooses the widths of dense layers: its size is that with dense layers of 8.
+        bits_per_weight: Instead of ``bits``: average of all weights of the result, with scales.
         target_size: Instead of ``bits``: size of all tensors, in bytes or as in ``"14GB"``.
+        dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
+            ``"auto"``, with which a measured plan chooses for each and any other leaves them.
         plan: What :func:`plan` returned, or a ``plan.json``, to use instead of making a plan.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`moeq.requests.STRATEGIES`; None takes ``auto`` with text, else
@@ -110,6 +114,7 @@ def quantize(
         bits=bits,
         bits_per_weight=bits_per_weight,
         target_size=target_size,
+        dense_bits=dense_bits,
         plan=Path(plan) if isinstance(plan, str | PathLike) else plan,
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
@@ -143,6 +148,7 @@ def plan(
     bits: float | None = None,
     bits_per_weight: float | None = None,
     target_size: str | int | None = None,
+    dense_bits: str | int = "auto",
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
     base_router: AnyPath | None = None,
@@ -172,6 +178,7 @@ def plan(
         bits: As in :func:`quantize`, here and below.
         bits_per_weight: Instead of ``bits``: the same with scales and zero points.
         target_size: Instead of ``bits``: size of all tensors.
+        dense_bits: As in :func:`quantize`.
         levels: Widths to use, highest first.
         strategy: One of :data:`moeq.requests.STRATEGIES`.
         base_router: The router before training.
@@ -202,6 +209,7 @@ def plan(
         bits=bits,
         bits_per_weight=bits_per_weight,
         target_size=target_size,
+        dense_bits=dense_bits,
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
         base_router=None if base_router is None else str(base_router),

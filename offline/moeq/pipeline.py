@@ -10,13 +10,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
-from moeq.checkpoint import CheckpointReader, SourceModel
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.families import (
     check_group_size,
     check_plan_fits,
     fitting_group_size,
 )
+from moeq.checkpoint.linear import group_widths
+from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
 from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
@@ -126,6 +128,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         request = _with_group_size(request, source)
     else:
         check_plan_fits(given, source.layers)
+        group_widths(given, source.linear)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     # Of the right size, before a measured plan is known.
@@ -234,7 +237,7 @@ def verify(folder: Path) -> list[str]:
     problems = verify_checkpoint(folder)
     if problems:  # experts of unknown sizes can be compared with nothing
         return problems
-    reader = CheckpointReader(folder)
+    reader = PackedReader(folder)
     return structure_problems(reader, packed_layers(reader))
 
 

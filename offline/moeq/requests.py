@@ -24,6 +24,7 @@ STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random
 MAXVARS = ("max-row", "highest-norm-row")
 REORDERS = ("stable", "one-pass")
 BACKENDS = ("reference", "transformers", "vllm")
+DENSE_BITS = ("auto", 16, 8, 4)
 DEFAULT_BITS = 2.5
 NO_TEXT = "none"
 
@@ -39,7 +40,17 @@ _USED = {
 }
 """Parameters that a strategy heeds, beside the size and the group size."""
 _SIZES = ("bits", "bits_per_weight", "target_size")
-_PLAN = (*_SIZES, "strategy", "group_size", "levels", "base_router", "zeta", "maxvar", "reorder")
+_PLAN = (
+    *_SIZES,
+    "dense_bits",
+    "strategy",
+    "group_size",
+    "levels",
+    "base_router",
+    "zeta",
+    "maxvar",
+    "reorder",
+)
 _TEXT = ("nsamples", "seqlen", "seed", "device")
 
 
@@ -50,9 +61,13 @@ class PlanRequest:
     Attributes:
         model: Folder or hub id of the model.
         output: File to create; None writes none.
-        bits: Average width of the expert weights; 2.5 if no size is given.
-        bits_per_weight: Instead: the same with scales and zero points.
+        bits: Average width of the expert weights; 2.5 if no size is given. Of a measured plan that
+            chooses the widths of dense layers: its size is that with dense layers of 8 bits.
+        bits_per_weight: Instead: average of all weights of the result, with scales.
         target_size: Instead: size of all tensors of the result, in bytes or as in ``14GB``.
+        dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
+            ``auto``, with which a measured plan chooses for each, and any other leaves them as they
+            are.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`STRATEGIES`; None takes ``auto`` with text, else ``combined``.
         base_router: Router before training: a checkpoint, or a safetensors file as written by
@@ -84,6 +99,7 @@ class PlanRequest:
     bits: float | None = None
     bits_per_weight: float | None = None
     target_size: str | int | None = None
+    dense_bits: str | int = "auto"
     levels: tuple[int, ...] | None = None
     strategy: str | None = None
     base_router: str | None = None
@@ -131,6 +147,13 @@ class PlanRequest:
         return tuple(sorted(set(sizes)))
 
     @property
+    def chosen_dense_bits(self) -> int | None:
+        """Width of dense layers; None if the plan chooses it for each."""
+        if self.dense_bits == "auto":
+            return None if self.is_measured else 16
+        return int(self.dense_bits)
+
+    @property
     def is_measured(self) -> bool:
         """Whether the plan needs text."""
         return self.chosen_strategy in MEASURED
@@ -146,6 +169,7 @@ class PlanRequest:
         _check_positive(self, "nsamples", "seqlen")
         _check_one_of("method", self.method, METHODS)
         _check_one_of("maxvar", self.maxvar, MAXVARS)
+        _check_one_of("dense_bits", self.dense_bits, DENSE_BITS)
         _check_one_of("reorder", self.reorder, REORDERS)
         _check_seed(self.seed)
         for name, values, choices in (

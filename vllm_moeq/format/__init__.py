@@ -1,7 +1,12 @@
 """The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
 
 from vllm_moeq.format.errors import FormatError, first_few
-from vllm_moeq.format.linear import LINEAR_WIDTHS, linear_bytes, linear_tensors
+from vllm_moeq.format.linear import (
+    LINEAR_TENSORS,
+    LINEAR_WIDTHS,
+    linear_bytes,
+    linear_tensors,
+)
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_moeq.format.packing import (
     CODES_PER_WORD,
@@ -37,6 +42,7 @@ __all__ = [
     "CODES_PER_WORD",
     "FORMAT_VERSION",
     "GROUP_SIZES",
+    "LINEAR_TENSORS",
     "LINEAR_WIDTHS",
     "MANIFEST_NAME",
     "PROJECTIONS",

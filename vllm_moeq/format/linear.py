@@ -15,6 +15,8 @@ from vllm_moeq.format.errors import FormatError
 
 LINEAR_WIDTHS = (4, 8)
 """Bits per weight that a dense layer can have; one that the plan does not name has 16."""
+LINEAR_TENSORS = ("weight_packed", "weight_scale", "weight_shape")
+"""Suffixes of the tensors that replace a ``weight``."""
 _METHOD, _FORMAT = "compressed-tensors", "pack-quantized"
 _CODES_PER_INT32 = {bits: 32 // bits for bits in LINEAR_WIDTHS}
 
@@ -88,9 +90,10 @@ def linear_tensors(
         raise FormatError(f"width {bits} of a dense layer is not one of {LINEAR_WIDTHS}")
     if columns % group_size:
         raise FormatError(f"group size {group_size} does not divide a row of {columns} weights")
-    yield "weight_packed", torch.int32, (rows, columns // _CODES_PER_INT32[bits])
-    yield "weight_scale", torch.bfloat16, (rows, columns // group_size)
-    yield "weight_shape", torch.int64, (2,)
+    packed, scale, shape = LINEAR_TENSORS
+    yield packed, torch.int32, (rows, columns // _CODES_PER_INT32[bits])
+    yield scale, torch.bfloat16, (rows, columns // group_size)
+    yield shape, torch.int64, (2,)
 
 
 def linear_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:

@@ -1,15 +1,18 @@
 """From signals to a bit plan."""
 
-from moeq.allocation.budget import (
-    average_bits,
-    bits_budget,
-    bits_per_weight_budget,
-    target_size_budget,
-)
+from moeq.allocation.budget import average_bits, bits_budget, file_budget, file_bytes
 from moeq.allocation.constraints import Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.knapsack import Solution, solve
-from moeq.allocation.losses import LossTable, allocate, fulfils, possible_group_sizes
+from moeq.allocation.losses import (
+    EXPERTS_ONLY,
+    LINEAR_OPTIONS,
+    LinearChoice,
+    LossTable,
+    allocate,
+    fulfils,
+    possible_group_sizes,
+)
 from moeq.allocation.milp import solve_constrained
 from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
@@ -22,16 +25,20 @@ from moeq.allocation.strategies import (
 __all__ = [
     "DEFAULT_GROUP_SIZE",
     "REORDER_VARIANTS",
+    "EXPERTS_ONLY",
+    "LINEAR_OPTIONS",
     "Constraints",
+    "LinearChoice",
     "LossTable",
     "PlanOptions",
     "Solution",
     "allocate",
     "average_bits",
     "bits_budget",
-    "bits_per_weight_budget",
     "combined_order",
     "expert_counts",
+    "file_budget",
+    "file_bytes",
     "fulfils",
     "make_plan",
     "maxvar_order",
@@ -40,5 +47,4 @@ __all__ = [
     "router_norm_order",
     "solve",
     "solve_constrained",
-    "target_size_budget",
 ]

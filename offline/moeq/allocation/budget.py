@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 
 from moeq.checkpoint import MoELayer, SourceModel
+from moeq.checkpoint.linear import FULL_WIDTH
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from vllm_moeq.format import WIDTHS
@@ -34,36 +35,6 @@ def bits_budget(
     low, high = (_uniform_bytes(layers, group_size, width) for width in (WIDTHS[0], WIDTHS[-1]))
     exact = Fraction(bits).limit_denominator(_LARGEST_DENOMINATOR)
     return math.floor(low + (high - low) * (exact - WIDTHS[0]) / (WIDTHS[-1] - WIDTHS[0]))
-
-
-def bits_per_weight_budget(
-    bits: float, layers: list[MoELayer], group_size: int, widths: tuple[int, ...] = WIDTHS
-) -> int:
-    """Return the bytes of packed experts that ``bits_per_weight`` allows.
-
-    Args:
-        bits: Average bits of an expert weight, with scales and zero points.
-        layers: MoE layers of the model.
-        group_size: Weights of a row that share a scale.
-        widths: Widths that a plan may use.
-
-    Raises:
-        MoeqError: The smallest width takes more; names the least possible.
-    """
-    if not 0 < bits < math.inf:
-        raise MoeqError(f"`bits_per_weight` {bits:g} must be above 0 and finite")
-    weights = sum(
-        math.prod(layer.shape(matrix)) for layer in layers for _, matrix, _ in layer.weights()
-    )
-    budget = math.floor(Fraction(bits).limit_denominator(_LARGEST_DENOMINATOR) * weights / 8)
-    least = _uniform_bytes(layers, group_size, min(widths))
-    if budget < least:
-        raise MoeqError(
-            f"`bits_per_weight` {bits:g} allows {budget:,} bytes of experts; they take at least "
-            f"{least:,} bytes ({min(widths)} bits and scales for each group of {group_size}: "
-            f"{least * 8 / weights:g} bits per weight)"
-        )
-    return budget
 
 
 def average_bits(budget: int, layers: list[MoELayer], group_size: int) -> float:
@@ -108,31 +79,55 @@ def bits_by_layer(
     return result
 
 
-def target_size_budget(
+def file_bytes(bits: float, source: SourceModel) -> int:
+    """Return the bytes of a whole checkpoint that ``bits_per_weight`` allows.
+
+    Args:
+        bits: Average bits of all weights, with scales and zero points.
+        source: The model.
+
+    Raises:
+        MoeqError: No such number of bits.
+    """
+    if not 0 < bits < math.inf:
+        raise MoeqError(f"`bits_per_weight` {bits:g} must be above 0 and finite")
+    return math.floor(Fraction(bits).limit_denominator(_LARGEST_DENOMINATOR) * source.weights / 8)
+
+
+def file_budget(
     target: int,
     source: SourceModel,
     group_size: int,
+    *,
+    linear: int = FULL_WIDTH,
     widths: tuple[int, ...] = WIDTHS,
+    asked: str = "`target_size`",
 ) -> int:
-    """Return the bytes that ``target_size`` leaves to the packed experts.
+    """Return the bytes that the size of a checkpoint leaves to the packed experts.
 
     Args:
         target: Bytes of all tensors of the packed checkpoint.
-        source: The model; what is not a routed expert keeps its size.
+        source: The model; what is no routed expert and no dense layer keeps its size.
         group_size: Weights of a row that share a scale.
+        linear: Width of dense layers.
         widths: Widths that a plan may use.
+        asked: What asks for it, for the message.
 
     Raises:
         MoeqError: No plan is as small; names the least possible.
     """
-    other = source.other_bytes
+    other = source.other_bytes + sum(
+        group.num_bytes(linear, group_size) - group.stored_bytes
+        for group in source.linear
+        if group.fits(group_size)
+    )
     budget = target - other
     least = _uniform_bytes(source.layers, group_size, min(widths))
     if budget < least:
         raise MoeqError(
-            f"`target_size` {target:,} bytes is too small: the model takes at least "
-            f"{other + least:,} bytes, {other:,} for what is not quantized and {least:,} for "
-            f"experts of {min(widths)} bits with their scales"
+            f"{asked} allows {target:,} bytes: the model takes at least {other + least:,} bytes "
+            f"({(other + least) * 8 / source.weights:.4g} bits per weight), {other:,} for all but "
+            f"the experts and {least:,} for experts of {min(widths)} bits with their scales"
         )
     return budget
 

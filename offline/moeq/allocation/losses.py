@@ -2,17 +2,21 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints, Instance
-from moeq.allocation.knapsack import Choice, Loss, Solution, solve
+from moeq.allocation.knapsack import Choice, Loss, Size, Solution, solve
 from moeq.allocation.milp import solve_constrained
 from moeq.checkpoint import MoELayer
+from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, linear_bits
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
-from vllm_moeq.format import PROJECTIONS, WIDTHS, BitPlan, LayerBits, Projection
+from vllm_moeq.format import LINEAR_WIDTHS, PROJECTIONS, WIDTHS, BitPlan, LayerBits, Projection
 
+LINEAR_OPTIONS = (*LINEAR_WIDTHS, FULL_WIDTH)
+"""Widths that a plan may choose for dense layers."""
 LossTable = Mapping[tuple[str, int, Projection, int], float]
 """Loss by (container of the layer, expert, projection, width)."""
 
@@ -57,13 +61,45 @@ def layer_bits(
     }
 
 
+class LinearChoice(NamedTuple):
+    """Dense layers whose widths are chosen with those of the experts, in one budget.
+
+    Attributes:
+        groups: Those that have one width.
+        losses: By group size, float64 [groups, options] in the order of :data:`LINEAR_OPTIONS`.
+    """
+
+    groups: tuple[LinearGroup, ...] = ()
+    losses: Mapping[int, Loss] = {}
+
+
+EXPERTS_ONLY = LinearChoice()
+
+
+class Allocation(NamedTuple):
+    """The widths of a plan.
+
+    Attributes:
+        group_size: Weights of a row that share a scale.
+        expert_bits: As in a plan.
+        linear_bits: Likewise.
+        solution: Of the knapsack: experts in the order of :func:`option_sizes`, then dense layers.
+    """
+
+    group_size: int
+    expert_bits: dict[str, LayerBits]
+    linear_bits: dict[str, int]
+    solution: Solution
+
+
 def allocate(
     tables: Mapping[int, LossTable],
     layers: list[MoELayer],
     widths: tuple[int, ...],
     budget: int,
     constraints: Constraints = NO_CONSTRAINTS,
-) -> tuple[int, dict[str, LayerBits], Solution]:
+    linear: LinearChoice = EXPERTS_ONLY,
+) -> Allocation:
     """Choose the group size of a whole plan and the widths of least total loss in a budget.
 
     Small groups lose less, but their scales take bytes that widths could have.
@@ -73,19 +109,28 @@ def allocate(
             is no plan is left out.
         layers: MoE layers of the model.
         widths: Widths to choose from.
-        budget: Bytes of packed experts, for every group size the same.
-        constraints: What else must hold.
+        budget: Bytes of packed experts, and of dense layers if their widths are chosen, too; for
+            every group size the same.
+        constraints: What else must hold for experts.
+        linear: Dense layers whose widths are chosen.
 
     Returns:
-        The group size of the least loss (of equal ones the largest), its widths and its solution.
+        The plan of the least loss; of equal ones that of the largest group size.
 
     Raises:
         MoeqError: The budget is too small, or nothing fulfils the constraints; says what would.
     """
     arrays = {group: loss_array(table, layers, widths) for group, table in tables.items()}
-    solutions = _solutions(arrays, layers, widths, budget, constraints)
+    solutions = _solutions(arrays, layers, widths, budget, constraints, linear)
     best = min(solutions, key=lambda group: solutions[group].loss)
-    return best, layer_bits(solutions[best].choice, layers, widths), solutions[best]
+    choice, items = solutions[best].choice, len(arrays[best])
+    chosen = np.array(LINEAR_OPTIONS)[choice[items:]].tolist()
+    return Allocation(
+        best,
+        layer_bits(choice[:items], layers, widths),
+        linear_bits(dict(zip(linear.groups, chosen, strict=True))),
+        solutions[best],
+    )
 
 
 def possible_group_sizes(
@@ -110,25 +155,59 @@ def _solutions(
     widths: tuple[int, ...],
     budget: int,
     constraints: Constraints,
+    linear: LinearChoice = EXPERTS_ONLY,
 ) -> dict[int, Solution]:
-    """Return the solution of each group size that has one, the largest first."""
+    """Return the solution of each group size that has one, the largest first.
+
+    Items are those of experts, and then the groups of dense layers.
+    """
     num_experts = tuple(layer.num_experts for layer in layers)
     solutions: dict[int, Solution] = {}
     errors: list[MoeqError] = []
     for group in sorted(arrays, reverse=True):
-        size = option_sizes(layers, group, widths)
+        loss, size = arrays[group], option_sizes(layers, group, widths)
         try:
-            if constraints == NO_CONSTRAINTS:
-                solutions[group] = solve(arrays[group], size, budget)
-            else:
-                solutions[group] = solve_constrained(
-                    arrays[group], size, budget, num_experts, constraints
-                )
+            both = _stacked(loss, size, linear, group)
+            solution = solve(*both, budget)
+            if constraints != NO_CONSTRAINTS:  # they are for experts: the others keep their widths
+                rest = solution.choice[len(loss) :]
+                left = budget - _sizes(linear, group)[np.arange(len(rest)), rest].sum()
+                of_experts = solve_constrained(loss, size, int(left), num_experts, constraints)
+                choice = np.concatenate([of_experts.choice, rest])
+                lost = of_experts.bound - of_experts.loss
+                solution = Solution.of(*both, choice, 0.0)
+                solution = replace(solution, bound=solution.loss + lost)
+            solutions[group] = solution
         except MoeqError as error:
             errors.append(error)
     if not solutions:
         raise errors[0]  # of the largest group, which takes least bytes
     return solutions
+
+
+def _sizes(linear: LinearChoice, group_size: int) -> Size:
+    """Return the bytes of dense layers, int64 [groups, options]."""
+    sizes = [
+        [group.num_bytes(bits, group_size) for bits in LINEAR_OPTIONS] for group in linear.groups
+    ]
+    return np.array(sizes, np.int64).reshape(len(sizes), len(LINEAR_OPTIONS))
+
+
+def _stacked(loss: Loss, size: Size, linear: LinearChoice, group_size: int) -> tuple[Loss, Size]:
+    """Return losses and sizes of experts [items, widths] with those of dense layers below."""
+    if not linear.groups:
+        return loss, size
+    columns = max(loss.shape[1], len(LINEAR_OPTIONS))
+
+    def padded(values: Loss | Size, by: float) -> Any:
+        return np.pad(values, ((0, 0), (0, columns - values.shape[1])), constant_values=by)
+
+    losses = loss, linear.losses[group_size]
+    sizes = size, _sizes(linear, group_size)
+    return (
+        np.concatenate([padded(part, np.inf) for part in losses]),
+        np.concatenate([padded(part, 0) for part in sizes]),
+    )
 
 
 def fulfils(plan: BitPlan, layers: list[MoELayer], constraints: Constraints) -> bool:

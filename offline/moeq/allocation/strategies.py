@@ -16,6 +16,7 @@ from moeq.allocation.order import (
 )
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.families import check_plan_fits
+from moeq.checkpoint.linear import FULL_WIDTH, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.errors import MoeqError
 from moeq.signals import load_base_routers, max_var, router_norms
@@ -43,6 +44,9 @@ class PlanOptions:
         constraints: What a measured plan must fulfil beside its size.
         budget: Bytes of all packed experts, to be used up to the last whole expert: layers may
             differ by one. None gives every layer the average next to ``bits``.
+        linear: Width of dense layers, 16 to leave them as they are.
+        chooses_linear: Whether a measured plan chooses the width of each dense layer instead, in
+            as many bytes as experts and dense layers take together.
     """
 
     bits: float
@@ -56,6 +60,8 @@ class PlanOptions:
     reorder: str = "stable"
     constraints: Constraints = NO_CONSTRAINTS
     budget: int | None = None
+    linear: int = FULL_WIDTH
+    chooses_linear: bool = False
 
     def resolved_levels(self) -> tuple[int, ...]:
         """Return the widths to use, highest first.
@@ -115,7 +121,8 @@ def make_plan(source: SourceModel, options: PlanOptions) -> BitPlan:
         moeq_version=__version__,
         details=details,
     )
-    plan = BitPlan(options.group_size, expert_bits, provenance)
+    linear = uniform_linear_bits(source.linear, options.linear, options.group_size)
+    plan = BitPlan(options.group_size, expert_bits, provenance, linear)
     check_plan_fits(plan, source.layers)
     return with_sizes(plan, source)
 

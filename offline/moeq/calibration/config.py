@@ -53,6 +53,7 @@ class CalibrationConfig:
         return fingerprint(self.source.reader, self.tokens, self.device) | {
             "algorithm version": _ALGORITHM_VERSION,
             "plan": {key: asdict(bits) for key, bits in self.plan.expert_bits.items()},
+            "dense layers of the plan": dict(self.plan.linear_bits),
             "group size": self.plan.group_size,
             "choice of `route_all_experts`": self.route_all,
             "fewest tokens": self.fewest_tokens,

@@ -1,10 +1,11 @@
-"""What a calibration gives: packed experts on disk, and what the router gave to each."""
+"""What a calibration gives: packed weights on disk, and what the router gave to each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moeq.calibration.snapshots import Tensors
+from moeq.rounding import LinearWeight, QuantizedWeight
 
 REPORT_NAME = "moeq_calibration.json"
 """What each expert got of the calibration text; beside the packed weights."""
@@ -61,16 +62,20 @@ class CalibrationReport:
 
 @dataclass(frozen=True, slots=True)
 class CalibratedExperts:
-    """Rounded experts of a whole model, a :class:`moeq.checkpoint.writer.PackedSource`.
+    """Rounded weights of a whole model, a :class:`moeq.checkpoint.writer.PackedSource`.
 
     Attributes:
         report: What each expert got.
-        read: Takes a weight's name; returns its packed tensors by name.
+        read: Takes names of packed tensors; returns them by name.
     """
 
     report: CalibrationReport
-    read: Callable[[str], Tensors]
+    read: Callable[[Iterable[str]], Tensors]
 
     def packed(self, weight: str, bits: int) -> Tensors:
-        """Return the packed tensors of a weight by name; its width is known already."""
-        return self.read(weight)
+        """Return the packed tensors of an expert's weight; its width is known already."""
+        return self.read(QuantizedWeight.names(weight))
+
+    def packed_linear(self, weight: str, bits: int) -> Tensors:
+        """Return those of the weight of a dense layer."""
+        return self.read(LinearWeight.names(weight))

@@ -1,4 +1,4 @@
-"""Rounds experts with what they get: layer by layer, quantized layers feeding the next.
+"""Rounds weights with what they get: layer by layer, quantized layers feeding the next.
 
 The original model runs beside the rounded one. Before its down projections are rounded, they are
 fitted to what brings the residual stream back to where it is in the original: see
@@ -13,8 +13,10 @@ import torch
 
 from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.layer import round_layer
+from moeq.calibration.linear import round_linear_layers
 from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
-from moeq.calibration.snapshots import Snapshots, Tensors
+from moeq.calibration.snapshots import Snapshots
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths
 from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, LayerwiseModel, Routed, add_experts, run_layer
 from moeq.model.activations import mapped
@@ -25,7 +27,7 @@ from moeq.progress import Progress, silent, stage
 def calibrate(
     config: CalibrationConfig, folder: Path, resume: bool, progress: Progress = silent
 ) -> CalibratedExperts:
-    """Round all experts with GPTQ, one layer at a time.
+    """Round all experts, and the dense layers that the plan names, with GPTQ, layer by layer.
 
     What is finished lies in ``folder``, one file for each layer, with the activations that the
     next layer gets: a run that was killed goes on after its last finished layer and gives the
@@ -55,6 +57,7 @@ def _calibrate(
     config: CalibrationConfig, snapshots: Snapshots, resume: bool, progress: Progress
 ) -> CalibratedExperts:
     source, folder = config.source, snapshots.folder
+    widths = group_widths(config.plan, source.linear)
     model = LayerwiseModel(source, torch.device(config.device))
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)
@@ -76,13 +79,17 @@ def _calibrate(
         original.copy_(hidden)
     else:
         model.embed(config.tokens[:1], x[:1])  # for what layers get beside hidden states
-    last = max(layer.index for layer in source.layers)
+    last = max(
+        *(layer.index for layer in source.layers),
+        *(group.layer for group, bits in widths.items() if bits != FULL_WIDTH),
+    )
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:
         for index in range(done, last + 1):
             run_layer(model, index, original, x, own, original_sums)
             model.check_finite(index, original)
-            routed = model.run(index, hidden, x, sums)
+            weights, tensors = round_linear_layers(config, model, index, hidden)
+            routed = model.run(index, hidden, x, sums, weights)
             model.check_finite(index, hidden)
             if routed is not None:
                 layer = model.moe_layers[index]
@@ -90,14 +97,13 @@ def _calibrate(
                 add_experts(model, layer, routed, lacks, own)
                 torch.sub(original_sums, lacks, out=lacks)
                 coverage[layer.container] = _coverage(routed, layer.num_experts)
-                tensors: Tensors = {}
                 for stored in round_layer(config, model, layer, routed, sums, lacks):
                     tensors |= stored
                     advance(1)
-                model.complete(index, hidden, sums)
-                snapshots.save_layer(index, tensors)
+                model.complete(index, hidden, sums, weights)
+            snapshots.save_layer(index, tensors)
             snapshots.save(index + 1, streams, coverage)
-    read = snapshots.stored(layer.index for layer in source.layers)
+    read = snapshots.stored(range(last + 1))
     report = CalibrationReport(
         config.tokens.numel(), config.fewest_tokens, config.route_all, coverage
     )

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import begin, clear, replace_file
-from moeq.rounding import QuantizedWeight
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
@@ -51,7 +50,7 @@ class Snapshots:
         return (self.folder / _STATE).exists()
 
     def save_layer(self, index: int, tensors: Tensors) -> None:
-        """Keep the packed experts of a layer."""
+        """Keep the packed weights of a layer."""
         replace_file(self._layer(index), lambda target: save_file(tensors, target))
 
     def save(self, done: int, activations: Tensors, facts: object) -> None:
@@ -80,14 +79,13 @@ class Snapshots:
             tensor.copy_(saved[name])
         return int(state["done"]), state["facts"]
 
-    def stored(self, indices: Iterable[int]) -> Callable[[str], Tensors]:
-        """Return what reads the packed tensors of a weight of these layers by its name."""
+    def stored(self, indices: Iterable[int]) -> Callable[[Iterable[str]], Tensors]:
+        """Return what reads tensors of these layers by their names."""
         files = MappedFiles()
         paths = [self._layer(index) for index in indices]
         path_of = {name: path for path in paths for name in files.open(path).keys()}  # noqa: SIM118
 
-        def read(weight: str) -> Tensors:
-            names = QuantizedWeight.names(weight)
+        def read(names: Iterable[str]) -> Tensors:
             return {name: files.tensor(path_of[name], name) for name in names}
 
         return read

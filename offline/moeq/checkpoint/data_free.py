@@ -1,12 +1,14 @@
-"""Rounds experts without any text, while they are written."""
+"""Rounds weights without any text, while they are written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.rounding import DATA_FREE
+from moeq.rounding import DATA_FREE, round_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class DataFree:
 
     Attributes:
         source: The model.
-        method: One of :data:`moeq.rounding.DATA_FREE`.
+        method: Of experts, one of :data:`moeq.rounding.DATA_FREE`.
         group_size: Weights of a row that share a scale.
     """
 
@@ -24,10 +26,20 @@ class DataFree:
     group_size: int
 
     def packed(self, weight: str, bits: int) -> dict[str, torch.Tensor]:
-        """Round a weight; return its packed tensors by name."""
-        try:
-            quantized = DATA_FREE[self.method](self.source.tensor(weight), bits, self.group_size)
-        except ValueError as error:
-            folder = self.source.folder
-            raise MoeqError(f"{folder}: cannot quantize {weight}: {error}") from error
-        return quantized.named(weight)
+        """Round an expert's weight; return its packed tensors by name."""
+        quantize = DATA_FREE[self.method]
+        with _named(self.source, weight):
+            return quantize(self.source.tensor(weight), bits, self.group_size).named(weight)
+
+    def packed_linear(self, weight: str, bits: int) -> dict[str, torch.Tensor]:
+        """Round the weight of a dense layer; return its packed tensors by name."""
+        with _named(self.source, weight):
+            return round_linear(self.source.tensor(weight), bits, self.group_size).named(weight)
+
+
+@contextmanager
+def _named(source: SourceModel, weight: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise MoeqError(f"{source.folder}: cannot quantize {weight}: {error}") from error

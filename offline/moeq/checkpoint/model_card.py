@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from moeq.checkpoint.wording import linear_summary
 from vllm_moeq.format import WIDTHS, BitPlan
 
 _TEXT = """\
@@ -12,7 +13,7 @@ _TEXT = """\
 
 Expert weights of {source} quantized by vllm-moeq: every expert has its own bit-width,
 {achieved:.3f} bits on average ({bits_per_weight:.3f} bits per weight with scales and zero points).
-Routers, attention, norms and embeddings are untouched.
+{others}
 
 | | |
 |---|---|
@@ -22,6 +23,7 @@ Routers, attention, norms and embeddings are untouched.
 | group size | {group_size} |
 | rounding | {rounding} |
 | packed experts | {expert_bytes:,} bytes |
+| dense layers | {dense} |
 | all tensors | {total_bytes:,} bytes |
 {quality}
 ## Plan
@@ -85,6 +87,11 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
         rounding=provenance.details.get("rounding", "unknown"),
         expert_bytes=provenance.expert_bytes or 0,
         total_bytes=provenance.total_bytes or 0,
+        dense=linear_summary(plan),
+        others="Routers, attention, norms and embeddings are untouched."
+        if not plan.linear_bits
+        else "Attention, shared experts and dense MLPs have 4, 8 or 16 bits, in the format of\n"
+        "compressed-tensors. Routers, norms and embeddings are untouched.",
         quality=_quality(plan),
         plan=_plan(plan),
     )

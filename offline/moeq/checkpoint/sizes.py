@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.linear import group_widths
 from moeq.checkpoint.source import SourceModel
 from vllm_moeq.format import BitPlan, packed_bytes
 
@@ -40,7 +41,11 @@ def plan_sizes(plan: BitPlan, source: SourceModel) -> PlanSizes:
             weights += rows * columns
             code_bits += rows * columns * width
             size += packed_bytes(rows, columns, width, plan.group_size)
-    total = size + source.other_bytes
+    saved = sum(
+        group.stored_bytes - group.num_bytes(bits, plan.group_size)
+        for group, bits in group_widths(plan, source.linear).items()
+    )
+    total = size + source.other_bytes - saved
     return PlanSizes(weights, code_bits / weights, size * 8 / weights, size, total)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from moeq.checkpoint.canonical import CanonicalReader
 from moeq.checkpoint.families import Family, MoELayer, family_of
+from moeq.checkpoint.linear import LinearGroup, linear_groups
 from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.reader import FLOATS, CheckpointReader, resolve_model
 from moeq.checkpoint.servable import drafts_tokens
@@ -24,12 +25,14 @@ class SourceModel:
         reader: Its tensors, under canonical names.
         layers: Its MoE layers, in order.
         left_out: Names of tensors that are not read, since vLLM would not start with them.
+        linear: Its dense layers that can be quantized.
     """
 
     name: str
     reader: CheckpointReader
     layers: list[MoELayer]
     left_out: tuple[str, ...] = ()
+    linear: tuple[LinearGroup, ...] = ()
 
     @classmethod
     def open(cls, name: str | Path) -> "SourceModel":
@@ -40,7 +43,9 @@ class SourceModel:
                 missing, has a wrong shape or is not 16- or 32-bit floating point; names it.
         """
         reader = CanonicalReader(resolve_model(str(name)))
-        return cls(str(name), reader, moe_layers(reader), tuple(reader.left_out))
+        layers = moe_layers(reader)
+        groups = linear_groups(reader, layers)
+        return cls(str(name), reader, layers, tuple(reader.left_out), tuple(groups))
 
     @property
     def folder(self) -> Path:
@@ -67,6 +72,11 @@ class SourceModel:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.reader.tensors.values())
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all tensors."""
+        return sum(torch.Size(info.shape).numel() for info in self.reader.tensors.values())
 
     @property
     def other_bytes(self) -> int:

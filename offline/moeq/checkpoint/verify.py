@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 from moeq.checkpoint.families import Family, MoELayer, family_of
+from moeq.checkpoint.linear import linear_widths
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
 from moeq.checkpoint.servable import check_servable
 from moeq.errors import MoeqError
@@ -12,10 +15,14 @@ from vllm_moeq.format import (
     FormatError,
     LayerBits,
     check_manifest,
+    linear_tensors,
     packed_tensors,
 )
 
-_SAFETENSORS_NAMES = {"torch.uint8": "U8", "torch.float16": "F16"}
+_SAFETENSORS_NAMES = {
+    "torch.uint8": "U8", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int32": "I32",
+    "torch.int64": "I64",
+}  # fmt: skip
 
 
 def read_plan(reader: CheckpointReader) -> BitPlan:
@@ -58,6 +65,8 @@ def verify_checkpoint(folder: Path) -> list[str]:
         problems.append(str(error))
     for container, bits in plan.expert_bits.items():
         problems += _layer_problems(reader, family, container, bits, plan.group_size)
+    for weight, width in linear_widths(plan).items():
+        problems += _linear_problems(reader, weight, width, plan.group_size)
     return problems
 
 
@@ -120,16 +129,43 @@ def _layer_problems(
                 problems += _bias_problems(reader, bias, rows)
             for tensor in packed_tensors(rows, columns, width, group_size):
                 name = family.tensor_name(container, expert, matrix, tensor.suffix)
-                stored = reader.tensors.get(name)
-                wanted = (_SAFETENSORS_NAMES[str(tensor.dtype)], tensor.shape)
-                if stored is None:
-                    problems.append(f"tensor {name} is missing")
-                elif (stored.dtype, stored.shape) != wanted:
-                    problems.append(
-                        f"tensor {name} is {stored.dtype} {list(stored.shape)}, the plan's width "
-                        f"{width} needs {wanted[0]} {list(wanted[1])}"
-                    )
+                problems += _tensor_problems(reader, name, width, tensor.dtype, tensor.shape)
     return problems
+
+
+def _linear_problems(
+    reader: CheckpointReader, weight: str, width: int, group_size: int
+) -> list[str]:
+    stem = weight.removesuffix("weight")
+    if weight in reader.tensors:
+        return [f"tensor {weight} is there, though the plan gives it {width} bits"]
+    name = f"{stem}weight_shape"
+    if name not in reader.tensors:
+        return [f"tensor {name} is missing"]
+    shape = reader.tensor(name).tolist()
+    if len(shape) != 2 or min(shape) < 1 or shape[1] % group_size:
+        return [f"{name} is {shape}, no matrix whose rows are whole groups of {group_size}"]
+    rows, columns = shape
+    return [
+        problem
+        for suffix, dtype, expected in linear_tensors(rows, columns, width, group_size)
+        for problem in _tensor_problems(reader, stem + suffix, width, dtype, expected)
+    ]
+
+
+def _tensor_problems(
+    reader: CheckpointReader, name: str, width: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> list[str]:
+    stored = reader.tensors.get(name)
+    wanted = (_SAFETENSORS_NAMES[str(dtype)], shape)
+    if stored is None:
+        return [f"tensor {name} is missing"]
+    if (stored.dtype, stored.shape) != wanted:
+        return [
+            f"tensor {name} is {stored.dtype} {list(stored.shape)}, the plan's width {width} "
+            f"needs {wanted[0]} {list(wanted[1])}"
+        ]
+    return []
 
 
 def _bias_problems(reader: CheckpointReader, name: str, rows: int) -> list[str]:

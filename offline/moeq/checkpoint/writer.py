@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from moeq.checkpoint.families import check_plan_fits, expert_widths
+from moeq.checkpoint.linear import group_widths, linear_widths
 from moeq.checkpoint.model_card import write_model_card
 from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
@@ -24,6 +25,7 @@ from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
     guarded,
+    linear_bytes,
     packed_bytes,
     write_manifest,
 )
@@ -36,21 +38,25 @@ _WORKERS = len(os.sched_getaffinity(0))
 
 
 class PackedSource(Protocol):
-    """Where packed experts come from. Threads call it at the same time."""
+    """Where packed weights come from. Threads call it at the same time."""
 
     def packed(self, weight: str, bits: int) -> dict[str, torch.Tensor]:
-        """Return the packed tensors of a weight by name.
+        """Return the packed tensors of an expert's weight by name.
 
         Raises:
             MoeqError: It cannot be quantized; names it.
         """
+
+    def packed_linear(self, weight: str, bits: int) -> dict[str, torch.Tensor]:
+        """Return those of the weight of a dense layer."""
 
 
 class _Job(NamedTuple):
     """One source tensor: what becomes of it and the bytes that it takes in the output."""
 
     name: str
-    bits: int | None
+    become: Literal["kept", "expert", "linear"]
+    bits: int
     output_bytes: int
 
 
@@ -78,7 +84,8 @@ class Conversion:
             MoeqError: The plan does not fit the model.
         """
         check_plan_fits(plan, source.layers)
-        widths = expert_widths(plan, source.layers)
+        group_widths(plan, source.linear)
+        widths, of_linear = expert_widths(plan, source.layers), linear_widths(plan)
         shards: list[list[_Job]] = [[]]
         filled = 0
         # In file order, so that each source shard is read once from start to end.
@@ -86,9 +93,13 @@ class Conversion:
             if name in widths:
                 rows, columns = info.shape
                 size = packed_bytes(rows, columns, widths[name], plan.group_size)
-                job = _Job(name, widths[name], size)
+                job = _Job(name, "expert", widths[name], size)
+            elif name in of_linear:
+                rows, columns = info.shape
+                size = linear_bytes(rows, columns, of_linear[name], plan.group_size)
+                job = _Job(name, "linear", of_linear[name], size)
             else:
-                job = _Job(name, None, info.num_bytes)
+                job = _Job(name, "kept", 0, info.num_bytes)
             if shards[-1] and filled + job.output_bytes > shard_bytes:
                 shards.append([])
                 filled = 0
@@ -133,7 +144,7 @@ class Conversion:
     def write(
         self,
         folder: Path,
-        experts: PackedSource,
+        weights: PackedSource,
         reports: Mapping[str, Any] | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -141,7 +152,7 @@ class Conversion:
 
         Args:
             folder: What is in it is not complete before this returns.
-            experts: Packs the weights of experts.
+            weights: Packs those of experts, and of dense layers that the plan names.
             reports: What there is to know beside the weights: JSON by the name of a file.
             progress: Hears of every tensor.
 
@@ -163,7 +174,7 @@ class Conversion:
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
                 tensors: dict[str, torch.Tensor] = {}
-                converted = pool.map(lambda job: self._convert(job, experts.packed), shard)
+                converted = pool.map(lambda job: self._convert(job, weights), shard)
                 for job, result in zip(shard, converted, strict=True):
                     tensors |= result
                     advance(reader.tensors[job.name].num_bytes)
@@ -186,18 +197,16 @@ class Conversion:
         write_model_card(folder, self.plan, self.source.name)
         write_manifest(folder)
 
-    def _convert(
-        self, job: _Job, packed: Callable[[str, int], dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        if job.bits is None:
-            tensor = self.source.tensor(job.name)
-            # A part at a time: the mask of an embedding would take half its memory.
-            if any(part.isnan().any() for part in torch.split(tensor.flatten(), _WEIGHTS_AT_ONCE)):
-                raise MoeqError(
-                    f"{self.source.folder}: {job.name} holds NaN: get the checkpoint again"
-                )
-            return {job.name: tensor}
-        return packed(job.name, job.bits)
+    def _convert(self, job: _Job, weights: PackedSource) -> dict[str, torch.Tensor]:
+        if job.become == "expert":
+            return weights.packed(job.name, job.bits)
+        if job.become == "linear":
+            return weights.packed_linear(job.name, job.bits)
+        tensor = self.source.tensor(job.name)
+        # A part at a time: the mask of an embedding would take half its memory.
+        if any(part.isnan().any() for part in torch.split(tensor.flatten(), _WEIGHTS_AT_ONCE)):
+            raise MoeqError(f"{self.source.folder}: {job.name} holds NaN: get the checkpoint again")
+        return {job.name: tensor}
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -132,12 +132,19 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         "--bits", type=float, help="average width of the expert weights (default 2.5)"
     )
     group.add_argument(
-        "--bits-per-weight", type=float, help="instead: the same with scales and zero points"
+        "--bits-per-weight", type=float, help="instead: average of all weights of the result"
     )
     group.add_argument(
         "--target-size",
         metavar="SIZE",
         help="instead: size of all tensors of the result, as in 14GB",
+    )
+    group.add_argument(
+        "--dense-bits",
+        type=lambda text: text if text == "auto" else int(text),
+        metavar="BITS",
+        help="width of attention projections, shared experts and dense MLPs: 16, 8, 4, or auto "
+        "(default: a measured plan chooses for each; others leave them as they are)",
     )
     group.add_argument(
         "--levels",

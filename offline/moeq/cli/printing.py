@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moeq.calibration import REPORT_NAME, CalibrationReport
+from moeq.checkpoint.wording import linear_summary, size_of_tried
 from moeq.evaluation import Evaluation, Scores
 from moeq.model.cost import Cost
 from moeq.pipeline import Estimate, QuantizedModel
@@ -38,6 +39,7 @@ def describe_plan(plan: BitPlan) -> str:
         ("bits achieved", _number(provenance.achieved_bits)),
         ("bits per weight", _number(provenance.bits_per_weight) + " with scales and zero points"),
         ("packed experts", _bytes(provenance.expert_bytes)),
+        ("dense layers", linear_summary(plan)),
         ("all tensors", _bytes(provenance.total_bytes)),
     ]
     lines = [f"{name:<16} {value}" for name, value in rows]
@@ -134,12 +136,13 @@ def _tried(tried: list[Mapping[str, Any]]) -> list[str]:
     """Return what ``auto`` tried as lines, the best first; none if it was not asked."""
     if not tried:
         return []
-    lines = [["plan", "expert bytes", "KL", "loss"]]
+    size = size_of_tried(tried)
+    lines = [["plan", size.replace("_", " "), "KL", "loss"]]
     for plan in tried:
         lines.append(
             [
                 plan["strategy"],
-                f"{plan['expert_bytes']:,}",
+                f"{plan[size]:,}",
                 f"{plan['divergence']:.5f}",
                 f"{plan['loss_increase']:+.5f}",
             ]

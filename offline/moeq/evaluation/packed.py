@@ -8,7 +8,8 @@ import torch
 
 from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.families import check_plan_fits
-from moeq.checkpoint.verify import read_plan
+from moeq.checkpoint.linear import group_widths, linear_widths
+from moeq.checkpoint.packed import PackedReader
 from moeq.errors import MoeqError
 from moeq.evaluation import reference, served
 from moeq.evaluation.scores import Evaluation, Output, Scorer, TopOutput
@@ -41,14 +42,14 @@ class PackedModel:
             MoeqError: It is no packed checkpoint, one that lacks tensors, or one of another model;
                 names it.
         """
-        reader = CheckpointReader(folder)
-        plan = read_plan(reader)
+        reader = PackedReader(folder)
         try:
-            check_plan_fits(plan, original.layers)
+            check_plan_fits(reader.plan, original.layers)
+            group_widths(reader.plan, original.linear)
         except MoeqError as error:
             raise MoeqError(f"{folder} does not come from {original.folder}: {error}") from error
         check_structure(reader, original.layers)
-        return cls(reader, plan, original)
+        return cls(reader, reader.plan, original)
 
     def evaluate(
         self,
@@ -93,6 +94,9 @@ class PackedModel:
         if backend == "transformers":
             packed = WholeModel(self.original, device)
             packed.fill(experts)
+            packed.fill_linear(
+                {name: self.reader.tensor(name) for name in linear_widths(self.plan)}
+            )
             original = WholeModel(self.original, device)
             return original.outputs(tokens), packed.outputs(tokens)
         quantized: Iterable[Output | TopOutput]

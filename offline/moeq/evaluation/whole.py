@@ -10,8 +10,8 @@ from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.precision import QUANTIZATION_KEYS, in_16_bits
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
-from moeq.model import ExpertSource
-from moeq.model.architecture import auto_class, model_config
+from moeq.model import ExpertSource, Weights
+from moeq.model.architecture import auto_class, model_config, stored_names
 
 _EXPERTS = re.compile(r"layers\.(\d+)\.(?:[^.]+\.)?experts$")
 """Matches the module of a layer's routed experts."""
@@ -31,6 +31,7 @@ class WholeModel:
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
         self._model = _load(source).to(device).eval()
+        self._names = list(source.reader.tensors)
         self._layers = {layer.index: layer for layer in source.layers}
         self._experts: dict[int, Any] = {
             int(match[1]): module
@@ -67,6 +68,15 @@ class WholeModel:
                     w13 = torch.stack(w13.chunk(2), 1).flatten(0, 1)
                 first[expert].copy_(w13.T if experts.is_transposed else w13)
                 experts.down_proj[expert].copy_(w2.T if experts.is_transposed else w2)
+
+    @torch.inference_mode()
+    def fill_linear(self, weights: Weights) -> None:
+        """Give dense layers other weights, by their names on disk."""
+        ours = stored_names(self._model, self._names)
+        state = self._model.state_dict()
+        for name, stored in ours.items():
+            if stored in weights:
+                state[name].copy_(weights[stored])
 
     @torch.inference_mode()
     def outputs(self, tokens: torch.Tensor) -> Iterator[Output]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moeq.checkpoint.wording import linear_summary, size_of_tried
 from moeq.checkpoint.workspace import write_new_file
 from moeq.html import document, table
 from moeq.inspection.inspection import Inspection
@@ -15,6 +16,7 @@ from vllm_moeq.format import PROJECTIONS, WIDTHS, LayerBits
 
 # From light to dark for people who are colour-blind, too (viridis).
 _COLOURS = {1: "#fde725", 2: "#7ad151", 3: "#22a884", 4: "#2a788e", 8: "#414487"}
+_LAYER = re.compile(r".*\blayers\.(\d+)\.")
 _STYLE = """
 .map { border-spacing: 2px; border-collapse: separate; }
 .map td { padding: 0; border: 0; width: 1.1em; min-width: .7em; height: 1.5em; border-radius: 2px; }
@@ -36,6 +38,7 @@ def render(inspection: Inspection) -> str:
         *_plan_map(inspection),
         *_tried(inspection),
         *_widths(inspection),
+        *_linear(inspection),
         *_coverage(inspection),
         *_errors(inspection),
     ]
@@ -60,6 +63,7 @@ def _sizes(inspection: Inspection) -> Iterator[str]:
         ("bits per expert weight, with scales", _number(provenance.bits_per_weight)),
         ("group size", str(inspection.plan.group_size)),
         ("packed experts", _megabytes(provenance.expert_bytes)),
+        ("dense layers", linear_summary(inspection.plan)),
         ("all tensors", _megabytes(provenance.total_bytes)),
         ("rounding", str(provenance.details.get("rounding", "unknown"))),
         ("moeq", provenance.moeq_version),
@@ -122,16 +126,17 @@ def _tried(inspection: Inspection) -> Iterator[str]:
         f"<p>On {tried[0]['tokens']:,} tokens held back from the calibration text, at equal "
         "bytes but for a step of one expert, in nats per token.</p>"
     )
+    size = size_of_tried(tried)
     rows = [
         [
             plan["strategy"],
-            f"{plan['expert_bytes']:,}",
+            f"{plan[size]:,}",
             f"{plan['divergence']:.5f}",
             f"{plan['loss_increase']:+.5f}",
         ]
         for plan in tried
     ]
-    yield table(["plan", "expert bytes", "divergence (KL)", "loss"], rows, best=[0])
+    yield table(["plan", size.replace("_", " "), "divergence (KL)", "loss"], rows, best=[0])
 
 
 def _widths(inspection: Inspection) -> Iterator[str]:
@@ -146,6 +151,24 @@ def _widths(inspection: Inspection) -> Iterator[str]:
         rows.append([_layer(container), *(f"{counts[0][w]} / {counts[1][w]}" for w in used)])
     header = ["experts, w13 / w2", *(f"{width} bit" for width in used)]
     yield table(header, rows)
+
+
+def _linear(inspection: Inspection) -> Iterator[str]:
+    widths: dict[str, dict[str, int]] = {}
+    for name, bits in inspection.plan.linear_bits.items():
+        match = _LAYER.match(name)
+        layer, inside = ("", name) if match is None else (match[1], name[match.end() :])
+        widths.setdefault(layer, {})[inside] = bits
+    if not widths:
+        return
+    names = list(dict.fromkeys(name for layer in widths.values() for name in layer))
+    yield "<h2>Dense layers</h2>"
+    yield "<p>Bits of each; those that are not named here have 16.</p>"
+    rows = [
+        [f"layer {layer}", *(str(found.get(name, "")) for name in names)]
+        for layer, found in sorted(widths.items(), key=lambda item: int(item[0] or -1))
+    ]
+    yield table(["layer", *names], rows)
 
 
 def _coverage(inspection: Inspection) -> Iterator[str]:

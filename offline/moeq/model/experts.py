@@ -1,13 +1,14 @@
-"""The experts of a layer: where their weights come from, and what they add to the hidden states."""
+"""Where weights of experts and dense layers come from; what experts add to hidden states."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Weights
 from moeq.model.stand_ins import Routed
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
@@ -20,10 +21,14 @@ class ExpertSource:
     Attributes:
         matrices: Takes a layer and an expert's number; returns its weights.
         key: Takes the same; sources with equal keys give equal weights, which are then read once.
+        linear: Widths of dense layers that are not those of the checkpoint, by names of weights.
+        linear_weights: Returns them of one decoder layer, float32, by names.
     """
 
     matrices: Callable[[MoELayer, int], ExpertMatrices]
     key: Callable[[MoELayer, int], Hashable]
+    linear: Mapping[str, int] = field(default_factory=dict)
+    linear_weights: Callable[[int], Weights] = lambda index: {}
 
     @classmethod
     def original(cls, model: LayerwiseModel) -> "ExpertSource":
@@ -104,11 +109,25 @@ def run_layer(
         sums = hidden
     elif sums is None:
         sums = torch.empty_like(hidden)
-    routed = model.run(index, hidden, x, sums)
-    if routed is not None:
-        add_experts(model, model.moe_layers[index], routed, sums, sources)
-        model.complete(index, hidden, sums)
-    return routed
+    count, first = len(hidden) // len(sources), 0
+    parts: list[tuple[slice, Weights]] = []
+    found: list[Routed] = []
+    for _, alike in groupby(sources, key=lambda source: source.linear):
+        some = list(alike)  # those that share their dense layers, whose activations lie together
+        part = slice(first, first := first + len(some) * count)
+        weights = some[0].linear_weights(index)
+        routed = model.run(index, hidden[part], x[part], sums[part], weights)
+        if routed is not None:
+            parts.append((part, weights))
+            found.append(routed)
+    if not found:
+        return None
+    ids, shares = (torch.cat([getattr(r, name) for r in found]) for name in ("ids", "weights"))
+    together = Routed(x.view(-1, x.shape[-1]), ids, shares)
+    add_experts(model, model.moe_layers[index], together, sums, sources)
+    for part, weights in parts:
+        model.complete(index, hidden[part], sums[part], weights)
+    return together
 
 
 def add_experts(

@@ -5,7 +5,7 @@ another, so that the caller decides which weights they have and sees what reache
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,11 @@ from moeq.errors import MoeqError
 from moeq.model.architecture import auto_class, model_config, not_layerwise, stored_names
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
 
+Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
+"""Name on disk of a weight to what gets the inputs and outputs of its linear layer."""
+Weights = Mapping[str, torch.Tensor]
+"""Name on disk to float32 weights that stand for those of the checkpoint."""
+_NONE: Mapping[str, Any] = {}
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 
@@ -131,7 +136,12 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def run(
-        self, index: int, hidden: torch.Tensor, x: torch.Tensor, sums: torch.Tensor
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        sums: torch.Tensor,
+        weights: Weights = _NONE,
     ) -> Routed | None:
         """Run one layer, all but its routed experts; if it has any, :meth:`complete` has to follow.
 
@@ -141,21 +151,22 @@ class LayerwiseModel:
             x: Memory of the same shape for the result.
             sums: Becomes what the experts' shares have to be added to: ``hidden`` itself where the
                 model adds up, else other memory of the same shape.
+            weights: Of dense layers, for those of the checkpoint.
 
         Returns:
             What the experts get; None for a layer without experts.
         """
         moe, size = self.moe_layers.get(index), self._batch_size(hidden)
-        targets, ids, weights = iter(torch.split(x, size)), [], []
+        targets, ids, shares = iter(torch.split(x, size)), [], []
 
         def record(routed: Routed) -> torch.Tensor:
             target = next(targets)
             target.copy_(routed.x.view(target.shape))
             ids.append(routed.ids.cpu())
-            weights.append(routed.weights.float().cpu())
+            shares.append(routed.weights.float().cpu())
             return torch.zeros_like(routed.x)
 
-        with self._loaded(index, record) as layer:
+        with self._loaded(index, record, weights) as layer:
             for sequences in torch.split(hidden, size):
                 output = layer(sequences.to(self.device))
                 if moe is None or self.adds_up:
@@ -164,28 +175,50 @@ class LayerwiseModel:
             return None
         if not self.adds_up:
             sums.zero_()
-        shares = torch.cat(weights) * self._residual_multiplier
-        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), shares)
+        of_experts = torch.cat(shares) * self._residual_multiplier
+        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), of_experts)
 
     @torch.no_grad()
-    def complete(self, index: int, hidden: torch.Tensor, sums: torch.Tensor) -> None:
+    def watch(self, index: int, hidden: torch.Tensor, weights: Weights, watch: Watch) -> None:
+        """Run one layer without its routed experts, only to see what dense layers get.
+
+        Args:
+            index: Which layer.
+            hidden: float32 [n, L, hidden_size]: input, which stays as it is.
+            weights: As in :meth:`run`.
+            watch: Gets inputs and outputs, of some sequences at a time.
+        """
+        with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
+            for sequences in torch.split(hidden, self._batch_size(hidden)):
+                run(sequences.to(self.device))
+
+    @torch.no_grad()
+    def complete(
+        self, index: int, hidden: torch.Tensor, sums: torch.Tensor, weights: Weights = _NONE
+    ) -> None:
         """Turn ``hidden``, in place, into the output of a layer with experts.
 
         Args:
             index: Which layer; :meth:`run` has just run it.
             hidden: float32 [n, L, hidden_size], as run has left it.
             sums: As run has left it, and the experts' shares.
+            weights: As run got them.
         """
         if self.adds_up:
             return
         size = self._batch_size(hidden)
         parts = iter(torch.split(sums, size))
-        with self._loaded(index, lambda routed: next(parts).to(self.device)) as layer:
+        with self._loaded(index, lambda routed: next(parts).to(self.device), weights) as layer:
             for sequences in torch.split(hidden, size):
                 sequences.copy_(layer(sequences.to(self.device)))
 
     def backward(
-        self, index: int, hidden: torch.Tensor, gradient: torch.Tensor, of_sums: torch.Tensor
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        gradient: torch.Tensor,
+        of_sums: torch.Tensor,
+        watch: Watch = _NONE,
     ) -> None:
         """Turn the gradient of a layer's output, in place, into that of its input.
 
@@ -197,6 +230,7 @@ class LayerwiseModel:
             gradient: Of the same shape.
             of_sums: Becomes the gradient of the sums of the experts' shares; without experts, that
                 of the output.
+            watch: Gets inputs and outputs of dense layers before the way back.
         """
         moe = self.moe_layers.get(index)
         experts = [] if moe is None else [self.matrices(moe, i) for i in range(moe.num_experts)]
@@ -212,7 +246,7 @@ class LayerwiseModel:
             return result
 
         of_sums.copy_(gradient)
-        with self._loaded(index, give) as layer, torch.enable_grad():
+        with self._loaded(index, give, watch=watch) as layer, torch.enable_grad():
             for sequence, target, of_sum in zip(hidden, gradient, of_sums, strict=True):
                 inputs = sequence[None].to(self.device, copy=True).requires_grad_()
                 output = layer(inputs)
@@ -225,14 +259,27 @@ class LayerwiseModel:
 
     @contextmanager
     def _loaded(
-        self, index: int, give: Callable[[Routed], torch.Tensor]
+        self,
+        index: int,
+        give: Callable[[Routed], torch.Tensor],
+        weights: Weights = _NONE,
+        watch: Watch = _NONE,
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Give a layer its tensors, and what stands for its experts, to run it on sequences."""
         layer, moe = self._layers[index], self.moe_layers.get(index)
         args, kwargs = self._entrances[index].arguments
         if moe is not None:
             layer.set_submodule(self._experts, Experts(moe, give))
-        self._fill(layer, f"{self._prefix}layers.{index}.")
+        prefix = f"{self._prefix}layers.{index}."
+        self._fill(layer, prefix, weights)
+        hooks = [
+            module.register_forward_hook(
+                lambda _, args, output, see=watch[stored]: see(args[0], output)
+            )
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+            and (stored := self._stored_name(f"{prefix}{name}.weight")) in watch
+        ]
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
             output = layer(hidden, *args, **kwargs)
@@ -240,6 +287,8 @@ class LayerwiseModel:
             return result
 
         yield run
+        for hook in hooks:
+            hook.remove()
         if moe is not None:
             layer.set_submodule(self._experts, nn.Module())  # what stood there may hold memory
         layer.to("meta")
@@ -329,8 +378,8 @@ class LayerwiseModel:
             )
         return tensor
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Give a module of the model its tensors from the checkpoint.
+    def _fill(self, module: nn.Module, prefix: str, weights: Weights = _NONE) -> None:
+        """Give a module of the model its tensors from the checkpoint, but for some weights.
 
         Raises:
             MoeqError: transformers builds another model than the checkpoint holds.
@@ -343,7 +392,9 @@ class LayerwiseModel:
                 self._model._init_weights(part)
         state = {}
         for name in module.state_dict():
-            tensor = self.source.tensor(self._stored_name(prefix + name)).to(self.device)
+            stored = self._stored_name(prefix + name)
+            tensor = weights[stored] if stored in weights else self.source.tensor(stored)
+            tensor = tensor.to(self.device)
             state[name] = tensor.float() if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeq.allocation import PlanOptions, fulfils, make_plan, ordered_bits
+from moeq.checkpoint.linear import uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.evaluation import Scores
 from moeq.model import LayerwiseModel
@@ -34,6 +35,7 @@ class Candidate:
         return {
             "strategy": self.plan.provenance.strategy,
             "expert_bytes": self.plan.provenance.expert_bytes,
+            "total_bytes": self.plan.provenance.total_bytes,
             "divergence": self.scores.divergence,
             "loss_increase": self.scores.loss - self.scores.original_loss,
             "tokens": self.scores.tokens,
@@ -52,10 +54,11 @@ def unmeasured_plans(measurement: Measurement) -> list[BitPlan]:
 def _unmeasured(measurement: Measurement) -> Iterator[BitPlan]:
     source, asked = measurement.source, measurement.options
     plain = PlanOptions(
-        asked.bits, asked.levels, group_size=asked.group_size, budget=measurement.budget
-    )
+        asked.bits, asked.levels, group_size=asked.group_size, budget=measurement.budget,
+        linear=asked.linear,
+    )  # fmt: skip
     if len(plain.resolved_levels()) == 1:  # every plan by layers is the uniform one
-        yield make_plan(source, PlanOptions(asked.bits, None, "uniform", asked.group_size))
+        yield make_plan(source, replace(plain, strategy="uniform", levels=None, budget=None))
         return
     routers = {name: getattr(asked, name) for name in ("base_router", "zeta", "maxvar", "reorder")}
     yield make_plan(source, replace(plain, strategy="combined", **routers))
@@ -83,5 +86,7 @@ def routing_plans(measurement: Measurement, model: LayerwiseModel, bank: Bank) -
         moeq_version=__version__,
         details={"levels": list(levels)},
     )
-    plan = with_sizes(BitPlan(asked.group_size, bits, provenance), measurement.source)
+    source = measurement.source
+    linear = uniform_linear_bits(source.linear, asked.linear, asked.group_size)
+    plan = with_sizes(BitPlan(asked.group_size, bits, provenance, linear), source)
     return [plan] if fulfils(plan, layers, asked.constraints) else []

@@ -1,6 +1,7 @@
 """From what the user asks of a plan to the plan."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -8,9 +9,9 @@ from moeq.allocation import (
     Constraints,
     PlanOptions,
     average_bits,
-    bits_per_weight_budget,
+    file_budget,
+    file_bytes,
     make_plan,
-    target_size_budget,
 )
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.sizes import plan_sizes
@@ -23,6 +24,8 @@ from moeq.requests import DEFAULT_BITS, PlanRequest
 from moeq.units import parse_size
 from vllm_moeq.format import WIDTHS, BitPlan
 
+_CHOSEN_FROM = (8, 4)
+"""Width of dense layers of the plans beside one that chooses it for each: the first that fits."""
 _RANK_TOLERANCE = 0.01
 """Expert-parallel ranks of equal bytes may differ from their mean by this share of it."""
 
@@ -41,11 +44,8 @@ def measurement_of(
     Raises:
         MoeqError: The size that was asked for does not fit the model.
     """
-    bits, budget = _size(source, request)
-    return Measurement(
-        source, _options(request, bits, budget), tokens, request.chosen_method, device,
-        request.seed,
-    )  # fmt: skip
+    options = _options(request, _size(source, request))
+    return Measurement(source, options, tokens, request.chosen_method, device, request.seed)
 
 
 def decide(
@@ -55,7 +55,7 @@ def decide(
     folder: Path | None = None,
     progress: Progress = silent,
 ) -> Decision:
-    """Decide the width of every expert.
+    """Decide the width of every expert, and of dense layers.
 
     Args:
         source: The model.
@@ -68,28 +68,30 @@ def decide(
     Raises:
         MoeqError: What is asked does not fit the model; says what would.
     """
-    bits, budget = _size(source, request)
+    size = _size(source, request)
     if measurement is None:
-        decision = Decision(make_plan(source, _options(request, bits, budget)), None)
+        decision = Decision(make_plan(source, _options(request, size)), None)
     elif folder is None:
         decision = measured_plan(measurement, progress)
     else:
         decision = resumable_plan(measurement, folder, progress)
-    _check_size(decision.plan, source, request, budget)
+    _check_size(decision.plan, source, request, size)
     return Decision(stamped(decision.plan, request.chosen_method), decision.report)
 
 
 def stand_in(source: SourceModel, measurement: Measurement) -> BitPlan:
     """Return a plan of the size of a measured one, to tell what rounding will take."""
     asked, budget = measurement.options, measurement.budget
-    options = PlanOptions(asked.bits, None, "random:0", asked.group_size, budget=budget)
+    options = PlanOptions(
+        asked.bits, None, "random:0", asked.group_size, budget=budget, linear=asked.linear
+    )
     return make_plan(source, options)
 
 
-def _options(request: PlanRequest, bits: float, budget: int | None) -> PlanOptions:
+def _options(request: PlanRequest, size: "_Size") -> PlanOptions:
     sizes = request.group_sizes
     return PlanOptions(
-        bits=bits,
+        bits=size.bits,
         levels=request.levels,
         strategy=request.chosen_strategy,
         group_size=max(sizes),
@@ -105,38 +107,64 @@ def _options(request: PlanRequest, bits: float, budget: int | None) -> PlanOptio
             rank_tolerance=_RANK_TOLERANCE if request.ranks > 1 else 0.0,
             same_width=request.same_width,
         ),
-        budget=budget,
+        budget=size.budget,
+        linear=size.linear,
+        chooses_linear=request.chosen_dense_bits is None,
     )
 
 
-def _size(source: SourceModel, request: PlanRequest) -> tuple[float, int | None]:
-    """Return the average width asked for, and the bytes of experts if those were asked for."""
-    layers, group_size = source.layers, max(request.group_sizes)
+class _Size(NamedTuple):
+    """What is asked of the size.
+
+    Attributes:
+        bits: Average width of the experts.
+        budget: Bytes of all packed experts, if bytes were asked for.
+        linear: Width of the dense layers beside them.
+        target: Bytes of the whole checkpoint, if those were asked for.
+    """
+
+    bits: float
+    budget: int | None
+    linear: int
+    target: int | None
+
+
+def _size(source: SourceModel, request: PlanRequest) -> _Size:
+    """Return what is asked of the size; where dense layers are chosen, with one width for all."""
+    layers, group_size, width = source.layers, max(request.group_sizes), request.chosen_dense_bits
+    widths = _CHOSEN_FROM if width is None else (width,)
     if request.bits_per_weight is not None:
-        budget = bits_per_weight_budget(request.bits_per_weight, layers, group_size)
+        option = "bits_per_weight"
+        target = file_bytes(request.bits_per_weight, source)
     elif request.target_size is not None:
-        target = parse_size(request.target_size, "target_size")
-        budget = target_size_budget(target, source, group_size)
+        option = "target_size"
+        target = parse_size(request.target_size, option)
     else:
-        return float(DEFAULT_BITS if request.bits is None else request.bits), None
+        bits = DEFAULT_BITS if request.bits is None else request.bits
+        return _Size(float(bits), None, widths[0], None)
+    asked = f"`{option}` {getattr(request, option)}"
+    for linear in widths:
+        try:
+            budget = file_budget(target, source, group_size, linear=linear, asked=asked)
+            break
+        except MoeqError:
+            if linear == widths[-1]:
+                raise
     average = min(average_bits(budget, layers, group_size), max(request.levels or WIDTHS))
     if average < min(request.levels or WIDTHS):
-        option = "target_size" if request.bits_per_weight is None else "bits_per_weight"
         raise MoeqError(
-            f"`{option}` {getattr(request, option)} leaves {average:.4g} bits to an expert weight, "
-            f"less than the smallest of `levels` {','.join(map(str, request.levels or ()))}"
+            f"{asked} leaves {average:.4g} bits to an expert weight, less than the smallest of "
+            f"`levels` {','.join(map(str, request.levels or ()))}"
         )
     if request.chosen_strategy == "uniform":
         average = max(width for width in WIDTHS if width <= average)
-    return average, budget
+    return _Size(average, budget, linear, target)
 
 
-def _check_size(
-    plan: BitPlan, source: SourceModel, request: PlanRequest, budget: int | None
-) -> None:
-    size = plan_sizes(plan, source).expert_bytes
-    if budget is not None and size > budget:
+def _check_size(plan: BitPlan, source: SourceModel, request: PlanRequest, size: _Size) -> None:
+    total = plan_sizes(plan, source).total_bytes
+    if size.target is not None and total > size.target:
         raise MoeqError(
-            f"`strategy` {request.chosen_strategy} cannot stay within {budget:,} bytes of experts "
-            f"at these widths: its plan takes {size:,}; ask for a little less"
+            f"`strategy` {request.chosen_strategy} cannot stay within {size.target:,} bytes at "
+            f"these widths: its plan takes {total:,}; ask for a little less"
         )

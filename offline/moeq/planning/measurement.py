@@ -7,6 +7,7 @@ import torch
 
 from moeq.allocation import PlanOptions, average_bits, bits_budget
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.workspace import fingerprint
 from moeq.errors import MoeqError
 from moeq.model.cost import (
@@ -26,7 +27,7 @@ from vllm_moeq.format import WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 4
+_ALGORITHM_VERSION = 5
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
@@ -67,6 +68,25 @@ class Measurement:
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes to choose from."""
         return self.options.group_sizes or (self.options.group_size,)
+
+    @property
+    def linear(self) -> tuple[LinearGroup, ...]:
+        """Dense layers whose width is to be chosen."""
+        if not self.options.chooses_linear:
+            return ()
+        return tuple(group for group in self.source.linear if group.fits(max(self.group_sizes)))
+
+    def budget_beside(self, linear: int) -> int:
+        """Return the bytes that experts may take beside dense layers of a width, if all have it."""
+        return self.total_budget - self._linear_bytes(linear)
+
+    @property
+    def total_budget(self) -> int:
+        """Bytes that experts may take, and dense layers whose width is to be chosen."""
+        return self.budget + self._linear_bytes(self.options.linear)
+
+    def _linear_bytes(self, bits: int) -> int:
+        return sum(group.num_bytes(bits, max(self.group_sizes)) for group in self.linear)
 
     @property
     def budget(self) -> int:

@@ -8,9 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moeq.allocation import allocate, expert_counts, possible_group_sizes
+import numpy as np
+
+from moeq.allocation import (
+    EXPERTS_ONLY,
+    LINEAR_OPTIONS,
+    LinearChoice,
+    allocate,
+    expert_counts,
+    possible_group_sizes,
+)
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.families import check_group_size
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (
     begin,
@@ -20,12 +30,13 @@ from moeq.checkpoint.workspace import (
     replace_file,
     temporary_folder,
 )
+from moeq.errors import MoeqError
 from moeq.model import LayerwiseModel
 from moeq.planning.candidates import Candidate, routing_plans, unmeasured_plans
 from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
 from moeq.progress import Progress, silent
-from moeq.sensitivity import Bank, Choice, QuantizationError, build, gradients
+from moeq.sensitivity import Bank, Choice, LinearBank, QuantizationError, build, gradients
 from vllm_moeq._version import __version__
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection, Provenance
 
@@ -119,7 +130,10 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     check_space(measurement.cost().disk_bytes, folder)
     model = LayerwiseModel(measurement.source, measurement.device)
     tokens = measurement.measured
-    of_outputs = gradients(model, tokens, folder, measurement.seed, progress)
+    linear = None
+    if measurement.linear:
+        linear = LinearBank(model, measurement.linear, group_sizes, tokens.numel(), folder)
+    of_outputs = gradients(model, tokens, folder, measurement.seed, progress, linear)
     banks = {}
     for group_size in group_sizes:
         (part := folder / str(group_size)).mkdir(exist_ok=True)
@@ -127,11 +141,14 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
             model, tokens, measurement.widths, group_size, measurement.method, of_outputs, part,
             progress,
         )  # fmt: skip
-    best = _least_loss(measurement, banks)
+    best = _least_loss(measurement, banks, linear)
     if not len(measurement.held_back):
-        return Decision(best, _report(best, banks, measurement))
-    plans = _different([best, *others, *routing_plans(measurement, model, banks[max(banks)])])
-    sources = [banks[plan.group_size].source(plan, measurement.device) for plan in plans]
+        return Decision(best, _report(best, banks, linear, measurement))
+    others += routing_plans(measurement, model, banks[max(banks)])
+    if linear is not None:
+        others += _with_dense_layers_as_they_are(measurement, banks)
+    plans = _different([best, *others])
+    sources = [banks[plan.group_size].source(plan, measurement.device, linear) for plan in plans]
     judged = judge(model, sources, {"held back": measurement.held_back}, progress)
     tried = [
         Candidate(plan, evaluation.total) for plan, evaluation in zip(plans, judged, strict=True)
@@ -147,17 +164,22 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
         },
     )
     winner = replace(winner, provenance=provenance)
-    return Decision(winner, _report(winner, banks, measurement))
+    return Decision(winner, _report(winner, banks, linear, measurement))
 
 
 def _different(plans: list[BitPlan]) -> list[BitPlan]:
     """Leave out plans whose widths are those of an earlier one."""
-    widths = [(plan.group_size, plan.expert_bits) for plan in plans]
+    widths = [(plan.group_size, plan.expert_bits, plan.linear_bits) for plan in plans]
     return [plan for i, plan in enumerate(plans) if widths[i] not in widths[:i]]
 
 
-def _report(plan: BitPlan, banks: Mapping[int, Bank], measurement: Measurement) -> dict[str, Any]:
-    """Return as JSON what was measured of each expert at the widths of a plan."""
+def _report(
+    plan: BitPlan,
+    banks: Mapping[int, Bank],
+    linear: LinearBank | None,
+    measurement: Measurement,
+) -> dict[str, Any]:
+    """Return as JSON what was measured of each expert and dense layer at the widths of a plan."""
     bank = banks[plan.group_size]
 
     def errors(layer: MoELayer, projection: Projection) -> dict[str, list[float]]:
@@ -179,18 +201,68 @@ def _report(plan: BitPlan, banks: Mapping[int, Bank], measurement: Measurement) 
             }
             for layer in bank.layers
         },
+        "dense": {
+            " + ".join(group.weights): {
+                "bits": width,
+                "loss": linear.loss(group, plan.group_size, width),
+            }
+            for group, width in group_widths(plan, measurement.linear).items()
+            if linear is not None
+        },
     }
 
 
-def _least_loss(measurement: Measurement, banks: Mapping[int, Bank]) -> BitPlan:
+def _least_loss(
+    measurement: Measurement, banks: Mapping[int, Bank], linear: LinearBank | None
+) -> BitPlan:
     """Return the plan of least estimated loss within the budget."""
+    if linear is None:
+        choice, budget = EXPERTS_ONLY, measurement.budget
+    else:
+        losses = {
+            group_size: np.array(
+                [[linear.loss(group, group_size, bits) for bits in LINEAR_OPTIONS]
+                 for group in linear.groups]
+            )
+            for group_size in banks
+        }  # fmt: skip
+        choice, budget = LinearChoice(linear.groups, losses), measurement.total_budget
+    return _allocated(measurement, banks, budget, choice, "sensitivity")
+
+
+def _with_dense_layers_as_they_are(
+    measurement: Measurement, banks: Mapping[int, Bank]
+) -> list[BitPlan]:
+    """Return the plan of least loss in as many bytes, if one is left, with dense layers of 16 bits.
+
+    So a plan that chooses them is not worse than one without.
+    """
+    budget = measurement.budget_beside(FULL_WIDTH)
+    try:
+        plan = _allocated(
+            measurement, banks, budget, EXPERTS_ONLY, "sensitivity, dense layers of 16 bits"
+        )
+    except MoeqError:
+        logger.info("there is no plan of this size with dense layers of 16 bits")
+        return []
+    return [plan]
+
+
+def _allocated(
+    measurement: Measurement,
+    banks: Mapping[int, Bank],
+    budget: int,
+    linear: LinearChoice,
+    strategy: str,
+) -> BitPlan:
     source, options = measurement.source, measurement.options
     tables = {group_size: bank.losses("loss") for group_size, bank in banks.items()}
-    group_size, bits, solution = allocate(
-        tables, source.layers, measurement.widths, measurement.budget, options.constraints
-    )
+    found = allocate(tables, source.layers, measurement.widths, budget, options.constraints, linear)
+    chosen = found.linear_bits
+    if not options.chooses_linear:
+        chosen = uniform_linear_bits(source.linear, options.linear, found.group_size)
     provenance = Provenance(
-        strategy="sensitivity",
+        strategy=strategy,
         requested_bits=options.bits,
         source=source.public_name,
         moeq_version=__version__,
@@ -198,8 +270,8 @@ def _least_loss(measurement: Measurement, banks: Mapping[int, Bank]) -> BitPlan:
             "widths": list(measurement.widths),
             "group_sizes": list(measurement.group_sizes),
             "constraints": str(options.constraints),
-            "estimated_divergence": solution.loss,
-            "gap_to_the_best_plan": solution.gap,
+            "estimated_divergence": found.solution.loss,
+            "gap_to_the_best_plan": found.solution.gap,
         },
     )
-    return with_sizes(BitPlan(group_size, bits, provenance), source)
+    return with_sizes(BitPlan(found.group_size, found.expert_bits, provenance, chosen), source)

@@ -37,5 +37,5 @@ def without_stale_claims(plan: BitPlan, method: str) -> BitPlan:
 
 def _digest(plan: BitPlan) -> str:
     widths = {name: bits.to_dict() for name, bits in plan.expert_bits.items()}
-    text = json.dumps([plan.group_size, widths], sort_keys=True)
+    text = json.dumps([plan.group_size, widths, dict(plan.linear_bits)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -158,9 +158,9 @@ def quantize_gptq(
         for parts in zip(*((grid.scale, grid.zero) for grid in grids), strict=True)
     )
     transposed = weights.transpose(1, 2).contiguous()
-    codes = _feed_back(transposed, hessian, scale, zero, bits, group_size, refinement.in_feedback)
+    codes = feed_back(transposed, hessian, scale, zero, bits, group_size, refinement.in_feedback)
     if refinement.rounds:
-        _refine(transposed, hessian.damped, codes, scale, zero, bits, group_size, refinement)
+        refine(transposed, hessian.damped, codes, scale, zero, bits, group_size, refinement)
     return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(batch)]
 
 
@@ -174,7 +174,7 @@ def _blocks(columns: int) -> list[slice]:
     return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
 
 
-def _feed_back(
+def feed_back(
     weight: torch.Tensor,
     hessian: Hessian,
     scale: torch.Tensor,
@@ -223,7 +223,7 @@ def _feed_back(
     return codes
 
 
-def _refine(
+def refine(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     codes: torch.Tensor,

@@ -19,6 +19,7 @@ from moeq.sensitivity.expert import (
     QuantizationError,
     RoutingStatistics,
 )
+from moeq.sensitivity.linear import LinearBank
 from vllm_moeq.format import BitPlan, Projection
 
 
@@ -44,8 +45,16 @@ class Bank:
         """Return one attribute of the error of every choice."""
         return {choice: getattr(error, attribute) for choice, error in self.errors.items()}
 
-    def source(self, plan: BitPlan, device: torch.device) -> ExpertSource:
-        """Return the experts of a plan with the bank's group size and widths."""
+    def source(
+        self, plan: BitPlan, device: torch.device, linear: LinearBank | None = None
+    ) -> ExpertSource:
+        """Return the weights of a plan with the bank's group size and widths.
+
+        Args:
+            plan: Which.
+            device: Where they are to be.
+            linear: Dense layers; None leaves them as they are in the model.
+        """
         files = MappedFiles()
 
         def widths(layer: MoELayer, expert: int) -> tuple[int, int]:
@@ -58,7 +67,9 @@ class Bank:
 
             return dequantized(layer, expert, widths(layer, expert), plan.group_size, read, device)
 
-        return ExpertSource(matrices, widths)
+        if linear is None:
+            return ExpertSource(matrices, widths)
+        return ExpertSource(matrices, widths, plan.linear_bits, linear.weights(plan, device))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from moeq.model import ExpertSource, LayerwiseModel, run_layer
 from moeq.model.activations import mapped
 from moeq.progress import Progress, silent, stage
+from moeq.sensitivity.linear import LinearBank
 
 
 def gradients(
@@ -22,6 +23,7 @@ def gradients(
     folder: Path,
     seed: int,
     progress: Progress = silent,
+    linear: LinearBank | None = None,
 ) -> list[torch.Tensor]:
     """Return the gradient of the experts' sums of every layer: float32 [n, L, hidden_size] each.
 
@@ -33,6 +35,7 @@ def gradients(
         folder: Gets activations and gradients, which the system keeps in memory where it can.
         seed: Of the drawn tokens.
         progress: Hears of every layer, forward and back.
+        linear: Rounds dense layers on the way, and measures them on the way back.
 
     Raises:
         MoeqError: Activations or weights that are not finite.
@@ -47,6 +50,8 @@ def gradients(
             model.embed(tokens, hidden)
             for index in range(len(model)):
                 states[index].copy_(hidden)
+                if linear is not None:
+                    linear.round(index, hidden)
                 run_layer(model, index, hidden, x, sources)
                 model.check_finite(index, hidden)
                 advance(1)
@@ -54,7 +59,8 @@ def gradients(
         results = []
         for index in reversed(range(len(model))):
             results.append(mapped(folder / f"gradient-{index}.bin", shape))
-            model.backward(index, states.pop(), gradient, results[-1])
+            watch = {} if linear is None else linear.watch(index)
+            model.backward(index, states.pop(), gradient, results[-1], watch)
             paths[index].unlink()
             advance(1)
     return results[::-1]

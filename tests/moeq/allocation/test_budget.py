@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from moeq.allocation import PlanOptions, expert_counts, make_plan
-from moeq.allocation.budget import (
-    bits_budget,
-    bits_by_layer,
-    bits_per_weight_budget,
-    target_size_budget,
-)
+from moeq.allocation.budget import bits_budget, bits_by_layer, file_budget, file_bytes
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
@@ -90,29 +85,29 @@ def test_an_average_that_float64_does_not_hold_loses_no_byte(source: SourceModel
 
 
 @pytest.mark.parametrize("bits", [1.75, 2.5, 3.0, 9.0])
-def test_bits_per_weight_count_scales(source: SourceModel, bits: float) -> None:
-    budget = bits_per_weight_budget(bits, source.layers, GROUP)
-    assert budget == WEIGHTS * bits / 8
+def test_bits_per_weight_are_those_of_the_whole_file(source: SourceModel, bits: float) -> None:
+    routers = NUM_LAYERS * NUM_EXPERTS * HIDDEN
+    assert file_bytes(bits, source) == int((WEIGHTS + routers + OTHER_WEIGHTS) * bits / 8)
 
 
 def test_target_size_counts_all_tensors(source: SourceModel) -> None:
     other = (NUM_LAYERS * NUM_EXPERTS * HIDDEN + OTHER_WEIGHTS) * 2
-    assert target_size_budget(200_000, source, GROUP) == 200_000 - other
+    assert file_budget(200_000, source, GROUP) == 200_000 - other
     least = _experts(1) + other
-    assert target_size_budget(least, source, GROUP) == _experts(1)
+    assert file_budget(least, source, GROUP) == _experts(1)
     for target in (least - 1, 1):
         with pytest.raises(MoeqError) as error:
-            target_size_budget(target, source, GROUP)
+            file_budget(target, source, GROUP, asked="`target_size` 5")
         message = str(error.value)
-        assert message.startswith(f"`target_size` {target:,} bytes ")
+        assert message.startswith(f"`target_size` 5 allows {target:,} bytes")
         assert f"at least {least:,} bytes" in message
         assert f"{other:,} " in message and f"{_experts(1):,} " in message
 
 
 def test_the_smallest_budget_follows_the_widths(source: SourceModel) -> None:
     layers = source.layers
-    with pytest.raises(MoeqError, match=f"at least {_experts(3):,} bytes .3 bits"):
-        bits_per_weight_budget(3.0, layers, GROUP, widths=(4, 3))
+    with pytest.raises(MoeqError, match=f"{_experts(3):,} for experts of 3 bits"):
+        file_budget(_experts(3), source, GROUP, widths=(4, 3))
     with pytest.raises(MoeqError, match=r"`bits` 2.5 is not between 3 and 4"):
         bits_budget(2.5, layers, GROUP, widths=(4, 3))
 
@@ -123,11 +118,10 @@ def test_bits_out_of_range_are_refused(source: SourceModel, bits: float) -> None
         bits_budget(bits, source.layers, GROUP)
 
 
-@pytest.mark.parametrize("bits", [1.7, -1.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("bits", [-1.0, 0.0, math.nan, math.inf])
 def test_bits_per_weight_out_of_range_are_refused(source: SourceModel, bits: float) -> None:
-    # 1 bit and 24 for each group of 32 are 1.75.
     with pytest.raises(MoeqError, match=re.escape(f"`bits_per_weight` {bits:g} ")):
-        bits_per_weight_budget(bits, source.layers, GROUP)
+        file_bytes(bits, source)
 
 
 @pytest.mark.parametrize("levels", [(3, 2), (3, 2, 1), (8, 4), (4, 2)])

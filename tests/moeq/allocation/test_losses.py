@@ -93,7 +93,7 @@ def test_the_group_size_of_the_least_loss_is_taken(layers: list[MoELayer]) -> No
             )
             for group in factors
         }
-        group, bits, solution = allocate(tables, layers, WIDTHS, budget)
+        group, bits, _, solution = allocate(tables, layers, WIDTHS, budget)
         assert solution.loss == min(other.loss for other in alone.values())
         assert solution.choice.tolist() == alone[group].choice.tolist()
         assert bits == layer_bits(solution.choice, layers, WIDTHS)
@@ -102,7 +102,7 @@ def test_the_group_size_of_the_least_loss_is_taken(layers: list[MoELayer]) -> No
 def test_group_sizes_above_the_budget_are_left_out(layers: list[MoELayer]) -> None:
     tables = {64: _table(), 32: _table(0.0)}
     least = int(option_sizes(layers, 64, (1,)).sum())
-    group, _, solution = allocate(tables, layers, WIDTHS, least)
+    group, _, _, solution = allocate(tables, layers, WIDTHS, least)
     assert (group, solution.size) == (64, least)
     with pytest.raises(MoeqError, match=f"at least {least:,} bytes"):
         allocate(tables, layers, WIDTHS, least - 1)
@@ -149,6 +149,6 @@ def test_a_group_size_without_a_plan_does_not_spoil_the_others(layers: list[MoEL
     tables = {64: _table(), 32: _table(0.0)}
     budget = int(option_sizes(layers, 32, (1,)).sum())
     forbidden = {key: math.inf if key[3] == 1 and key[1] == 0 else 0.0 for key in _table()}
-    group, _, solution = allocate({64: _table(), 32: forbidden}, layers, WIDTHS, budget)
+    group, _, _, solution = allocate({64: _table(), 32: forbidden}, layers, WIDTHS, budget)
     assert group == 64 and solution.size <= budget
     assert allocate(tables, layers, WIDTHS, budget)[0] == 32

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from moeq.rounding import round_linear
 from support.cli import environment, run_moeq, start_moeq
 from support.models import save_tokenizer
 from support.reference import dequantize_checkpoint
@@ -84,6 +85,40 @@ def test_outputs_stay_nearer_to_the_original_than_without_calibration(
     note = config["quantization_config"]["provenance"]["details"]["rounding"]
     assert note == "gptq, 24 x 48 tokens of text.txt, seed 0"
     _check_coverage(json.loads((tmp_path / "gptq" / "moeq_calibration.json").read_text()))
+
+
+def test_dense_layers_keep_their_outputs_behind_rounded_ones(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    source = tiny_model("deepseek_v3")  # its first layer has no experts
+    out, twin = tmp_path / "out", tmp_path / "float"
+    options = ("--calib", text, *OPTIONS[:6], "--nsamples=48", "--seqlen=64", "--dense-bits=4")
+    done = run_moeq("quantize", source, "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert run_moeq("verify", out).returncode == 0
+    dequantize_checkpoint(out, twin)
+    linear = json.loads((out / "config.json").read_text())["quantization_config"]["linear"]
+    targets = linear["config_groups"]["group_0"]["targets"]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (source, twin)
+    ]
+    modules = [dict(model.named_modules()) for model in models]
+    inputs: dict[str, torch.Tensor] = {}
+    for name in targets:
+        modules[1][name].register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2).double())
+        )
+    with torch.inference_mode():
+        ids = AutoTokenizer.from_pretrained(source)(TEXT[:2048])["input_ids"]
+        models[1](torch.tensor(ids).view(-1, 64))
+    better = 0
+    for name in targets:
+        original, rounded = (model[name].weight.detach().double() for model in modules)
+        nearest = round_linear(original.float(), 4, 32).dequantize(4).double()
+        errors = [((w - original) @ inputs[name].T).norm() for w in (rounded, nearest)]
+        better += bool(errors[0] < 0.9 * errors[1])
+    assert len(targets) == 14 and better >= 12, (better, len(targets))
 
 
 def _check_coverage(summary: dict[str, Any]) -> None:

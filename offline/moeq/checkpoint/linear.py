@@ -1,0 +1,150 @@
+"""The dense linear layers of a model: those in front of and beside its routed experts."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.reader import FLOATS, CheckpointReader
+from moeq.checkpoint.servable import drafts_tokens
+from moeq.errors import MoeqError
+from vllm_moeq.format import BitPlan, linear_bytes
+
+FULL_WIDTH = 16
+"""Bits per weight of a layer that a plan does not name."""
+_STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa")),
+    (("q_b_proj",),),
+    (("o_proj",),),
+    (("gate_proj", "up_proj"), ("input_linear",)),
+    (("down_proj",), ("output_linear",)),
+)
+"""Dense layers in the order in which they run; those in a tuple are one layer in vLLM, and so have
+one width. Routers, norms, projections of linear attention and of state spaces, and what MLA
+multiplies into attention itself (``kv_b_proj``) are none of them: they keep their 16 bits."""
+_NAMES = {name: group for stage in _STAGES for group in stage for name in group}
+_ROWS = 32
+"""Of which the kernels of vLLM take whole multiples."""
+
+
+class LinearGroup(NamedTuple):
+    """Dense layers that have one width, and get the same inputs.
+
+    Attributes:
+        layer: Number of the decoder layer.
+        weights: Names of their weights on disk.
+        shapes: (rows, columns) of each.
+        stored_bytes: Of all weights as they are in the source.
+    """
+
+    layer: int
+    weights: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ()
+    stored_bytes: int = 0
+
+    @property
+    def stage(self) -> int:
+        """Place in the order in which the dense layers of a decoder layer run."""
+        name = self.weights[0].split(".")[-2]
+        return next(i for i, stage in enumerate(_STAGES) if _NAMES[name] in stage)
+
+    def num_bytes(self, bits: int, group_size: int) -> int:
+        """Return the bytes of all weights at 4 or 8 bits, with their scales, or as they are."""
+        if bits == FULL_WIDTH:
+            return self.stored_bytes
+        return sum(linear_bytes(*shape, bits, group_size) for shape in self.shapes)
+
+    def fits(self, group_size: int) -> bool:
+        """Tell whether rows are whole groups."""
+        return all(columns % group_size == 0 for _, columns in self.shapes)
+
+
+def linear_groups(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[LinearGroup]:
+    """Return the dense layers that can be quantized, in the order of decoder layers and files.
+
+    Args:
+        reader: Of a source.
+        layers: Its MoE layers.
+    """
+    root = re.match(r"(.*\blayers\.)\d+\.", layers[0].container)
+    if root is None:
+        return []
+    pattern = re.compile(rf"({re.escape(root[1])}(\d+)\.(?:.*\.)?)([^.]+)\.weight")
+    experts = tuple(f"{layer.container}." for layer in layers)
+    found: dict[tuple[str, tuple[str, ...]], LinearGroup] = {}
+    refused = set()
+    for name, info in reader.tensors.items():
+        match = pattern.fullmatch(name)
+        if match is None or match[3] not in _NAMES or name.startswith(experts):
+            continue
+        key, index = (match[1], _NAMES[match[3]]), int(match[2])
+        if drafts_tokens(reader.config, name, index):
+            continue
+        if len(info.shape) != 2 or info.shape[0] % _ROWS or info.dtype not in FLOATS:
+            refused.add(key)
+            continue
+        group = found.get(key, LinearGroup(index))
+        found[key] = LinearGroup(
+            index,
+            (*group.weights, name),
+            (*group.shapes, (info.shape[0], info.shape[1])),
+            group.stored_bytes + info.num_bytes,
+        )
+    groups = [group for key, group in found.items() if key not in refused]
+    return sorted(groups, key=lambda group: group.layer)
+
+
+def linear_bits(bits: Mapping[LinearGroup, int]) -> dict[str, int]:
+    """Return the ``linear_bits`` of a plan from the widths of groups."""
+    return {
+        weight.removesuffix(".weight"): width
+        for group, width in bits.items()
+        if width != FULL_WIDTH
+        for weight in group.weights
+    }
+
+
+def uniform_linear_bits(
+    groups: Iterable[LinearGroup], bits: int, group_size: int
+) -> dict[str, int]:
+    """Return the ``linear_bits`` of a plan in which all layers that can have it have one width."""
+    return linear_bits({group: bits for group in groups if group.fits(group_size)})
+
+
+def group_widths(plan: BitPlan, groups: Iterable[LinearGroup]) -> dict[LinearGroup, int]:
+    """Return the width of each group in a plan, 16 for those that it does not name.
+
+    Raises:
+        MoeqError: It names what is no such layer, one whose rows are no whole groups, or only some
+            of those that have one width; names it.
+    """
+    unknown = dict(plan.linear_bits)
+    widths = {}
+    for group in groups:
+        found = {
+            weight: unknown.pop(weight.removesuffix(".weight"), FULL_WIDTH)
+            for weight in group.weights
+        }
+        width, *others = set(found.values())
+        if others:
+            raise MoeqError(
+                f"linear_bits: {' and '.join(found)} are one layer in vLLM and need one width, "
+                f"not {' and '.join(map(str, found.values()))}"
+            )
+        if width != FULL_WIDTH and not group.fits(plan.group_size):
+            raise MoeqError(
+                f"linear_bits: group size {plan.group_size} does not divide the "
+                f"{group.shapes[0][1]} columns of {group.weights[0]}"
+            )
+        widths[group] = width
+    if unknown:
+        raise MoeqError(
+            f"linear_bits names {next(iter(unknown))}, which is no dense layer of this model that "
+            "moeq quantizes"
+        )
+    return widths
+
+
+def linear_widths(plan: BitPlan) -> dict[str, int]:
+    """Return the widths of dense layers below 16 bits by the names of their weights."""
+    return {f"{name}.weight": bits for name, bits in plan.linear_bits.items()}

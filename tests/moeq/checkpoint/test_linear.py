@@ -1,0 +1,100 @@
+"""Which dense layers are quantized, against the classes of transformers."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeq.checkpoint import SourceModel
+from moeq.checkpoint.linear import group_widths, uniform_linear_bits
+from moeq.errors import MoeqError
+from moeq.model.architecture import stored_names
+from support.models import load_model
+from support.packed import mixed_plan
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+SHARED = "mlp.shared_experts"
+EXPECTED = {
+    "mixtral": {("self_attn", *ATTENTION), ("self_attn", "o_proj")},
+    "qwen2_moe": {
+        ("self_attn", *ATTENTION),
+        ("self_attn", "o_proj"),
+        ("mlp.shared_expert", "gate_proj", "up_proj"),
+        ("mlp.shared_expert", "down_proj"),
+    },
+    "deepseek_v3": {
+        ("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
+        ("self_attn", "q_b_proj"),
+        ("self_attn", "o_proj"),
+        ("mlp", "gate_proj", "up_proj"),
+        ("mlp", "down_proj"),
+        ("mlp.shared_experts", "gate_proj", "up_proj"),
+        ("mlp.shared_experts", "down_proj"),
+    },
+    "gpt_oss": {("self_attn", *ATTENTION), ("self_attn", "o_proj")},
+    "qwen3_next": {
+        ("self_attn", *ATTENTION),
+        ("self_attn", "o_proj"),
+        ("mlp.shared_expert", "gate_proj", "up_proj"),
+        ("mlp.shared_expert", "down_proj"),
+    },
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_layers_that_run_as_one_are_a_group(family: str, tiny_model: Callable[[str], Path]) -> None:
+    source = SourceModel.open(tiny_model(family))
+    found = set()
+    for group in source.linear:
+        inside = [re.sub(r".*\.layers\.\d+\.|\.weight$", "", name) for name in group.weights]
+        (parent,) = {name.rpartition(".")[0] for name in inside}
+        found.add((parent, *sorted((name.rpartition(".")[2] for name in inside), key=_place)))
+        assert all(f"layers.{group.layer}." in name for name in group.weights)
+    assert found == EXPECTED[family]
+
+
+def _place(name: str) -> int:
+    order = (*ATTENTION, "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj")
+    return order.index(name) if name in order else 0
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_they_are_linear_layers_of_transformers_in_the_order_in_which_they_run(
+    family: str, tiny_model: Callable[[str], Path]
+) -> None:
+    source = SourceModel.open(tiny_model(family))
+    model = load_model(tiny_model(family))
+    ours = {stored: name for name, stored in stored_names(model, source.reader.tensors).items()}
+    calls: list[str] = []
+    for group in source.linear:
+        for name, shape in zip(group.weights, group.shapes, strict=True):
+            module = model.get_submodule(ours[name].removesuffix(".weight"))
+            assert isinstance(module, torch.nn.Linear)
+            assert (module.out_features, module.in_features) == shape
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    assert len(set(calls)) == sum(len(group.weights) for group in source.linear)
+    in_order = [name for name in calls if "kv_a_proj" not in name]  # comes after q_b, unasked
+    stages = [(g.layer, g.stage) for name in in_order for g in source.linear if name in g.weights]
+    assert stages == sorted(stages)
+
+
+def test_a_plan_that_does_not_fit_is_refused_by_name(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    source = SourceModel.open(tiny_model("mixtral"))
+    plan = mixed_plan(tiny_model("mixtral"))
+    fits = uniform_linear_bits(source.linear, 8, plan.group_size)
+    assert set(group_widths(replace(plan, linear_bits=fits), source.linear).values()) == {8}
+    query = "model.layers.0.self_attn.q_proj"
+    for bits, message in (
+        (fits | {query: 4}, "q_proj.weight and .*v_proj.weight are one layer in vLLM"),
+        ({name: 8 for name in fits if name != query}, "need one width, not"),
+        (fits | {"lm_head": 8}, "names lm_head, which is no dense layer"),
+    ):
+        with pytest.raises(MoeqError, match=message):
+            group_widths(replace(plan, linear_bits=bits), source.linear)
