@@ -7,7 +7,14 @@ import torch
 from moeq.checkpoint.linear import LinearGroup
 from moeq.errors import MoeqError
 from moeq.model.layerwise import LayerwiseModel, Watch
-from moeq.rounding import Hessian, LinearWeight, gram, round_linear_by_inputs
+from moeq.rounding import (
+    DATA_FREE,
+    Hessian,
+    LinearWeight,
+    gram,
+    round_linear,
+    round_linear_by_inputs,
+)
 
 
 class LinearInputs:
@@ -37,9 +44,19 @@ class LinearInputs:
         return add
 
     def rounded(
-        self, group: LinearGroup, widths: Iterable[int], group_sizes: Iterable[int]
+        self,
+        group: LinearGroup,
+        widths: Iterable[int],
+        group_sizes: Iterable[int],
+        method: str = "gptq",
     ) -> Iterator[tuple[str, int, int, LinearWeight]]:
-        """Round the weights of a group with GPTQ; what is known of its inputs is used up.
+        """Round the weights of a group; what is known of its inputs is used up.
+
+        Args:
+            group: Which.
+            widths: At each of which.
+            group_sizes: With each of which.
+            method: Of :data:`moeq.rounding.METHODS`; without calibration, to nearest.
 
         Yields:
             Name of a weight, width, group size, and the weight with these.
@@ -47,19 +64,23 @@ class LinearInputs:
         Raises:
             MoeqError: Weights or inputs are not finite, or nothing came to the group; names it.
         """
-        source = self._model.source
-        if group not in self._sums:
+        source, hessian = self._model.source, None
+        if method not in DATA_FREE and group not in self._sums:
             raise MoeqError(
                 f"{source.folder}: {group.weights[0]} is no linear layer of the model in "
                 "transformers; give `dense_bits` 16"
             )
         try:
-            hessian = Hessian.of(self._sums.pop(group)[None], [self._tokens[group]])
+            if method not in DATA_FREE:
+                hessian = Hessian.of(self._sums.pop(group)[None], [self._tokens[group]])
             for name in group.weights:
                 weight = source.tensor(name).to(self._model.device)
                 for group_size in group_sizes:
                     for bits in widths:
-                        found = round_linear_by_inputs(weight, hessian, bits, group_size)
+                        if hessian is None:
+                            found = round_linear(weight, bits, group_size)
+                        else:
+                            found = round_linear_by_inputs(weight, hessian, bits, group_size)
                         yield name, bits, group_size, found
         except ValueError as error:
             names = ", ".join(group.weights)

@@ -132,7 +132,9 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     tokens = measurement.measured
     linear = None
     if measurement.linear:
-        linear = LinearBank(model, measurement.linear, group_sizes, tokens.numel(), folder)
+        linear = LinearBank(
+            model, measurement.linear, group_sizes, measurement.method, tokens.numel(), folder
+        )
     of_outputs = gradients(model, tokens, folder, measurement.seed, progress, linear)
     banks = {}
     for group_size in group_sizes:

@@ -14,7 +14,7 @@ from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, linear_widths
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import replace_file
 from moeq.model import LayerwiseModel, LinearInputs, Watch, Weights
-from moeq.rounding import LinearWeight
+from moeq.rounding import DATA_FREE, LinearWeight
 from vllm_moeq.format import LINEAR_WIDTHS, BitPlan
 
 Option = tuple[LinearGroup, int, int]
@@ -31,6 +31,7 @@ class LinearBank:
         model: Runs the checkpoint.
         groups: As above.
         group_sizes: Weights of a row that share a scale, to choose from.
+        method: One of :data:`moeq.rounding.METHODS`; without calibration, to nearest.
         tokens: Of the calibration text.
         folder: Gets a file for each decoder layer.
     """
@@ -40,11 +41,12 @@ class LinearBank:
         model: LayerwiseModel,
         groups: Sequence[LinearGroup],
         group_sizes: Sequence[int],
+        method: str,
         tokens: int,
         folder: Path,
     ) -> None:
         self.groups = tuple(groups)
-        self._model, self._group_sizes = model, tuple(group_sizes)
+        self._model, self._group_sizes, self._method = model, tuple(group_sizes), method
         self._tokens, self._folder, self._files = tokens, folder, MappedFiles()
         self._squares: dict[Option, float] = {}
 
@@ -82,11 +84,12 @@ class LinearBank:
         if not groups or self._file(index).exists():
             return
         inputs = LinearInputs(self._model, groups)
-        self._model.watch(index, hidden, {}, inputs.watch)
+        if self._method not in DATA_FREE:
+            self._model.watch(index, hidden, {}, inputs.watch)
         tensors: dict[str, torch.Tensor] = {}
         for group in groups:
             for name, bits, group_size, rounded in inputs.rounded(
-                group, LINEAR_WIDTHS, self._group_sizes
+                group, LINEAR_WIDTHS, self._group_sizes, self._method
             ):
                 tensors |= rounded.to("cpu").named(f"{group_size}.{bits}.{name}")
         replace_file(self._file(index), lambda target: save_file(tensors, target))
