@@ -72,14 +72,18 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
             match = _PACKED.fullmatch(name)
             if match:
                 stem = match[1]
+                scale = stored[f"{stem}.weight_scale"].half()
+                dense = f"{stem}.weight_shape" in stored  # compressed-tensors, symmetric
                 tensors[f"{stem}.weight"] = dequantize(
-                    tensor,
-                    stored[f"{stem}.weight_scale"],
-                    stored[f"{stem}.weight_zero_point"],
+                    tensor.view(torch.uint8),
+                    scale,
+                    torch.full_like(scale, 128, dtype=torch.uint8)
+                    if dense
+                    else stored[f"{stem}.weight_zero_point"],
                     quantization["group_size"],
-                    _width(quantization, stem),
+                    None if dense else _width(quantization, stem),
                 ).float()
-            elif not name.endswith((".weight_scale", ".weight_zero_point")):
+            elif not name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape")):
                 tensors[name] = tensor.float()
     tensors = _as_released(tensors, config["model_type"])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

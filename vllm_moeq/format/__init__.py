@@ -1,7 +1,12 @@
 """The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
 
 from vllm_moeq.format.errors import FormatError, first_few
-from vllm_moeq.format.linear import LINEAR_WIDTHS, linear_bytes, linear_tensors
+from vllm_moeq.format.linear import (
+    LINEAR_WIDTHS,
+    linear_bytes,
+    linear_tensors,
+    to_compressed_tensors,
+)
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_moeq.format.packing import (
     CODES_PER_WORD,
@@ -62,6 +67,7 @@ __all__ = [
     "packed_columns",
     "packed_tensors",
     "spread",
+    "to_compressed_tensors",
     "unpack",
     "write_manifest",
     "zero_point_unit",
