@@ -7,7 +7,7 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,10 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 from vllm.model_executor.models.utils import extract_layer_index
@@ -38,11 +41,13 @@ __all__ = [
     "CpuFusedMoE",
     "FusedMoEMethodBase",
     "LinearBase",
+    "ParallelLMHead",
     "QuantizationConfig",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "compressed_tensors_method",
     "cpu_fused_moe_bf16",
     "extract_layer_index",
     "guard_loading",
@@ -54,6 +59,7 @@ __all__ = [
     "model_path",
     "num_hidden_layers",
     "register_quantization_config",
+    "run_linear_layers_on_cpus",
     "set_weight_attrs",
     "weights_are_dummies",
 ]
@@ -76,20 +82,78 @@ def local_slot(layer: RoutedExperts, expert: int) -> int:
     return int(layer._map_global_expert_id_to_local_expert_id(expert))
 
 
+def compressed_tensors_method(layer: torch.nn.Module, prefix: str, config: dict[str, Any]) -> Any:
+    """Return the method by which vLLM's compressed-tensors runs a layer.
+
+    Args:
+        layer: A linear layer or an output head.
+        prefix: Its name, which is the target in the config.
+        config: Of compressed-tensors.
+    """
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    return CompressedTensorsConfig.from_config(config).get_quant_method(layer, prefix)
+
+
+@cache
+def run_linear_layers_on_cpus(
+    quantization: str,
+    prepare: Callable[[torch.nn.Module, int, int], None],
+    run: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor],
+) -> None:
+    """Let compressed-tensors run symmetric integers on CPUs by functions of ours.
+
+    Args:
+        quantization: Only models with this ``--quantization``.
+        prepare: Takes a loaded layer, its width and its group size, and repacks its parameters.
+        run: Takes a prepared layer, tokens and a bias, and returns the outputs.
+    """
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel
+    from vllm.platforms.interface import PlatformEnum
+    from vllm.scalar_type import scalar_types
+
+    widths = {scalar_types.uint4b8: 4, scalar_types.uint8b128: 8}
+
+    class MoeqLinearKernel(MPLinearKernel):
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1
+
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            if get_current_vllm_config().model_config.quantization != quantization:
+                return False, f"it is for models with --quantization {quantization}"
+            return c.weight_type in widths and not c.zero_points, "the integers are not symmetric"
+
+        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+            prepare(layer, widths[self.config.weight_type], self.config.group_size)
+
+        def apply_weights(
+            self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return run(layer, x, bias)
+
+    _POSSIBLE_KERNELS[PlatformEnum.CPU].insert(0, MoeqLinearKernel)
+
+
 def lora_is_enabled() -> bool:
     """Tell whether the model being built is to serve LoRA adapters."""
     return get_current_vllm_config().lora_config is not None
 
 
 def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
-    """Let vLLM put LoRA on every layer of a model but some fused experts.
+    """Let vLLM put LoRA on every layer of a model but some.
 
-    vLLM wraps all fused experts as soon as LoRA is enabled, whatever an adapter holds, and only
-    kernels of its own can be wrapped. Experts left out of its list stay as they are, and it refuses
-    an adapter that has weights for them before it takes anything from it.
+    vLLM wraps all fused experts and output heads as soon as LoRA is enabled, whatever an adapter
+    holds, and only its own kernels of experts and heads with a plain weight can be wrapped. Modules
+    left out of its list stay as they are, and it refuses an adapter that has weights for them
+    before it takes anything from it.
 
     Args:
-        is_excluded: Says for a module of the model whether it is one of those experts.
+        is_excluded: Says for a module of the model whether it is one of those.
     """
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -107,7 +171,7 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
             if targets:
                 raise ValueError(
                     f"lora_target_modules names {sorted(targets)}, but LoRA on moeq experts is not "
-                    "supported; name only other layers"
+                    "supported, nor on a packed output head; name only other layers"
                 )
             self.supported_lora_modules = [
                 name for name in self.supported_lora_modules if name not in excluded

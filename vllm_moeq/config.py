@@ -9,16 +9,19 @@ import torch
 from vllm_moeq.compat import (
     QUANTIZATION_METHODS,
     LinearBase,
+    ParallelLMHead,
     QuantizationConfig,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
+    compressed_tensors_method,
     extract_layer_index,
     guard_loading,
     init_logger,
     model_path,
     num_hidden_layers,
     register_quantization_config,
+    run_linear_layers_on_cpus,
     weights_are_dummies,
 )
 from vllm_moeq.format import (
@@ -28,7 +31,10 @@ from vllm_moeq.format import (
     FormatError,
     LayerBits,
     check_manifest,
+    linear_tensors,
+    to_compressed_tensors,
 )
+from vllm_moeq.linear import PACKED_COLUMNS, prepare, run
 from vllm_moeq.load_check import must_bring_all, must_fill
 from vllm_moeq.moe_method import MoeqMoEMethod
 
@@ -79,6 +85,8 @@ class MoeqConfig(QuantizationConfig):
                 raise FormatError(f"expert_bits[{container!r}] names no layer ('layers.N')")
             if self._by_layer.setdefault(int(match[1]), bits) is not bits:
                 raise FormatError(f"expert_bits names layer {match[1]} twice")
+        # What vLLM calls a dense layer: its name on disk, and its width.
+        self._linear = {name: (name, bits) for name, bits in self.plan.linear_bits.items()}
         self._files_checked = False
 
     def get_name(self) -> str:
@@ -104,11 +112,17 @@ class MoeqConfig(QuantizationConfig):
         """Build from ``quantization_config``."""
         return cls(config)
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Learn what a model of vLLM calls the layers that the checkpoint names."""
+        # Names are added: models within models map one after another what they know.
+        self._linear |= hf_to_vllm_mapper.apply_dict(self._linear)
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method for a layer, or None to leave it to vLLM.
 
         Raises:
-            FormatError: An MoE layer that the plan does not name, or damaged files.
+            FormatError: An MoE layer that the plan does not name, a fused layer whose parts it
+                gives different widths, or damaged files.
         """
         if isinstance(layer, RoutedExperts):
             self._check_files()
@@ -122,8 +136,38 @@ class MoeqConfig(QuantizationConfig):
                 )
             return MoeqMoEMethod(layer.moe_config, self._by_layer[index], self.plan.group_size)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead):
+            return self._linear_method(layer, prefix)
         return None
+
+    def _linear_method(self, layer: Any, prefix: str) -> Any:
+        """Return the method of a dense layer that the plan names, None for another."""
+        parts = self._parts(prefix)
+        named = [self._linear[part] for part in parts if part in self._linear]
+        if not named:
+            return None
+        bits = named[0][1]
+        if len(named) < len(parts) or any(width != bits for _, width in named):
+            widths = {part: self._linear.get(part, (part, 16))[1] for part in parts}
+            raise FormatError(
+                f"{prefix}: vLLM runs its parts as one layer, but the checkpoint gives them "
+                f"different bits: {widths}. Convert the model with one width for them"
+            )
+        self._check_files()
+        (_, _, shape), *_ = linear_tensors(1, layer.input_size, bits, self.plan.group_size)
+        setattr(layer, PACKED_COLUMNS, {f"{name}.weight_packed": shape[1] for name, _ in named})
+        run_linear_layers_on_cpus(QUANT_METHOD, prepare, run)
+        config = to_compressed_tensors({prefix: bits}, self.plan.group_size)
+        assert config is not None
+        return compressed_tensors_method(layer, prefix, config)
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Return the layers that one of vLLM is made of, most often only itself."""
+        if prefix in self._linear:
+            return [prefix]
+        parent, dot, name = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
 
     def _check_files(self) -> None:
         """Compare the sizes of the weight files with the manifest before anything is loaded.

@@ -7,6 +7,9 @@ still holds one after loading is refused.
 
 That does not do for a reload, which repacks layer by layer and keeps the old weights of a layer
 that got none. A reload must bring every tensor that filled the model at first.
+
+Integers have no NaN: the packed weights of a dense layer must be among the tensors that come. Their
+scales, which take the same way into the layer, began as NaN.
 """
 
 import math
@@ -18,6 +21,7 @@ from torch.nn import Module, Parameter
 
 from vllm_moeq.compat import VocabParallelEmbedding
 from vllm_moeq.format import FormatError, first_few
+from vllm_moeq.linear import PACKED_COLUMNS
 from vllm_moeq.moe_method import MoeqMoEMethod
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,17 +66,34 @@ def must_bring_all(
         tensors: Names and tensors on their way to the model's ``load_weights``.
 
     Raises:
-        FormatError: At the end, names of the first checkpoint are missing.
+        FormatError: At the end, names of the first checkpoint are missing, or packed weights of
+            dense layers; on the way, such a weight is not what the plan promises.
     """
+    packed: dict[str, int] = {}
+    for module in model.modules():
+        packed |= getattr(module, PACKED_COLUMNS, {})
     names = set()
     for name, tensor in tensors:
         names.add(name)
+        packed_name = f"{name}_packed" if name.endswith(".weight") else name
+        if packed_name in packed:
+            expected = (torch.int32, packed[packed_name])
+            if name != packed_name or (tensor.dtype, tensor.shape[-1]) != expected:
+                raise FormatError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {packed_name} in "
+                    f"{expected[0]} with {expected[1]} columns: the checkpoint does not follow its "
+                    "own bit plan, or, if weights are loaded again, it has another one than the "
+                    "engine was started with"
+                )
         yield name, tensor
-    missing = sorted(getattr(model, _LOADED, names) - names)
+    running = getattr(model, _LOADED, None)
+    missing = sorted((running or packed.keys()) - names)
     if missing:
+        which = "tensors that the running model was loaded with" if running else "packed weights"
         raise FormatError(
-            f"the checkpoint lacks tensors that the running model was loaded with: "
-            f"{first_few(missing)}. Restart the engine; check the checkpoint with `moeq verify`"
+            f"the checkpoint lacks {which}: {first_few(missing)}. "
+            f"{'Restart the engine; check' if running else 'Check'} the checkpoint with "
+            "`moeq verify`"
         )
     setattr(model, _LOADED, names)
 

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from vllm_moeq.compat import (
     FusedMoEMethodBase,
+    ParallelLMHead,
     RoutedExperts,
     init_logger,
     keep_out_of_lora,
@@ -36,6 +37,7 @@ from vllm_moeq.kernels import (
     fused_experts,
     select_kernel,
 )
+from vllm_moeq.linear import PACKED_COLUMNS
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures only loggers below its own
 
@@ -126,7 +128,7 @@ class MoeqMoEMethod(FusedMoEMethodBase):
         if self.buffers.alternating:
             let_gpt_oss_load_packed_experts()
         if lora_is_enabled():
-            keep_out_of_lora(_holds_moeq_experts)
+            keep_out_of_lora(_takes_no_adapter)
 
     def _check_supported(self, layer: RoutedExperts) -> None:
         """Refuse variants of experts that the kernels would compute wrongly without a word."""
@@ -238,6 +240,8 @@ def _swiglu(layer: RoutedExperts) -> list[float | None]:
     return [getattr(layer, option, None) for option in _SWIGLU_OPTIONS]
 
 
-def _holds_moeq_experts(module: torch.nn.Module) -> bool:
+def _takes_no_adapter(module: torch.nn.Module) -> bool:
+    if isinstance(module, ParallelLMHead):  # vLLM looks for its `weight`
+        return hasattr(module, PACKED_COLUMNS)
     experts = getattr(module, "routed_experts", None)
     return isinstance(getattr(experts, "quant_method", None), MoeqMoEMethod)

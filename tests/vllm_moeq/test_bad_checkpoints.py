@@ -12,18 +12,21 @@ import torch
 
 from support.checkpoints import change_tensors
 from support.engine import launch
+from support.linear import pack_linear
 from support.models import add_prediction_layer
 from support.packed import pack_mixed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+ATTENTION = "model.layers.1.self_attn"
 EXPERT = "model.layers.1.block_sparse_moe.experts.5.w3"
 CONTAINER = "model.layers.1.block_sparse_moe.experts"
 
 
 @pytest.fixture(scope="module")
 def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_mixed(tiny_model("mixtral"), tmp_path_factory.mktemp("bad") / "packed")
+    folder = tmp_path_factory.mktemp("bad") / "packed"
+    return pack_linear(pack_mixed(tiny_model("mixtral"), folder))
 
 
 def _change_config(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -74,6 +77,32 @@ def _layer_missing_in_plan(model: Path) -> None:
     )
 
 
+def _missing_dense_weight(model: Path) -> None:
+    change_tensors(model, lambda tensors: tensors.pop(f"{ATTENTION}.k_proj.weight_packed"))
+
+
+def _linear_targets(config: dict[str, Any], bits: int) -> list[str]:
+    groups = config["quantization_config"]["linear"]["config_groups"].values()
+    (targets,) = (group["targets"] for group in groups if group["weights"]["num_bits"] == bits)
+    return targets
+
+
+def _dense_layer_of_two_widths(model: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        _linear_targets(config, 8).remove(f"{ATTENTION}.k_proj")
+        _linear_targets(config, 4).append(f"{ATTENTION}.k_proj")
+
+    _change_config(model, change)
+
+
+def _width_of_another_dense_layer(model: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        _linear_targets(config, 4).remove(f"{ATTENTION}.o_proj")
+        _linear_targets(config, 8).append(f"{ATTENTION}.o_proj")
+
+    _change_config(model, change)
+
+
 def _width_seven(model: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         config["quantization_config"]["expert_bits"][CONTAINER]["w2"][3] = 7
@@ -101,6 +130,20 @@ def _no_quantization_config(model: Path) -> None:
         (_width_of_another_expert, "the checkpoint does not follow its own bit plan"),
         (_expert_missing_in_plan, "expert_bits lists 7 experts, the model has 8"),
         (_layer_missing_in_plan, "expert_bits has no entry for layer 1"),
+        (
+            _missing_dense_weight,
+            f"the checkpoint lacks packed weights: {ATTENTION}.k_proj.weight_packed. Check the",
+        ),
+        (
+            _dense_layer_of_two_widths,
+            f"'{ATTENTION}.q_proj': 8, '{ATTENTION}.k_proj': 4, '{ATTENTION}.v_proj': 8",
+        ),
+        (
+            _width_of_another_dense_layer,
+            f"{ATTENTION}.o_proj.weight_packed is torch.int32 [128, 16], expected "
+            f"{ATTENTION}.o_proj.weight_packed in torch.int32 with 32 columns: the checkpoint does "
+            "not follow its own bit plan",
+        ),
         (_width_seven, "width 7 of expert 3 is not one of [1, 2, 3, 4, 8]"),
         (_unknown_version, "format_version 2 is not supported"),
         (_no_quantization_config, "config.json has no quantization_config"),
@@ -142,15 +185,15 @@ def _refusal(model: Path, missing: Iterable[str], **llm_options: Any) -> str:
             [
                 "model.embed_tokens.weight",
                 "model.layers.0.input_layernorm.weight",
-                "model.layers.1.self_attn.k_proj.weight",
+                "model.layers.1.self_attn.k_proj.weight_scale",
                 "model.layers.1.block_sparse_moe.gate.weight",
                 "model.norm.weight",
-                "lm_head.weight",
+                "lm_head.weight_scale",
             ],
             "model.embed_tokens.weight (40960 of 40960), "
             "model.layers.0.input_layernorm.weight (128 of 128), "
             # vLLM holds q, k and v in one parameter.
-            "model.layers.1.self_attn.qkv_proj.weight (8192 of 32768), "
+            "model.layers.1.self_attn.qkv_proj.weight_scale (256 of 1024), "
             "model.layers.1.block_sparse_moe.gate.weight (1024 of 1024), "
             "model.norm.weight (128 of 128) and 1 more",
         ),
@@ -197,6 +240,8 @@ def test_parameters_that_are_not_filled_are_named(
     tmp_path: Path,
 ) -> None:
     packed = pack_mixed(tiny_model(family), tmp_path / "packed")
+    if family == "mixtral":
+        pack_linear(packed)
 
     assert _refusal(packed, missing) == refusal
 

@@ -15,6 +15,7 @@ from support.engine import (
     run_engine,
     run_transformers,
 )
+from support.linear import pack_linear
 from support.models import load_model
 from support.packed import W2_BITS, W13_BITS, pack_mixed
 from support.reference import dequantize_checkpoint
@@ -26,7 +27,8 @@ HIDDEN, INTERMEDIATE, GROUP = 128, 256, 32
 
 @pytest.fixture(scope="module")
 def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_mixed(tiny_model("mixtral"), tmp_path_factory.mktemp("engine") / "packed", GROUP)
+    folder = tmp_path_factory.mktemp("engine") / "packed"
+    return pack_linear(pack_mixed(tiny_model("mixtral"), folder, GROUP))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,7 @@ def test_kernel_is_chosen_by_name(
     run = run_engine(packed, environment={"MOEQ_KERNEL": kernel}, quantization="moeq")
 
     assert f"moeq experts run on the {kernel} kernel" in run.log
+    assert f"moeq linear layers run on the {kernel} kernel" in run.log
     assert_same(run.completions[0], expected)
 
 

@@ -1,4 +1,7 @@
-"""Every family: vLLM on the packed checkpoint against transformers on the dequantized one."""
+"""Every family: vLLM on the packed checkpoint against transformers on the dequantized one.
+
+Dense layers are packed too, but for layers that draft tokens.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from support.engine import (
     run_engine,
     run_transformers,
 )
+from support.linear import pack_linear
 from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, add_prediction_layer
 from support.packed import pack_mixed
 from support.reference import dequantize_checkpoint
@@ -35,7 +39,7 @@ groups, the second a short one. Mixtral's ranks are in ``test_engine.py``."""
 def test_equals_the_dequantized_model_in_vllm(
     family: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    packed = pack_mixed(tiny_model(family), tmp_path / "packed")
+    packed = pack_linear(pack_mixed(tiny_model(family), tmp_path / "packed"))
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
     run, expected = (run_engine(folder, dtype=dtype) for folder in (packed, plain))
@@ -50,7 +54,7 @@ def test_equals_the_dequantized_model(
     model = tiny_model(family.split()[0])
     if family == WITH_PREDICTION_LAYER:
         model = add_prediction_layer(model, tmp_path / "model", "model.layers.2.")
-    packed = pack_mixed(model, tmp_path / "packed")
+    packed = pack_linear(pack_mixed(model, tmp_path / "packed"))
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
     # vLLM 0.32's own CPU rotary op is wrong for latent attention, with or without quantization.
     # It is used in eager mode only, and its torch twin agrees with transformers.
@@ -64,7 +68,7 @@ def test_equals_the_dequantized_model(
 def _assert_two_ranks_equal_the_dequantized_model(
     model: Path, folder: Path, group_size: int, **more: Any
 ) -> None:
-    packed = pack_mixed(model, folder / "packed", group_size)
+    packed = pack_linear(pack_mixed(model, folder / "packed", group_size))
     plain = dequantize_checkpoint(packed, folder / "plain")
 
     run = run_engine(packed, **TWO_RANKS, **more)

@@ -6,6 +6,7 @@ from vllm_moeq.format.linear import (
     LINEAR_WIDTHS,
     linear_bytes,
     linear_tensors,
+    to_compressed_tensors,
 )
 from vllm_moeq.format.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from vllm_moeq.format.packing import (
@@ -68,6 +69,7 @@ __all__ = [
     "packed_columns",
     "packed_tensors",
     "spread",
+    "to_compressed_tensors",
     "unpack",
     "write_manifest",
     "zero_point_unit",

@@ -15,6 +15,7 @@ from vllm_moeq.expert_buffers import (
     check_hidden_size,
 )
 from vllm_moeq.format import PROJECTIONS, FormatError, LayerBits, Projection
+from vllm_moeq.hf.packed import OFFLOADED, ForwardOnly, refuse_to_move
 from vllm_moeq.kernels import (
     ACTIVATIONS,
     KERNELS,
@@ -26,11 +27,6 @@ from vllm_moeq.kernels import (
     expert_weight,
     fused_experts,
     select_kernel,
-)
-
-_OFFLOADED = (
-    "{name}: experts of a packed checkpoint cannot be offloaded; give `device_map` enough memory, "
-    "or the CPU alone"
 )
 
 
@@ -119,7 +115,7 @@ class FusedExperts:
                 name = "gate_up_proj" if self.gated else "up_proj"
             target = getattr(self.module, name)
             if target.is_meta:
-                raise ValueError(_OFFLOADED.format(name=self.name))
+                raise ValueError(OFFLOADED.format(name=self.name))
             for expert in range(len(buffers.layout.slots)):
                 weight = expert_weight(buffers.layout, weights, projection, expert, torch.float32)
                 if projection == "w13":
@@ -206,7 +202,7 @@ class PackedExperts(Module):
             for kind in self.buffers_of_layer.kinds
         }
         if any(tensor.is_meta for tensor in names.values()):
-            raise ValueError(_OFFLOADED.format(name=self.buffers_of_layer.name))
+            raise ValueError(OFFLOADED.format(name=self.buffers_of_layer.name))
         return names
 
     def prepare(self) -> None:
@@ -243,7 +239,7 @@ class PackedExperts(Module):
             chosen = hidden_states.any(-1)
             top_k_index = torch.where(chosen, rows, -1).unsqueeze(-1)
             top_k_weights = torch.ones_like(top_k_index, dtype=torch.float32)
-        result: torch.Tensor = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
+        result: torch.Tensor = ForwardOnly.apply(  # type: ignore[no-untyped-call]
             self._run, hidden_states, top_k_index, top_k_weights
         )
         return result
@@ -271,31 +267,5 @@ class PackedExperts(Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:
         """Refuse to move; a change of type, as of ``model.to(torch.bfloat16)``, is none of ours."""
         here = self.get_buffer(WEIGHT_BUFFERS[0]).device
-        there = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
-        if there != here:
-            raise RuntimeError(
-                f"packed experts are prepared for {here} and cannot move to {there}: load the "
-                f'model there with `device_map="{there}"`'
-            )
+        refuse_to_move(here, fn)
         return self
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Without it autograd would take the op for a constant, and lower layers would not train."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        return run(hidden_states, ids, weights)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "packed experts have no backward pass: to train, load the model with "
-            "`quantization_config=MoeqConfig(dequantize=True)`"
-        )

@@ -1,4 +1,4 @@
-"""The safetensors files of a packed checkpoint, and the experts in them."""
+"""The safetensors files of a packed checkpoint, and what is packed in them."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_moeq.expert_buffers import ExpertBuffers, Kind, Shard
-from vllm_moeq.format import MANIFEST_NAME, BitPlan, FormatError, Projection, check_manifest
+from vllm_moeq.format import (
+    MANIFEST_NAME,
+    BitPlan,
+    FormatError,
+    Projection,
+    check_manifest,
+    linear_tensors,
+)
+from vllm_moeq.kernels import LinearLayout, LinearWeight
 
 _SHARDS: dict[str, Shard] = {
     "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
@@ -128,6 +136,38 @@ class PackedFiles:
                 f"{self.folder}: {container} lacks {len(missing)} tensors, first {shard}.{kind} of "
                 f"expert {expert}. Check it with `moeq verify`"
             )
+
+    def linear_weight(self, name: str, layout: LinearLayout, read: Read) -> LinearWeight:
+        """Read the weight of a dense layer.
+
+        Args:
+            name: On disk.
+            layout: Its sizes.
+            read: Of :meth:`opened`.
+
+        Raises:
+            FormatError: A tensor is missing, or another one than the plan promises; names it.
+        """
+        bits, group_size, rows, columns = layout[:4]
+        tensors = []
+        for suffix, dtype, shape in linear_tensors(rows, columns, bits, group_size):
+            tensor_name = f"{name}.{suffix}"
+            if tensor_name not in self._path:
+                raise FormatError(f"{self.folder} lacks {tensor_name}. Check it with `moeq verify`")
+            tensor = read(tensor_name)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise FormatError(
+                    f"{self.folder}: {tensor_name} is {tensor.dtype} {list(tensor.shape)}, "
+                    f"expected {dtype} {list(shape)} for {bits} bits and group size {group_size}"
+                )
+            tensors.append(tensor)
+        weight = LinearWeight(*tensors[:2])
+        if not weight.is_exact():
+            raise FormatError(
+                f"{self.folder}: float16 does not hold the scales of {name} exactly, as it does "
+                "those of `moeq quantize`"
+            )
+        return weight
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

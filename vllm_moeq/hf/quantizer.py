@@ -8,6 +8,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch.nn import Linear
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 
@@ -15,16 +17,21 @@ from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, Form
 from vllm_moeq.hf.config import MoeqConfig
 from vllm_moeq.hf.experts import FusedExperts, PackedExperts, is_fused_experts
 from vllm_moeq.hf.files import PackedFiles
+from vllm_moeq.hf.linear import PackedLinear, dequantize, layout_of
 from vllm_moeq.hf.saving import save_pretrained
+from vllm_moeq.kernels import LinearLayout
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_PACKED_TENSOR = r"\.experts\.\d+\.\w+\.(weight_packed|weight_scale|weight_zero_point|bias)$"
+_PACKED_TENSORS = {
+    r"\.experts\.\d+\.\w+\.(weight_packed|weight_scale|weight_zero_point|bias)$",
+    r"\.(weight_packed|weight_scale|weight_shape)$",  # of dense layers
+}
 _UNEXPECTED, _MISSING = "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"
 """Patterns of names, attributes of a model."""
 
 
 class MoeqHfQuantizer(HfQuantizer):
-    """Replaces or fills the experts; everything else is loaded as of any checkpoint.
+    """Replaces or fills what is packed; everything else is loaded as of any checkpoint.
 
     Raises:
         ValueError: The model was not packed by ``moeq quantize``.
@@ -71,12 +78,13 @@ class MoeqHfQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
-            raise ValueError("packed experts are read from safetensors files, not a `state_dict`")
+            raise ValueError("packed weights are read from safetensors files, not a `state_dict`")
         self.files = PackedFiles(checkpoint_files, self.plan)
         self._fused = dict(self._find_experts(model))
+        self._linears = dict(self._find_linears(model))
         # Restored after loading.
         self._ignored = {name: getattr(model, name) for name in (_UNEXPECTED, _MISSING)}
-        unexpected, missing = {_PACKED_TENSOR}, set()
+        unexpected, missing = set(_PACKED_TENSORS), set()
         for container, fused in self._fused.items():
             bits = self.plan.expert_bits[container]
             if self.quantization_config.dequantize:
@@ -86,6 +94,13 @@ class MoeqHfQuantizer(HfQuantizer):
             else:
                 packed = PackedExperts(fused, bits, self.plan.group_size)
                 model.set_submodule(fused.name, packed)
+        for stored, (name, layout) in self._linears.items():
+            linear = model.get_submodule(name)
+            if self.quantization_config.dequantize:
+                linear._is_hf_initialized = True
+                missing.add(f"^{re.escape(name)}\\.weight$")
+            else:
+                model.set_submodule(name, PackedLinear(stored, linear, layout))
         setattr(model, _UNEXPECTED, unexpected.union(self._ignored[_UNEXPECTED] or ()))
         setattr(model, _MISSING, missing.union(self._ignored[_MISSING] or ()))
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -109,6 +124,28 @@ class MoeqHfQuantizer(HfQuantizer):
             raise FormatError(
                 f"expert_bits names {next(iter(by_layer.values()))}, and this release of "
                 "transformers holds no fused experts there"
+            )
+
+    def _find_linears(self, model: Any) -> Iterator[tuple[str, tuple[str, LinearLayout]]]:
+        """Yield the name on disk of each dense layer, its name in memory, and its sizes."""
+        if not self.plan.linear_bits:
+            return
+        ours = model.state_dict()
+        renamings = _renamings(get_model_conversion_mapping(model))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for stored, bits in self.plan.linear_bits.items():
+            weight = _name_in_memory(f"{stored}.weight", renamings, model, ours)
+            name = weight.removesuffix(".weight")
+            if weight not in ours or not isinstance(model.get_submodule(name), Linear):
+                raise FormatError(
+                    f"linear_bits names {stored}, and this release of transformers holds no linear "
+                    "layer there"
+                )
+            if weight in tied:
+                raise FormatError(f"linear_bits names {stored}, which shares {tied[weight]}")
+            yield (
+                stored,
+                (name, layout_of(stored, model.get_submodule(name), bits, self.plan.group_size)),
             )
 
     def update_weight_conversions(
@@ -139,6 +176,13 @@ class MoeqHfQuantizer(HfQuantizer):
                     packed = model.get_submodule(fused.name)
                     self.files.fill(container, packed.buffers_of_layer, packed.canonical(), read)
                     packed.prepare()
+            for stored, (name, layout) in self._linears.items():
+                weight = self.files.linear_weight(stored, layout, read)
+                linear = model.get_submodule(name)
+                if isinstance(linear, PackedLinear):
+                    linear.fill(weight)
+                else:
+                    dequantize(stored, linear, layout, weight)
         if self.quantization_config.dequantize:
             self._forget(model)
         else:
@@ -146,17 +190,17 @@ class MoeqHfQuantizer(HfQuantizer):
             self._tied = dict(getattr(model, "all_tied_weights_keys", {}))
             self._not_stored = set(model.state_dict()) - set(self._names.values())
             model.save_pretrained = MethodType(save_pretrained, model)
-        del self._fused, self._shapes, self._conversions
+        del self._fused, self._linears, self._shapes, self._conversions
 
     def _check_placement(self, model: Any) -> None:
         if getattr(model, "_tp_size", None) is not None:
-            raise ValueError("packed experts are not split over ranks in transformers; use vLLM")
+            raise ValueError("packed weights are not split over ranks in transformers; use vLLM")
         places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
         offloaded = places & {"cpu", "disk"}
         if offloaded and places - offloaded:
             raise ValueError(
                 f"the device map leaves parts of the model on {', '.join(sorted(offloaded))} and "
-                "moves them to a GPU when needed, which packed experts cannot follow: use more "
+                "moves them to a GPU when needed, which packed weights cannot follow: use more "
                 "GPUs, or the CPU alone"
             )
 
@@ -168,6 +212,7 @@ class MoeqHfQuantizer(HfQuantizer):
         """
         tied = set(getattr(model, "all_tied_weights_keys", {}))
         ours = {fused.name for fused in self._fused.values()}
+        tied |= {f"{name}.weight" for name, _ in self._linears.values()}
         optional = self._ignored[_MISSING] or ()
         wrong = []
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -188,10 +233,10 @@ class MoeqHfQuantizer(HfQuantizer):
     def _names_in_memory(self, model: Any) -> dict[str, str]:
         """Return what transformers calls the tensors on disk that are no experts'."""
         ours = model.state_dict()
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        renamings = _renamings(self._conversions)
         names = (
-            (name, rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0])
-            for name in self.files.others
+            (stored, _name_in_memory(stored, renamings, model, ours))
+            for stored in self.files.others
         )
         return {stored: name for stored, name in names if name in ours}
 
@@ -264,6 +309,18 @@ def _layer_index(name: str) -> int:
     if match is None:
         raise FormatError(f"{name}: experts outside numbered layers ('layers.N') are not supported")
     return int(match[1])
+
+
+def _renamings(conversions: list[Any]) -> list[WeightRenaming]:
+    return [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+
+
+def _name_in_memory(
+    stored: str, renamings: list[WeightRenaming], model: Any, ours: dict[str, torch.Tensor]
+) -> str:
+    """Return what transformers calls a tensor on disk."""
+    name: str = rename_source_key(stored, renamings, [], model.base_model_prefix, ours)[0]
+    return name
 
 
 def _makes_experts(conversion: Any) -> bool:

@@ -8,7 +8,9 @@ import torch
 from vllm_moeq import envs
 from vllm_moeq.kernels import cpu, reference, triton
 from vllm_moeq.kernels.call import FusedExpertsCall
+from vllm_moeq.kernels.cpu import linear as cpu_linear
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.linear import LinearCall, LinearLayout, LinearWeight
 
 
 class Unavailable(Protocol):
@@ -34,25 +36,55 @@ class Run(Protocol):
         """Return a new contiguous tensor of the type and shape of the tokens."""
 
 
+class PrepareLinear(Protocol):
+    """Repacks the canonical weight of a dense layer once after loading."""
+
+    def __call__(self, weight: LinearWeight, layout: LinearLayout, /) -> LinearWeight:
+        """Return as many tensors."""
+
+
+class RunLinear(Protocol):
+    """Runs a dense layer whose weight the same kernel prepared."""
+
+    def __call__(self, call: LinearCall, /) -> torch.Tensor:
+        """Return a new contiguous tensor [..., N] of the type of the tokens."""
+
+
+def _as_it_is(weight: LinearWeight, layout: LinearLayout) -> LinearWeight:
+    return weight
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One implementation of the fused experts: a row of the dispatch table.
+    """One implementation of the layers: a row of the dispatch table.
 
     Attributes:
         name: Value of ``MOEQ_KERNEL`` that chooses it.
         unavailable: Says why it cannot run.
-        prepare: Repacks weights.
-        run: Computes.
+        prepare: Repacks weights of experts.
+        run: Computes experts.
+        prepare_linear: Repacks the weight of a dense layer.
+        run_linear: Computes a dense layer. Without one of its own a kernel has the reference: on
+            GPUs, vLLM's own kernels run dense layers.
     """
 
     name: str
     unavailable: Unavailable
     prepare: Prepare
     run: Run
+    prepare_linear: PrepareLinear = _as_it_is
+    run_linear: RunLinear = reference.run_linear
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel(name="cpu", unavailable=cpu.unavailable, prepare=cpu.prepare, run=cpu.run),
+    Kernel(
+        name="cpu",
+        unavailable=cpu.unavailable,
+        prepare=cpu.prepare,
+        run=cpu.run,
+        prepare_linear=cpu_linear.prepare,
+        run_linear=cpu_linear.run,
+    ),
     Kernel(name="triton", unavailable=triton.unavailable, prepare=triton.prepare, run=triton.run),
     Kernel(
         name="reference",

@@ -1,4 +1,4 @@
-"""``torch.ops.moeq.fused_experts``: the one op that a compiled model calls."""
+"""The ops that a compiled model calls: ``torch.ops.moeq.fused_experts`` and ``….linear``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 
 from vllm_moeq.kernels.call import FusedExpertsCall
 from vllm_moeq.kernels.dispatch import KERNELS
+from vllm_moeq.kernels.linear import LinearCall
 
 # One plain registration instead of torch.library.custom_op, whose wrapper costs several
 # microseconds a call. The object owns the registration and must live as long as the process.
@@ -32,20 +33,55 @@ def _fused_experts_fake(
     weights: Sequence[torch.Tensor],
     *_: object,
 ) -> torch.Tensor:
+    _check_loaded(x, weights)
+    return x.new_empty(x.shape)  # contiguous, whatever the strides of x
+
+
+def _linear(*arguments: Any) -> torch.Tensor:
+    call = LinearCall.from_op(*arguments)
+    return KERNELS[call.layout.kernel].run_linear(call)
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: torch.Tensor,
+    rows: int,
+) -> torch.Tensor:
+    _check_loaded(x, (packed, scale))
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _check_loaded(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     # torch takes a real call with one meta tensor for a call on meta and would return memory that
     # nobody wrote. That is how a reload which failed half-way leaves a layer.
     if not x.is_meta and any(weight.is_meta for weight in weights):
         raise RuntimeError(
-            "the experts have no weights: the last reload of weights failed before it came to "
-            "them. Restart the engine"
+            "the layer has no weights: the last reload of weights failed before it came to it. "
+            "Restart the engine"
         )
-    return x.new_empty(x.shape)  # contiguous, whatever the strides of x
 
 
-_LIBRARY.impl("fused_experts", _fused_experts, "CPU")
-_LIBRARY.impl("fused_experts", _fused_experts, "CUDA")
-torch.library.register_fake("moeq::fused_experts", _fused_experts_fake, lib=_LIBRARY)
+# The outputs are a number, not a part of the layout: a fake call has no layout to read. They are
+# the model's, whatever the plan.
+_LIBRARY.define(
+    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor layout, SymInt rows) "
+    "-> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+for _name, _function, _fake in (
+    ("fused_experts", _fused_experts, _fused_experts_fake),
+    ("linear", _linear, _linear_fake),
+):
+    _LIBRARY.impl(_name, _function, "CPU")
+    _LIBRARY.impl(_name, _function, "CUDA")
+    torch.library.register_fake(f"moeq::{_name}", _fake, lib=_LIBRARY)
 
 fused_experts = torch.ops.moeq.fused_experts
 """Mixed-bit fused experts; arguments as in :meth:`vllm_moeq.kernels.call.FusedExpertsCall.from_op`,
 with the six tensors of ``ExpertWeights`` as a list and the layout as its int64 CPU tensor."""
+
+packed_linear = torch.ops.moeq.linear
+"""A dense linear layer; arguments as in :meth:`vllm_moeq.kernels.linear.LinearCall.from_op`."""

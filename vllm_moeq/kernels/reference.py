@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from vllm_moeq.format import Projection, dequantize
 from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, SwiGlu
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
+from vllm_moeq.kernels.linear import SYMMETRIC_ZERO_POINT, LinearCall, LinearLayout, LinearWeight
 
 _GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "gelu": lambda gate, up: F.gelu(gate) * up,
@@ -107,6 +108,33 @@ def expert_weight(
     rows, _ = layout.shape(projection)
     matrix = packed[offset : offset + size].view(rows, -1)
     return dequantize(matrix, scale[slot], zero_point[slot], bits, layout.group_size, dtype)
+
+
+def run_linear(call: LinearCall, compute_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Run a dense layer: dequantize, then multiply.
+
+    Args:
+        call: With the canonical weight.
+        compute_dtype: Type of weights and sums; None takes that of the tokens.
+    """
+    dtype = compute_dtype or call.x.dtype
+    bias = None if call.bias is None else call.bias.to(dtype)
+    return F.linear(call.x.to(dtype), linear_weight(call.weight, call.layout, dtype), bias).to(
+        call.x.dtype
+    )
+
+
+def linear_weight(weight: LinearWeight, layout: LinearLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight [N, K] of a dense layer, dequantized from its canonical tensors."""
+    middle = torch.full_like(weight.scale, SYMMETRIC_ZERO_POINT, dtype=torch.uint8)
+    return dequantize(
+        weight.packed.contiguous().view(torch.uint8),
+        weight.scale,
+        middle,
+        layout.bits,
+        layout.group_size,
+        dtype,
+    )
 
 
 def _bias(bias: torch.Tensor | None, slot: int, dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """The CPU kernel: C++ for AVX-512-VNNI and AVX2, compiled at first use and called by ctypes.
 
-``csrc/moe.cpp`` is the whole layer, ``csrc/layout.h`` its weights in memory; ``build.py`` compiles,
-``library.py`` declares the C interface, this file is the kernel's row in the dispatch table.
+``csrc/experts.h`` is a layer of experts, ``csrc/linear.h`` a dense one, ``csrc/layout.h`` their
+weights in memory. ``build.py`` compiles, ``library.py`` declares the C interface, ``linear.py``
+calls it for dense layers. This file is the kernel's row in the dispatch table.
 """
 
 import ctypes

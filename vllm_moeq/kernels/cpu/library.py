@@ -39,7 +39,7 @@ LIMITED_SILU = 6
 """``Activation`` of silu with parameters that a model chose."""
 
 BAD_EXPERT_ID, BAD_SIZES, OUT_OF_MEMORY = 1, 2, 3
-"""What ``moeq_fused_experts`` returns instead of 0; ``Status`` in moe.h."""
+"""What ``moeq_fused_experts`` and ``moeq_linear`` return instead of 0; ``Status`` in moe.h."""
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -60,12 +60,23 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class LinearCall(ctypes.Structure):
+    """Arguments of ``moeq_linear``; see moe.h."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("x", "out", "tiles", "bias")),
+        *((name, _int64) for name in ("tiles_bytes", "rows", "columns", "tokens")),
+        *((name, _int32) for name in ("bits", "group_size", "dtype", "int8")),
+    )
+
+
 _SIGNATURES = {
     "moeq_isa": (ctypes.c_char_p, []),
     "moeq_tiles_bytes": (_int64, [_int64] * 4),
     "moeq_repack": (None, [_int64] * 3 + [_pointer] * 3 + [_int64] * 3 + [_pointer, _int64]),
     "moeq_use_huge_pages": (None, [_pointer, _int64]),
     "moeq_fused_experts": (_int32, [ctypes.POINTER(Call)]),
+    "moeq_linear": (_int32, [ctypes.POINTER(LinearCall)]),
     "moeq_read": (ctypes.c_uint64, [_pointer, _int64]),
     "moeq_round_columns": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 7),
     "moeq_descend": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 5),

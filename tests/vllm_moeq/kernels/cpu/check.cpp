@@ -1,4 +1,5 @@
-// The CPU kernel without Python: random layers against a double loop over the canonical format.
+// The CPU kernel without Python: random layers, of experts and dense, against a double loop over
+// the canonical format.
 //
 // A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a
 // static binary under an emulator of instructions that the machine lacks.
@@ -181,6 +182,43 @@ double run(const Case& c) {
   return largest / std::max(scale, 1e-6);
 }
 
+// The same for a dense layer.
+double run_linear(int group_size, bool int8) {
+  const int columns = group_size * (1 + below(256 / group_size)), rows = 1 + below(200);
+  const int tokens = below(8) ? 1 + below(14) : 90 + below(60), bits = below(2) ? 4 : 8;
+  const Stored weight(bits, rows, columns, group_size);
+  const int64_t bytes = moeq_tiles_bytes(bits, group_size, rows, columns);
+  auto tiles = exact<uint8_t>(bytes);
+  moeq_repack(bits, group_size, columns, weight.packed.get(), weight.scale.get(), weight.zero.get(),
+              0, 1, rows, tiles.get(), 1);
+  auto x = exact<float>(static_cast<size_t>(tokens) * columns), bias = exact<float>(rows);
+  auto out = exact<float>(static_cast<size_t>(tokens) * rows);
+  for (int i = 0; i < tokens * columns; ++i) x[i] = gaussian();
+  for (int i = 0; i < rows; ++i) bias[i] = gaussian();
+  const moeq::LinearCall call{.x = x.get(),
+                              .out = out.get(),
+                              .tiles = tiles.get(),
+                              .bias = bias.get(),
+                              .tiles_bytes = bytes,
+                              .rows = rows,
+                              .columns = columns,
+                              .tokens = tokens,
+                              .bits = bits,
+                              .group_size = group_size,
+                              .dtype = static_cast<int32_t>(moeq::DType::kFloat32),
+                              .int8 = int8};
+  if (moeq_linear(&call) != moeq::kOk) return INFINITY;
+  double largest = 0, square = 0;
+  for (int t = 0; t < tokens; ++t)
+    for (int r = 0; r < rows; ++r) {
+      double expected = bias[r];
+      for (int i = 0; i < columns; ++i) expected += weight.weight(r, i) * x[t * columns + i];
+      largest = std::max(largest, std::abs(out[t * rows + r] - expected));
+      square += expected * expected;
+    }
+  return largest / std::sqrt(square / (static_cast<double>(tokens) * rows));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -202,12 +240,14 @@ int main(int argc, char** argv) {
     c.on_input = below(4) == 0;
     c.bias = below(2);
     c.remote = below(3) == 0;
-    const double error = run(c), limit = c.int8 ? 0.3 : 3e-3;
+    const double error = std::max(run(c), run_linear(c.group_size, c.int8));
+    const double limit = c.int8 ? 0.3 : 3e-3;
     worst[c.int8] = std::max(worst[c.int8], error);
     if (!(error < limit)) {
       ++failures;
       std::printf(
-          "case %d: error %g with group %d, hidden %d, intermediate %d, experts %d, tokens %d, "
+          "case %d, experts and a dense layer: error %g with group %d, hidden %d, intermediate %d, "
+          "experts %d, tokens %d, "
           "top_k %d, gated %d, alternating %d, int8 %d, on_input %d, bias %d, remote %d\n",
           i, error, c.group_size, c.hidden, c.intermediate, c.experts, c.tokens, c.top_k, c.gated,
           c.alternating, c.int8, c.on_input, c.bias, c.remote);

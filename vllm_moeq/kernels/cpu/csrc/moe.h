@@ -34,6 +34,22 @@ struct Call {
   float swiglu_beta;
 };
 
+// One call of a dense linear layer.
+struct LinearCall {
+  const void* x;         // [tokens][columns] of dtype
+  void* out;             // [tokens][rows] of dtype
+  const uint8_t* tiles;  // of the weights [rows][columns]
+  const float* bias;     // [rows] or null
+  int64_t tiles_bytes;
+  int64_t rows;
+  int64_t columns;
+  int64_t tokens;
+  int32_t bits;
+  int32_t group_size;
+  int32_t dtype;
+  int32_t int8;  // 8-bit activations instead of 16-bit ones
+};
+
 enum Status : int32_t { kOk, kBadExpertId, kBadSizes, kOutOfMemory };
 
 }  // namespace moeq
@@ -52,6 +68,7 @@ MOEQ_EXPORT void moeq_repack(int64_t bits, int64_t group_size, int64_t columns,
 // Ask for huge pages, before the memory is first touched.
 MOEQ_EXPORT void moeq_use_huge_pages(void* memory, int64_t bytes);
 MOEQ_EXPORT int32_t moeq_fused_experts(const moeq::Call* call);
+MOEQ_EXPORT int32_t moeq_linear(const moeq::LinearCall* call);
 // Read memory once with all threads, as a yardstick of bandwidth; the result has no meaning.
 MOEQ_EXPORT uint64_t moeq_read(const uint8_t* memory, int64_t bytes);
 // The column loops of GPTQ; see round_columns and descend in rounding.h.

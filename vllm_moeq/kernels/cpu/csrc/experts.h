@@ -1,0 +1,272 @@
+// Fused experts of every width on one CPU: the whole layer in two parallel passes.
+//
+// Pass 1 runs over (expert, columns of the intermediate vector): gate and up, activation, and the
+// quantization of the result for pass 2. Pass 2 runs over columns of the output and loops over the
+// experts, so every output has one writer and one order of summation: results do not depend on the
+// number of threads, nor on the other tokens of a batch. Threads come from the OpenMP runtime that
+// torch has loaded; its settings belong to the caller.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "matrix.h"
+#include "moe.h"
+
+namespace moeq {
+
+// Sizes of the layer, and its experts in memory: the reader of ExpertLayout.
+struct Layer {
+  int group_size, hidden, intermediate;
+  bool gated;
+  bool sizes_fit;  // of the caller's tensors
+  std::vector<Matrix> w13, w2;
+
+  explicit Layer(const Call& call)
+      : group_size(static_cast<int>(call.layout[1])),
+        hidden(static_cast<int>(call.layout[2])),
+        intermediate(static_cast<int>(call.layout[3])),
+        gated(call.layout[4] != call.layout[3]) {
+    const uint8_t *first = call.w13, *second = call.w2;
+    w13.reserve(call.experts);
+    w2.reserve(call.experts);
+    for (int64_t slot = 0; slot < call.experts; ++slot) {
+      const int64_t* row = call.layout + 4 * (2 + slot);
+      w13.push_back(matrix(static_cast<int>(row[0]), hidden, first));
+      first += w13.back().tile_bytes * tiles(intermediate) * (gated ? 2 : 1);
+      w2.push_back(matrix(static_cast<int>(row[2]), intermediate, second));
+      second += w2.back().tile_bytes * tiles(hidden);
+    }
+    sizes_fit = hidden == call.hidden_size && first == call.w13 + call.w13_bytes &&
+                second == call.w2 + call.w2_bytes;
+  }
+
+  Matrix matrix(int bits, int columns, const uint8_t* where) const {
+    return Matrix::at(where, bits, group_size, columns);
+  }
+};
+
+// Which token goes to which expert: positions in expert order.
+struct Routing {
+  std::vector<int> begin;      // of each expert, and the end of the last
+  std::vector<int> active;     // experts with tokens
+  std::vector<int> choice;     // position to index into expert_ids
+  std::vector<int> token_row;  // (position, plane) to row of the input
+
+  bool build(const Call& call, int64_t first_token, int tokens, int planes) {
+    const int top_k = static_cast<int>(call.top_k);
+    const int32_t* ids = call.expert_ids + first_token * top_k;
+    std::vector<int> slots(static_cast<size_t>(tokens) * top_k);
+    begin.assign(call.experts + 1, 0);
+    for (size_t i = 0; i < slots.size(); ++i) {
+      int slot = ids[i];
+      if (slot >= 0 && call.expert_map) {
+        if (slot >= call.map_size) return false;
+        slot = call.expert_map[slot];
+      }
+      if (slot >= call.experts) return false;
+      slots[i] = slot;
+      if (slot >= 0) ++begin[slot + 1];
+    }
+    active.clear();
+    for (int64_t slot = 0; slot < call.experts; ++slot) {
+      if (begin[slot + 1]) active.push_back(static_cast<int>(slot));
+      begin[slot + 1] += begin[slot];
+    }
+    const int used = begin.back();
+    choice.resize(used);
+    std::vector<int> next(begin.begin(), begin.end() - 1);
+    for (size_t i = 0; i < slots.size(); ++i)
+      if (slots[i] >= 0) choice[next[slots[i]]++] = static_cast<int>(i);
+    token_row.resize(static_cast<size_t>(used) * planes);
+    for (int position = 0; position < used; ++position)
+      for (int plane = 0; plane < planes; ++plane)
+        token_row[position * planes + plane] = choice[position] / top_k * planes + plane;
+    return true;
+  }
+};
+
+// Some tokens through all experts.
+template <class Kernel>
+class Pass {
+  using Acts = Tokens<typename Kernel::Code>;
+  static constexpr int planes_ = Kernel::kPlanes;
+
+ public:
+  Pass(const Call& call, const Layer& layer, const Routing& routing, Scratch& scratch,
+       int64_t first_token, int tokens)
+      : call_(call),
+        layer_(layer),
+        routing_(routing),
+        first_token_(first_token),
+        token_count_(tokens),
+        unit_tiles_(std::max(1, layer.group_size / kTileRows)),
+        sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
+        x_(scratch.tokens<typename Kernel::Code>(tokens * planes_, layer.hidden, layer.group_size)),
+        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()),
+                                                      layer.intermediate, layer.group_size)),
+        sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
+        outputs_(
+            scratch.take<float>(static_cast<size_t>(tokens) * kTileRows * omp_get_max_threads())),
+        hidden_rows_(routing.token_row.size()) {
+    std::iota(hidden_rows_.begin(), hidden_rows_.end(), 0);
+  }
+
+  void run() {
+    const int groups = layer_.hidden / layer_.group_size;
+    const int units = (tiles(layer_.intermediate) + unit_tiles_ - 1) / unit_tiles_;
+    const int active = static_cast<int>(routing_.active.size());
+#pragma omp parallel
+    {
+      const size_t thread = omp_get_thread_num();
+      float* sums = sums_ + thread * sums_per_thread_;
+      float* output = outputs_ + thread * token_count_ * kTileRows;
+#pragma omp for schedule(static)
+      for (int i = 0; i < token_count_ * groups; ++i) quantize_input(i / groups, i % groups);
+#pragma omp for schedule(dynamic, 1)
+      for (int task = 0; task < active * units; ++task)
+        intermediate_unit(routing_.active[task / units], task % units, sums);
+#pragma omp for schedule(dynamic, 1)
+      for (int tile = 0; tile < tiles(layer_.hidden); ++tile) output_tile(tile, sums, output);
+    }
+  }
+
+ private:
+  void quantize_input(int token, int group) {
+    const size_t offset = static_cast<size_t>(first_token_ + token) * layer_.hidden +
+                          static_cast<size_t>(group) * layer_.group_size;
+    moeq::quantize_input<Kernel>(call_.x, static_cast<DType>(call_.dtype), offset, x_, group,
+                                 token);
+  }
+
+  // Run one tile on positions [first, last) of an expert.
+  void run_tile(const Matrix& matrix, int tile, const Acts& acts, const int* rows, int first,
+                int last, float* sums) const {
+    multiply<Kernel>(matrix, tile, acts, rows + static_cast<size_t>(first) * planes_,
+                     (last - first) * planes_, sums);
+  }
+
+  float router_weight(int position) const {
+    return call_.router_weight[first_token_ * call_.top_k + routing_.choice[position]];
+  }
+
+  // Gate, up and activation of unit_tiles_ tiles of the intermediate vector, for all tokens of an
+  // expert.
+  void intermediate_unit(int expert, int unit, float* sums) {
+    const Matrix& w13 = layer_.w13[expert];
+    const int streams = layer_.gated ? 2 : 1;
+    const int first_tile = unit * unit_tiles_;
+    const int last_tile = std::min(first_tile + unit_tiles_, tiles(layer_.intermediate));
+    const int step = kRowsPerTile / planes_;
+    const size_t tile_sums = static_cast<size_t>(kRowsPerTile) * kTileRows;
+    for (int first = routing_.begin[expert]; first < routing_.begin[expert + 1]; first += step) {
+      const int last = std::min(first + step, routing_.begin[expert + 1]);
+      for (int tile = first_tile * streams; tile < last_tile * streams; ++tile)
+        run_tile(w13, tile, x_, routing_.token_row.data(), first, last,
+                 sums + (tile - first_tile * streams) * tile_sums);
+      for (int position = first; position < last; ++position) {
+        alignas(64) float gate[kMaxGroup], up[kMaxGroup];
+        for (int tile = 0; tile < last_tile - first_tile; ++tile) {
+          const float* tile_begin = sums + tile * streams * tile_sums;
+          add_planes<Kernel>(tile_begin, position - first, gate + tile * kTileRows);
+          if (layer_.gated)
+            add_planes<Kernel>(tile_begin + tile_sums, position - first, up + tile * kTileRows);
+        }
+        const int first_column = first_tile * kTileRows;
+        const int count = std::min(last_tile * kTileRows, layer_.intermediate) - first_column;
+        finish_intermediate(expert, position, first_column, count, gate, up);
+      }
+    }
+  }
+
+  void finish_intermediate(int expert, int position, int first_column, int count, float* gate,
+                           float* up) {
+    const auto activation = static_cast<Activation>(call_.activation);
+    if (call_.router_weight_on_input) {  // the projection is linear: the same as scaling its input
+      const float weight = router_weight(position);
+      for (int i = 0; i < count; ++i) gate[i] *= weight;
+      if (layer_.gated)
+        for (int i = 0; i < count; ++i) up[i] *= weight;
+    }
+    if (call_.w13_bias) {
+      const int streams = layer_.gated ? 2 : 1;
+      const float* bias =
+          call_.w13_bias + static_cast<size_t>(expert) * layer_.intermediate * streams;
+      const bool alternating = activation == Activation::kSwigluOai;
+      const int stride = alternating ? 2 : 1, up_offset = alternating ? 1 : layer_.intermediate;
+      for (int i = 0; i < count; ++i) gate[i] += bias[stride * (first_column + i)];
+      if (layer_.gated)
+        for (int i = 0; i < count; ++i) up[i] += bias[stride * (first_column + i) + up_offset];
+    }
+    activate(activation, {call_.swiglu_limit, call_.swiglu_alpha, call_.swiglu_beta}, gate,
+             layer_.gated ? up : nullptr, count);
+    for (int i = 0; i < count; i += layer_.group_size)
+      Kernel::quantize(gate + i, hidden_, (first_column + i) / layer_.group_size,
+                       position * planes_);
+  }
+
+  // 64 columns of the output for all tokens.
+  void output_tile(int tile, float* sums, float* output) {
+    std::fill_n(output, static_cast<size_t>(token_count_) * kTileRows, 0.0f);
+    const int first_column = tile * kTileRows;
+    const int columns = std::min(kTileRows, layer_.hidden - first_column);
+    const int step = kRowsPerTile / planes_;
+    for (const int expert : routing_.active) {
+      const int end = routing_.begin[expert + 1];
+      for (int first = routing_.begin[expert]; first < end; first += step) {
+        const int last = std::min(first + step, end);
+        run_tile(layer_.w2[expert], tile, hidden_, hidden_rows_.data(), first, last, sums);
+        for (int position = first; position < last; ++position) {
+          alignas(64) float values[kTileRows];
+          add_planes<Kernel>(sums, position - first, values);
+          if (call_.w2_bias) {
+            const float* bias =
+                call_.w2_bias + static_cast<size_t>(expert) * layer_.hidden + first_column;
+            for (int i = 0; i < columns; ++i) values[i] += bias[i];
+          }
+          const float weight = call_.router_weight_on_input ? 1.0f : router_weight(position);
+          float* row = output + routing_.choice[position] / call_.top_k * kTileRows;
+          for (int i = 0; i < kTileRows; ++i) row[i] += weight * values[i];
+        }
+      }
+    }
+    const auto dtype = static_cast<DType>(call_.dtype);
+    for (int token = 0; token < token_count_; ++token) {
+      const size_t offset =
+          static_cast<size_t>(first_token_ + token) * layer_.hidden + first_column;
+      store_floats(output + static_cast<size_t>(token) * kTileRows, dtype, columns,
+                   static_cast<char*>(call_.out) + offset * element_bytes(dtype));
+    }
+  }
+
+  const Call& call_;
+  const Layer& layer_;
+  const Routing& routing_;
+  const int64_t first_token_;
+  const int token_count_;
+  const int unit_tiles_;  // of 64 columns, a whole number of groups
+  const size_t sums_per_thread_;
+  Acts x_, hidden_;
+  float* const sums_;
+  float* const outputs_;
+  std::vector<int> hidden_rows_;  // all rows of hidden_, which are in the order of positions
+};
+
+template <class Kernel>
+Status run_experts(const Call& call) {
+  thread_local Scratch scratch;
+  thread_local Routing routing;
+  const Layer layer(call);
+  if (!layer.sizes_fit) return kBadSizes;
+  for (int64_t first = 0; first < call.tokens; first += kTokensPerPass) {
+    const int tokens = static_cast<int>(std::min(kTokensPerPass, call.tokens - first));
+    if (!routing.build(call, first, tokens, Kernel::kPlanes)) return kBadExpertId;
+    scratch.reset();
+    Pass<Kernel>(call, layer, routing, scratch, first, tokens).run();
+  }
+  return kOk;
+}
+
+}  // namespace moeq

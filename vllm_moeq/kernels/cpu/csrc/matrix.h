@@ -1,0 +1,108 @@
+// What the layers have in common: the kernels of this instruction set, a matrix as tiles, and
+// memory.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "numeric.h"
+#include "tile.h"
+#ifdef MOEQ_ISA_AVX2
+#include "avx2.h"
+#include "avx2_int8.h"
+#else
+#include "avx512.h"
+#endif
+
+namespace moeq {
+
+constexpr int64_t kTokensPerPass = 1024;  // bounds the scratch memory of a long prefill
+constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the first-level cache
+
+// The kernels of this instruction set, for 16-bit and for 8-bit activations.
+#ifdef MOEQ_ISA_AVX2
+constexpr const char* kIsaName = "avx2";
+using Int16Kernel = Avx2;
+using Int8Kernel = Avx2Int8;
+#else
+#ifdef __AVX512VNNI__
+constexpr const char* kIsaName = "avx512_vnni";
+#else
+constexpr const char* kIsaName = "portable";
+#endif
+using Int16Kernel = Avx512;
+using Int8Kernel = Avx512Int8;
+#endif
+
+// The weights of a linear layer, of one projection of one expert for example.
+struct Matrix {
+  const uint8_t* tiles;
+  size_t tile_bytes;
+  int bits;
+  int groups;  // of a row
+
+  static Matrix at(const uint8_t* tiles, int bits, int group_size, int columns) {
+    return {tiles, moeq::tile_bytes(bits, group_size, columns), bits, columns / group_size};
+  }
+};
+
+// sums [count][64] = one tile times the token rows given.
+template <class Kernel>
+void multiply(const Matrix& matrix, int tile, const Tokens<typename Kernel::Code>& tokens,
+              const int* rows, int count, float* sums) {
+  const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
+  switch (matrix.bits) {
+    case 1:
+      return multiply_tile<Kernel, 1>(weights, matrix.groups, tokens, rows, count, sums);
+    case 2:
+      return multiply_tile<Kernel, 2>(weights, matrix.groups, tokens, rows, count, sums);
+    case 3:
+      return multiply_tile<Kernel, 3>(weights, matrix.groups, tokens, rows, count, sums);
+    case 4:
+      return multiply_tile<Kernel, 4>(weights, matrix.groups, tokens, rows, count, sums);
+    default:
+      return multiply_tile<Kernel, 8>(weights, matrix.groups, tokens, rows, count, sums);
+  }
+}
+
+// The 64 sums of token `index`, planes added.
+template <class Kernel>
+void add_planes(const float* sums, int index, float* out) {
+  constexpr int planes = Kernel::kPlanes;
+  const float* row = sums + static_cast<size_t>(index) * planes * kTileRows;
+  for (int i = 0; i < kTileRows; ++i) out[i] = planes == 2 ? row[i] + row[kTileRows + i] : row[i];
+}
+
+// Write the rows of one group of token `token`, which begins at element `first` of x.
+template <class Kernel>
+void quantize_input(const void* x, DType dtype, size_t first,
+                    const Tokens<typename Kernel::Code>& tokens, int group, int token) {
+  alignas(64) float values[kMaxGroup];
+  load_floats(static_cast<const char*>(x) + first * element_bytes(dtype), dtype, tokens.group_size,
+              values);
+  Kernel::quantize(values, tokens, group, token * Kernel::kPlanes);
+}
+
+// Memory that grows and stays, one for each calling thread.
+class Scratch {
+ public:
+  template <class Code>
+  Tokens<Code> tokens(int rows, int columns, int group_size) {
+    const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
+    return {take<Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
+            take<float>(groups), rows, group_size};
+  }
+  template <class T>
+  T* take(size_t count) {
+    std::vector<char>& buffer = buffers_.at(next_++);
+    if (buffer.size() < count * sizeof(T) + 64) buffer.resize(count * sizeof(T) + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+  }
+  void reset() { next_ = 0; }
+
+ private:
+  std::array<std::vector<char>, 8> buffers_;
+  size_t next_ = 0;
+};
+
+}  // namespace moeq
