@@ -36,7 +36,7 @@ class Setting(NamedTuple):
             text["calib"] = options.calib
         return moeq.quantize(
             options.model, output, bits=self.bits, method=self.method, strategy=strategy,
-            group_size=options.group_size, **text,
+            group_size=options.group_size, dense_bits=16, **text,
         )  # fmt: skip
 
 

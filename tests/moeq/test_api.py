@@ -89,7 +89,7 @@ def test_a_result_tells_what_was_done(
             size += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118
     assert result.plan.provenance.total_bytes == result.estimate.output_bytes == size
     tried = [plan["divergence"] for plan in result.tried]
-    assert tried == sorted(tried) and len(tried) == 7
+    assert tried == sorted(tried) and len(tried) == 8
     assert result.plan.provenance.strategy == f"auto: {result.tried[0]['strategy']}"
     assert result.calibration is not None
     assert sum(result.calibration.token_counts) == 2 * 2 * 16 * 48  # layers, experts of a token

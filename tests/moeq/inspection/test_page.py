@@ -68,19 +68,21 @@ def test_what_was_tried_is_there(packed: tuple[Path, str]) -> None:
     tried = config["provenance"]["details"]["tried"]
     table = page[page.index("Plans that were tried") :]
     for plan in tried:
-        assert f"{plan['strategy']}</td><td>{plan['expert_bytes']:,}</td>" in table
+        assert f"{plan['strategy']}</td><td>{plan['total_bytes']:,}</td>" in table
 
 
 def test_what_is_measured_of_experts_is_that_of_the_chosen_widths(packed: tuple[Path, str]) -> None:
     """Fewer bits for the same projection would have a larger error: the sum is the estimate."""
     folder, _ = packed
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    measured = json.loads((folder / "moeq_measurement.json").read_text())["experts"]
+    report = json.loads((folder / "moeq_measurement.json").read_text())
+    measured = report["experts"]
     total = sum(
         sum(layer["errors"][projection]["loss"])
         for layer in measured.values()
         for projection in ("w13", "w2")
     )
+    total += sum(dense["loss"] for dense in report["dense"].values())
     details = config["provenance"]["details"]
     if config["provenance"]["strategy"] == "auto: sensitivity":
         assert total == pytest.approx(details["estimated_divergence"], rel=1e-6)
