@@ -11,6 +11,8 @@ _DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\
 """Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
 _ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
+_NAMED_IN_VLLM = {"swish": "silu"}
+"""Other names that transformers has for an activation, of which vLLM's models know one only."""
 _PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_k2",
@@ -31,6 +33,23 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of ``config.json`` that describes the language model."""
     part = config.get("text_config")
     return part if isinstance(part, Mapping) else config
+
+
+def _activation_key(text: Mapping[str, Any]) -> str | None:
+    return next((key for key in _ACTIVATIONS if text.get(key) is not None), None)
+
+
+def _served_activation(name: object) -> object:
+    return _NAMED_IN_VLLM.get(str(name), name)
+
+
+def served_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with the activation of experts under the name that vLLM knows."""
+    text = dict(text_config(config))
+    key = _activation_key(text)
+    if key is not None:
+        text[key] = _served_activation(text[key])
+    return text if text_config(config) is config else {**config, "text_config": text}
 
 
 def drafts_tokens(config: Mapping[str, Any], block: str, index: int) -> bool:
@@ -76,8 +95,8 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
         MoeqError: The model cannot be served as it was trained; says what stands against it.
     """
     text, family = text_config(config), family_of(config)
-    key = next((key for key in _ACTIVATIONS if text.get(key) is not None), None)
-    if key is not None and text[key] not in family.activations:
+    key = _activation_key(text)
+    if key is not None and _served_activation(text[key]) not in family.activations:
         raise MoeqError(
             f"{folder}: config.json has {key} {text[key]!r}, but experts of {config['model_type']} "
             f"are served with {' or '.join(family.activations)} only"

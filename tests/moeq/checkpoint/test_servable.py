@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 import moeq
 from moeq.checkpoint import SourceModel
@@ -106,6 +107,24 @@ def test_what_would_be_served_otherwise_is_refused(
 ) -> None:
     with pytest.raises(MoeqError, match=message):
         SourceModel.open(write_checkpoint(tmp_path, **config))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_swish_is_silu_which_vllm_calls_nothing_else(
+    tiny_model: TinyModel, tmp_path: Path, family: str
+) -> None:
+    model = Path(shutil.copytree(tiny_model(family), tmp_path / "swish"))
+    stated = (model / "config.json").read_text()
+    assert ACT2FN["swish"](torch.tensor([1.5])) == ACT2FN["silu"](torch.tensor([1.5]))
+    (model / "config.json").write_text(stated.replace('"hidden_act": "silu"', '"hidden_act": "swish"'))
+    configs = []
+    for source, out in ((tiny_model(family), "a"), (model, "b")):
+        moeq.quantize(source, tmp_path / out, bits=2, group_size=64, calib=None)
+        config = json.loads((tmp_path / out / "config.json").read_text())
+        config["quantization_config"].pop("provenance", None)
+        configs.append(config)
+    assert "swish" in (model / "config.json").read_text()
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize(
