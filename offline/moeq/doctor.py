@@ -141,13 +141,16 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     """Compare what a model needs to be quantized and served at 2.5 bits with what there is."""
     from moeq import pipeline
     from moeq.bench.machine import available_bytes
+    from moeq.checkpoint import SourceModel
+    from moeq.checkpoint.sizes import served_bytes
     from moeq.requests import QuantizeRequest
 
     output = folder / ".moeq-doctor"  # never written
     free = available_bytes()
     for text, calib in (("without text", "none"), ("with text", "default")):
         request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
-        estimate = pipeline.quantize(request).estimate
+        result = pipeline.quantize(request)
+        estimate = result.estimate
         needed = estimate.memory_bytes
         yield Finding(
             f"quantize, {text}",
@@ -160,7 +163,8 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     yield Finding(
         "write", "ok" if disk < room else "problem", f"{_gb(disk)} of disk, {_gb(room)} free"
     )
-    size = estimate.output_bytes
+    source = SourceModel.open(model)
+    size = source.other_bytes + served_bytes(result.plan, source)
     yield Finding(
         "serve on the CPU",
         "ok" if size < free else "problem",

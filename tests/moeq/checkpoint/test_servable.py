@@ -116,7 +116,9 @@ def test_swish_is_silu_which_vllm_calls_nothing_else(
     model = Path(shutil.copytree(tiny_model(family), tmp_path / "swish"))
     stated = (model / "config.json").read_text()
     assert ACT2FN["swish"](torch.tensor([1.5])) == ACT2FN["silu"](torch.tensor([1.5]))
-    (model / "config.json").write_text(stated.replace('"hidden_act": "silu"', '"hidden_act": "swish"'))
+    (model / "config.json").write_text(
+        stated.replace('"hidden_act": "silu"', '"hidden_act": "swish"')
+    )
     configs = []
     for source, out in ((tiny_model(family), "a"), (model, "b")):
         moeq.quantize(source, tmp_path / out, bits=2, group_size=64, calib=None)
