@@ -321,6 +321,24 @@ class LayerwiseModel:
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    @torch.no_grad()
+    def normalized(self, layer: MoELayer, x: torch.Tensor) -> torch.Tensor:
+        """Return what the norm in front of a layer's experts gives for x [n, hidden_size].
+
+        It is x itself where there is no such norm.
+
+        Raises:
+            MoeqError: The norm is not in the checkpoint.
+        """
+        path = layer.family.norm
+        if not path:
+            return x
+        norm = self._layers[layer.index].get_submodule(path)
+        self._fill(norm, f"{self._prefix}layers.{layer.index}.{path}.")
+        result: torch.Tensor = norm(x)
+        norm.to("meta")
+        return result
+
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""
         return F.linear(self.expert_hidden(matrices, x), matrices.w2, matrices.w2_bias)
