@@ -336,12 +336,12 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
 
 
 def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bool = False) -> Path:
-    """Write a copy of a checkpoint with a layer for multi-token prediction, as DeepSeek-V3's.
+    """Write a copy of a checkpoint with a layer for multi-token prediction.
 
     Args:
         model: Checkpoint of two layers in one file.
         folder: The copy.
-        prefix: Of the new layer's tensors.
+        prefix: Of the new layer's tensors: in ``mtp`` as Qwen3-Next has it, else as DeepSeek-V3.
         predicts: It is right far more often than chance: all layers add little to the residual
             stream, and its own starts with the embedding of the latest token.
     """
@@ -357,11 +357,16 @@ def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bo
     if predicts:
         projection = torch.eye(hidden, 2 * hidden)
         for name in tensors:
-            if re.search(r"\.(o_proj|down_proj)(\.weight)?$", name):
+            if re.search(r"\.(o_proj|out_proj|down_proj)(\.weight)?$", name):
                 tensors[name] = tensors[name] / 1024
-    tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()
+    if prefix.startswith("mtp."):
+        tensors["mtp.fc.weight"] = projection.bfloat16()
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            tensors[f"mtp.{name}.weight"] = torch.zeros(hidden).bfloat16()  # 1 is added to them
+    else:
+        tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))

@@ -94,23 +94,30 @@ def test_two_ranks_split_the_experts(
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
+)
 def test_a_prediction_layer_drafts_tokens_that_are_accepted(
-    tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str, prefix: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = add_prediction_layer(
-        tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.", predicts=True
-    )
+    model = add_prediction_layer(tiny_model(family), tmp_path / "model", prefix, predicts=True)
     packed = pack_mixed(model, tmp_path / "packed")
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
-    run = run_engine(
-        packed,
-        compilation_config={"custom_ops": ["none"]},
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
-        disable_log_stats=False,
-    )
+    drafting = {
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 1},
+        "disable_log_stats": False,
+    }
+    if family in DIFFERENT_IN_VLLM:
+        dtype = DIFFERENT_IN_VLLM[family]
+        run = run_engine(packed, dtype=dtype, **drafting)
+        expected = run_engine(plain, dtype=dtype).completions[0]
+    else:
+        dtype = "float32"
+        run = run_engine(packed, compilation_config={"custom_ops": ["none"]}, **drafting)
+        expected = run_transformers(plain)
 
-    assert_same(run.completions[0], run_transformers(plain))
+    assert_same(run.completions[0], expected, TOLERANCE[dtype])
     accepted = run.metrics["vllm:spec_decode_num_accepted_tokens"]
     drafted = run.metrics["vllm:spec_decode_num_draft_tokens"]
     assert accepted > 0.5 * drafted  # chance is one in the size of the vocabulary

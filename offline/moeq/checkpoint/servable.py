@@ -13,7 +13,7 @@ _ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
 _NAMED_IN_VLLM = {"swish": "silu"}
 """Other names that transformers has for an activation, of which vLLM's models know one only."""
-_PREDICT_AFTER_LAYERS = {
+PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_k2",
 }  # fmt: skip
@@ -79,7 +79,7 @@ def is_left_out(config: Mapping[str, Any], name: str) -> bool:
     return (
         match is not None
         and drafts_tokens(config, name, int(match[1]))
-        and model_type not in _PREDICT_AFTER_LAYERS
+        and model_type not in PREDICT_AFTER_LAYERS
     )
 
 

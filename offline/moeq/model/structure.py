@@ -19,6 +19,7 @@ from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
 from moeq.model.architecture import auto_class, names_on_disk, stored_names
+from moeq.model.prediction import prediction_problems
 from vllm_moeq.format import first_few
 
 logger = logging.getLogger(__name__)
@@ -44,18 +45,12 @@ def check_structure(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Non
         MoeqError: Tensors are missing or have other shapes than ``config.json`` says, or it
             describes no model; names them.
     """
-    model = _meta_model(reader, layers)
-    if model is None:
-        return
-    names = _outside_experts(reader, layers)
-    stored = stored_names(model, names)
-    problems = list(_problems(model, reader, layers, names, stored))
+    problems, unknown = _compare(reader, layers)
     if problems:
         raise MoeqError(
             f"{reader.folder} is not the model that its config.json describes: "
             f"{first_few(problems, '; ')}. Get the checkpoint again, or correct config.json"
         )
-    unknown = list(_unknown(model, reader, stored))
     if unknown:
         logger.warning(
             "%s: the model that config.json describes has no %s; vLLM may refuse to load it",
@@ -72,17 +67,25 @@ def structure_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) -> 
         layers: Its MoE layers, whose experts are known to be complete.
 
     Returns:
-        One sentence for each problem; none either if transformers does not know the model, which
-        is logged.
+        One sentence for each problem; of prediction layers only if transformers does not know the
+        model, which is logged.
 
     Raises:
         MoeqError: ``config.json`` describes no model.
     """
+    return _compare(reader, layers)[0]
+
+
+def _compare(reader: CheckpointReader, layers: Sequence[MoELayer]) -> tuple[list[str], list[str]]:
+    """Return the problems, and tensors that the model has no place for."""
+    problems = list(prediction_problems(reader, layers))
     model = _meta_model(reader, layers)
     if model is None:
-        return []
+        return problems, []
     names = _outside_experts(reader, layers)
-    return list(_problems(model, reader, layers, names, stored_names(model, names)))
+    stored = stored_names(model, names)
+    problems += _problems(model, reader, layers, names, stored)
+    return problems, list(_unknown(model, reader, stored))
 
 
 def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
