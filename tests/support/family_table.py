@@ -15,7 +15,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from moeq.checkpoint.families import FOUND_BY_TESTS
-from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, UNKNOWN_TO_TRANSFORMERS
+from support.models import (
+    DIFFERENT_IN_VLLM,
+    FAMILIES,
+    NOT_LAYERWISE,
+    NOT_ON_CPU,
+    UNKNOWN_TO_TRANSFORMERS,
+)
 from support.reference import FUSED_IN_RELEASES
 
 PAGE = Path(__file__).parents[2] / "offline" / "moeq" / "checkpoint" / "README.md"
@@ -91,7 +97,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     tell("both layouts", _LAYOUTS, reason=unknown)
     tell("FP8, FP4, INT4", *_SOURCES)
     tell("packed", _PACKED)
-    tell("calibrated", *_LAYERWISE)
+    tell("calibrated", *_LAYERWISE, reason=NOT_LAYERWISE.get(family))
     tell(
         "vLLM on a CPU",
         *_SERVED,

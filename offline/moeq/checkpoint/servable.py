@@ -13,13 +13,16 @@ _ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
 _NAMED_IN_VLLM = {"swish": "silu"}
 """Other names that transformers has for an activation, of which vLLM's models know one only."""
+_SAVED_OTHERWISE = {"minimax_m3_vl": {"silu": "swigluoai"}}
+"""What transformers writes as the activation of a model, and what vLLM's model asks for."""
 PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_k2",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds after their own layers."""
 _PREDICT_IN_MTP = {
-    "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
+    "deepseek_v4", "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds under the name ``mtp``."""
 _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
@@ -48,7 +51,8 @@ def served_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text = dict(text_config(config))
     key = _activation_key(text)
     if key is not None:
-        text[key] = _served_activation(text[key])
+        names = _SAVED_OTHERWISE.get(str(config.get("model_type")), {})
+        text[key] = names.get(str(text[key]), _served_activation(text[key]))
     return text if text_config(config) is config else {**config, "text_config": text}
 
 

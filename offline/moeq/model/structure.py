@@ -18,7 +18,7 @@ from moeq.checkpoint import CheckpointReader, MoELayer
 from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, names_on_disk, stored_names
+from moeq.model.architecture import auto_class, names_on_disk, parts_on_disk, stored_names
 from moeq.model.prediction import prediction_problems
 from vllm_moeq.format import first_few
 
@@ -28,6 +28,8 @@ _OLDEST = Version("5.15")
 """Of transformers: releases before build some models in another way than they are on disk."""
 _EXPERTS = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)")
 """Matches the parameters of routed experts, which transformers fuses."""
+_ANY_ROOT = ("deepseek_v4",)
+"""Models of which vLLM takes names with and without ``model.`` in front."""
 _OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
 """Matches what older releases saved; it is computed today, and vLLM leaves it out as well."""
 
@@ -134,7 +136,7 @@ def _problems(
     names: Sequence[str],
     stored: Mapping[str, str],
 ) -> Iterator[str]:
-    wanted: dict[str, torch.Tensor] = model.state_dict()
+    wanted = _state_on_disk(model)
     yield from _expert_problems(wanted, layers)
     yield from _name_problems(model, names, stored)
     missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
@@ -157,14 +159,30 @@ def _problems(
     yield from _tied_problems(model, reader, stored)
 
 
+def _state_on_disk(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model, those that are made of several tensors as these."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, parts in parts_on_disk(model).items():
+        state |= zip(parts, state.pop(name).chunk(len(parts)), strict=True)
+    return state
+
+
 def _name_problems(model: Any, names: Sequence[str], stored: Mapping[str, str]) -> Iterator[str]:
     """Tell of names that transformers understands, but vLLM does not."""
     root = f"{model.base_model_prefix}."
     for name in sorted(set(names) - set(stored.values())):
         yield f"tensor {name} is there twice, the other one under another name"
-    for ours, name in stored.items():
-        if ours in (root + name, name.removeprefix(root)) and ours != name:
-            yield f"tensor {name} must be called {ours}, as vLLM looks for it"
+    if model.config.model_type in _ANY_ROOT:
+        return
+    moved = {
+        ours: name
+        for ours, name in stored.items()
+        if ours in (root + name, name.removeprefix(root)) and ours != name
+    }
+    on_disk = names_on_disk(model, moved)
+    for ours, name in moved.items():
+        if on_disk[ours] != name:
+            yield f"tensor {name} must be called {on_disk[ours]}, as vLLM looks for it"
 
 
 def _expert_problems(
@@ -209,7 +227,7 @@ def _tied_problems(
 
 def _unknown(model: Any, reader: CheckpointReader, names: Mapping[str, str]) -> Iterator[str]:
     """Yield the tensors on disk that the model has no place for and does not leave out either."""
-    known = model.state_dict()
+    known = _state_on_disk(model)
     ignored = _matcher(model._keys_to_ignore_on_load_unexpected)
     for name, stored in names.items():
         block = re.match(r"(.*\blayers\.(\d+)\.)?", stored)

@@ -131,6 +131,18 @@ def test_swish_is_silu_which_vllm_calls_nothing_else(
     assert configs[0] == configs[1]
 
 
+def test_minimax_m3_has_the_activation_that_vllm_asks_for(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    model = tiny_model("minimax_m3_vl")
+    moeq.quantize(model, tmp_path / "out", bits=2, group_size=64, calib=None)
+    stated, written = (
+        json.loads((folder / "config.json").read_text())["text_config"]["hidden_act"]
+        for folder in (model, tmp_path / "out")
+    )
+    assert (stated, written) == ("silu", "swigluoai")  # the first is transformers' own word
+
+
 @pytest.mark.parametrize(
     ("family", "key", "allowed"),
     [("gemma4_text", "hidden_activation", "gelu_pytorch_tanh"), ("nemotron_h", "mlp_hidden_act",
