@@ -1,6 +1,7 @@
 """The ``moeq`` command: what it prints and writes when all is well, and its usage errors."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -236,8 +237,15 @@ def test_families_and_the_page_tell_what_tests_found(capsys: pytest.CaptureFixtu
     } == found
     assert main(["families"]) == 0
     told = capsys.readouterr().out
-    for cells in found.values():
-        assert "; ".join(f"{column}: {cell}" for column, cell in cells.items()) in told
+    assert max(map(len, told.splitlines())) <= 110
+    for name, cells in found.items():
+        (block,) = re.findall(rf"^{name} .*\n((?: .*\n)+)", told, re.MULTILINE)
+        lines = dict(line.split(": ", 1) for line in re.sub(r"\n {20}", " ", block).splitlines())
+        lines = {start.strip(): text for start, text in lines.items()}
+        for words, cell in (("tested", "yes"), ("not tested", "-")):
+            facts = [column for column in cells if cells[column] == cell]
+            assert lines.pop(words, "") == ", ".join(facts)
+        assert lines == {column: cell for column, cell in cells.items() if cell not in ("yes", "-")}
 
 
 def test_without_text_the_rule_is_not_praised(
