@@ -32,6 +32,7 @@ _SOURCES = (
 )  # fmt: skip
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
+_EVALUATED = "test_scores_are_those_of_transformers"
 _SERVED = "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm"
 _TENSOR_PARALLEL = "test_two_ranks_split_each_expert"
 _EXPERT_PARALLEL = "test_two_ranks_split_the_experts"
@@ -98,6 +99,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     tell("FP8, FP4, INT4", *_SOURCES)
     tell("packed", _PACKED)
     tell("calibrated", *_LAYERWISE, reason=NOT_LAYERWISE.get(family))
+    tell("evaluated", _EVALUATED)
     tell(
         "vLLM on a CPU",
         *_SERVED,

@@ -238,14 +238,16 @@ def test_families_and_the_page_tell_what_tests_found(capsys: pytest.CaptureFixtu
     assert main(["families"]) == 0
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 110
-    for name, cells in found.items():
+    for name, facts in found.items():
         (block,) = re.findall(rf"^{name} .*\n((?: .*\n)+)", told, re.MULTILINE)
-        lines = dict(line.split(": ", 1) for line in re.sub(r"\n {20}", " ", block).splitlines())
-        lines = {start.strip(): text for start, text in lines.items()}
+        starts = {}
+        for line in re.sub(r"\n {20}", " ", block).splitlines():
+            start, _, rest = line.strip().partition(": ")
+            starts[start] = rest
         for words, cell in (("tested", "yes"), ("not tested", "-")):
-            facts = [column for column in cells if cells[column] == cell]
-            assert lines.pop(words, "") == ", ".join(facts)
-        assert lines == {column: cell for column, cell in cells.items() if cell not in ("yes", "-")}
+            named = [fact for fact in facts if facts[fact] == cell]
+            assert starts.pop(words, "") == ", ".join(named)
+        assert starts == {fact: cell for fact, cell in facts.items() if cell not in ("yes", "-")}
 
 
 def test_without_text_the_rule_is_not_praised(
