@@ -142,7 +142,7 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     from moeq import pipeline
     from moeq.bench.machine import available_bytes
     from moeq.checkpoint import SourceModel
-    from moeq.checkpoint.sizes import served_bytes
+    from moeq.checkpoint.sizes import plan_sizes, served_bytes
     from moeq.requests import QuantizeRequest
 
     output = folder / ".moeq-doctor"  # never written
@@ -164,7 +164,8 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
         "write", "ok" if disk < room else "problem", f"{_gb(disk)} of disk, {_gb(room)} free"
     )
     source = SourceModel.open(model)
-    size = source.other_bytes + served_bytes(result.plan, source)
+    zeros = served_bytes(result.plan, source) - plan_sizes(result.plan, source).expert_bytes
+    size = estimate.output_bytes + zeros
     yield Finding(
         "serve on the CPU",
         "ok" if size < free else "problem",
