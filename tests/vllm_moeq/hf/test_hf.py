@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from moeq.checkpoint import SourceModel
 from support.checkpoints import change_tensors
-from support.linear import pack_linear
+from support.linear import MIXED, pack_linear
 from support.models import KNOWN, load_model, make_config
 from support.packed import W2_BITS, W13_BITS, write_packed
 from support.reference import dequantize_checkpoint
@@ -56,7 +56,11 @@ def packed(
             folder = tmp_path_factory.mktemp("hf") / "packed"
             # The last of two groups of gpt-oss's rows is half as long.
             group_size = 128 if family == "gpt_oss" else 32
-            made[family] = pack_linear(write_packed(model, folder, BitPlan(group_size, bits)))
+            plain = write_packed(model, folder, BitPlan(group_size, bits))
+            # Gate and up of MiniMax-M3 are one layer in transformers, which is refused.
+            joined = "(gate|up)_proj" if family == "minimax_m3_vl" else "none"
+            widths = {name: width for name, width in MIXED.items() if joined not in name}
+            made[family] = pack_linear(plain, widths)
         return made[family]
 
     return get
