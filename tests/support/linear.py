@@ -81,7 +81,8 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     config = json.loads((folder / "config.json").read_text())
     quantization = config["quantization_config"]
     group_size = quantization["group_size"]
-    hidden_layers = config.get("text_config", config)["num_hidden_layers"]
+    text = config.get("text_config", config)
+    hidden_layers = text.get("num_hidden_layers") or len(text["layers_block_type"])  # Nemotron-H
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
