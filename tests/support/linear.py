@@ -67,6 +67,8 @@ MIXED = {
     "lm_head": 4,
 }
 """Patterns of layers, of any family, to widths: both for rows and for columns that ranks share."""
+PLAIN_HEAD = ("gpt_oss", "lfm2_moe", "qwen3_next")
+"""Families whose output head vLLM 0.32 does not quantize, or always ties to the embeddings."""
 
 
 def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
@@ -92,6 +94,8 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
         if kind != "weight" or (layer and int(layer[1]) >= hidden_layers):
             continue
         bits = next((bits for key, bits in widths.items() if re.fullmatch(key, module)), None)
+        if module == "lm_head" and config["model_type"] in PLAIN_HEAD:
+            continue
         if bits is not None and tensors[name].shape[-1] % group_size == 0:
             linear_bits[module] = bits
             for suffix, tensor in _rounded(tensors.pop(name), bits, group_size).items():
