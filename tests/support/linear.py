@@ -1,6 +1,7 @@
 """Random dense layers at 4 and 8 bits, and checkpoints with some."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     config = json.loads((folder / "config.json").read_text())
     quantization = config["quantization_config"]
     group_size = quantization["group_size"]
-    hidden_layers = config.get("text_config", config)["num_hidden_layers"]
+    # Nemotron-H has no such number, and no layers that draft tokens.
+    hidden_layers = config.get("text_config", config).get("num_hidden_layers", math.inf)
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
