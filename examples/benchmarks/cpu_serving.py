@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -30,8 +29,27 @@ from pathlib import Path
 
 import psutil
 import torch
-from results import RESULTS, table, write_section
+from results import RESULTS
 from safetensors.torch import save_file
+from serving_figures import (
+    BF16,
+    BITS,
+    CONCURRENT,
+    DECODE,
+    FIRST_START,
+    KV_CACHE_GIB,
+    MEMORY,
+    MEMORY_PEAK,
+    MEMORY_READY,
+    PACKED,
+    PREFILL,
+    SHORT_PROMPT,
+    START,
+    Figures,
+    Report,
+    verdict,
+    write_report,
+)
 from transformers import OlmoeConfig
 
 from moeq.checkpoint.reader import INDEX_NAME, CheckpointReader
@@ -46,36 +64,20 @@ Generate = Callable[[list[list[int]], int], float]
 """Completes prompts, all at once, by a number of tokens; returns the seconds that it took."""
 Start = Callable[[Path, str, Path], AbstractContextManager[Generate]]
 """Starts vLLM with a model, a dtype and a log file; is entered when vLLM is ready."""
-Figures = dict[str, list[float]]  # by name
-Report = dict[str, dict[str, Figures]]  # by way to run vLLM, then by variant
 
 MODEL = "OLMoE-1B-7B"
 INNER = 1024  # its intermediate size; all else of its shape is the default of OlmoeConfig
-BITS = "2.5"
-BF16, PACKED = "bf16", "packed"
 LLM_OPTIONS = {
     "max_model_len": 1024,
     "max_num_seqs": 8,
     # vLLM warms up with as many at every start; its thousands take minutes without AVX-512.
     "max_num_batched_tokens": 512,
 }
-KV_CACHE_GIB = 1
 RUNTIME_BYTES = 3 << 30
 """More than vLLM takes beyond weights and KV cache: about 1.6 GB, and a layer while it loads."""
 DISK_FACTOR = 1.7
 """Bytes on disk of all variants, relative to bf16."""
-CONCURRENT = (1, 8)
-SHORT_PROMPT = 16
 STOP_SECONDS = 30.0
-
-FIRST_START, START = "first start-up, compiling, s", "start-up, s"
-PREFILL = "prefill, tokens/s"
-DECODE = {count: f"decode, {count} at once, tokens/s" for count in CONCURRENT}
-MEMORY_READY, MEMORY = "memory after start-up, GB", "memory after the work, GB"
-MEMORY_PEAK = "memory at its peak, GB"
-REQUIRED_SPEED_UPS = {PREFILL: 3.0, DECODE[1]: 3.0, DECODE[8]: 4.0}
-REQUIRED_MEMORY = 0.25
-"""Of bf16, both without the KV cache."""
 
 
 def tensor_shapes(config: OlmoeConfig) -> list[Shapes]:
@@ -311,81 +313,6 @@ def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespac
 def log_file(folder: Path, start: Start) -> Path:
     """Return where vLLM's words about a model go."""
     return folder.with_name(f"{folder.name}-{start.__name__}.log")
-
-
-def ratio(figures: dict[str, Figures], variant: str, name: str) -> float:
-    """Return a variant over bf16, from the medians."""
-    bf16, packed = (statistics.median(figures[which][name]) for which in (BF16, variant))
-    return packed / bf16
-
-
-def memory_share(figures: dict[str, Figures], variant: str) -> float:
-    """Return the memory of a variant over that of bf16, both without the KV cache."""
-    bf16, packed = (statistics.median(figures[which][MEMORY]) for which in (BF16, variant))
-    cache = (KV_CACHE_GIB << 30) / 1e9
-    return (packed - cache) / (bf16 - cache)
-
-
-def cells(figures: dict[str, Figures], name: str) -> list[str]:
-    """Return the table's cells of one figure: each variant's median, spread, and ratio to bf16."""
-    if name not in figures[BF16]:
-        return [""] * len(figures)
-    result = []
-    for variant in figures:
-        values = figures[variant][name]
-        spread = f" ({min(values):.4g}–{max(values):.4g})" if len(values) > 1 else ""
-        times = "" if variant == BF16 else f" × {ratio(figures, variant, name):.2f}"
-        result.append(f"{statistics.median(values):.4g}{spread}{times}")
-    return result
-
-
-def verdict(report: Report, variant: str, weights: dict[str, int]) -> str:
-    """Say whether a variant is what was expected."""
-
-    def sentence(what: str, values: list[str], met: bool, expected: str) -> str:
-        return f"{what} {' and '.join(values)}, {'meets' if met else 'MISSES'} {expected}"
-
-    facts = []
-    for name, required in REQUIRED_SPEED_UPS.items():
-        values = [ratio(figures, variant, name) for figures in report.values()]
-        met, what = min(values) >= required, name.removesuffix(", tokens/s")
-        facts.append(sentence(what, [f"{v:.2f}" for v in values], met, f"{required:g} times bf16"))
-    shares = [memory_share(figures, variant) for figures in report.values()]
-    facts.append(
-        sentence(
-            "memory of all processes without the KV cache",
-            [f"{share:.1%}" for share in shares],
-            max(shares) <= REQUIRED_MEMORY,
-            f"{REQUIRED_MEMORY:.0%} of bf16",
-        )
-    )
-    return (
-        f"{BITS} bits, {variant} ({' and '.join(report)}): {'; '.join(facts)}. Its tensors take "
-        f"{weights[variant] / weights[BF16]:.1%} "
-        f"({weights[variant] / 1e9:.2f} of {weights[BF16] / 1e9:.2f} GB)."
-    )
-
-
-def write_report(report: Report, name: str, facts: list[str], options: argparse.Namespace) -> None:
-    """Write the section."""
-    variants = report[OFFLINE]
-    header = ["", *(f"{mode}: {variant}" for mode in MODES for variant in variants)]
-    names = dict.fromkeys(n for figures in report.values() for n in figures[BF16])
-    rows = [[n, *(c for figures in report.values() for c in cells(figures, n))] for n in names]
-    method = (
-        f"Medians (smallest–largest) over {options.rounds} processes of each kind, in turns, with "
-        f"{options.repeats} repetitions in each. Prefill: {options.prompt_tokens} tokens. Decode: "
-        f"{options.new_tokens} tokens after a prompt of {SHORT_PROMPT}, less the time of an answer "
-        "of one token. Memory: all processes of vLLM (Pss), mapped files included. Start-up: until "
-        "the first request can be sent, the checkpoint not in the page cache; the first compiles."
-    )
-    write_section(
-        options.results,
-        "Speed on a CPU",
-        name,
-        [*facts, method, table(header, rows)],
-        packages=("torch", "vllm", "vllm-moeq"),
-    )
 
 
 def main() -> None:
