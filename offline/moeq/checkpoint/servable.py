@@ -9,7 +9,7 @@ from moeq.errors import MoeqError
 
 _DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\d+)\.")
 """Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
-_ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
+_ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act", "dense_act_fn")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
 _PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",

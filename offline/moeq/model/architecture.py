@@ -52,8 +52,14 @@ def not_layerwise(config: Any, family: Family) -> str:
 def auto_class(config: Any) -> Any:
     """Return what loads a model with all its parts, given its configuration in transformers."""
     # Takes seconds to import, which other commands should not wait for.
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     return (
         AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     )
