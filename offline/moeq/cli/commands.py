@@ -41,7 +41,13 @@ def quantize(options: Namespace) -> int:
     if model.written:
         path = shlex.quote(str(model.path))
         print(f"wrote {model.path}")
-        print(f"serve it with: vllm serve {path} --quantization moeq")
+        if model.in_vllm:
+            print(f"serve it with: vllm serve {path} --quantization moeq")
+        else:
+            print(
+                "load it with: import vllm_moeq.hf; "
+                f"AutoModelForSeq2SeqLM.from_pretrained({str(model.path)!r})"
+            )
     return 0
 
 

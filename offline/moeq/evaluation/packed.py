@@ -92,6 +92,11 @@ class PackedModel:
         progress: Progress,
     ) -> tuple[Iterable[Output], Iterable[Output | TopOutput]]:
         """Return what the original and the packed checkpoint say to each sequence."""
+        if backend == "vllm" and self.original.layers[0].family.encodes:
+            raise MoeqError(
+                f"`backend` vllm: vLLM has no {self.original.reader.config['model_type']}; use "
+                "reference or transformers"
+            )
         experts = ExpertSource.packed(self.reader, self.plan, device)
         if backend == "transformers":
             packed = WholeModel(self.original, device)
