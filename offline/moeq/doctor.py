@@ -147,7 +147,8 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     free = available_bytes()
     for text, calib in (("without text", "none"), ("with text", "default")):
         request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
-        estimate = pipeline.quantize(request).estimate
+        planned = pipeline.quantize(request)
+        estimate = planned.estimate
         needed = estimate.memory_bytes
         yield Finding(
             f"quantize, {text}",
@@ -162,7 +163,7 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     )
     size = estimate.output_bytes
     yield Finding(
-        "serve on the CPU",
+        "serve on the CPU" if planned.in_vllm else "run in transformers",
         "ok" if size < free else "problem",
         f"{_gb(size)} of weights at 2.5 bits (16 bits: {_gb(estimate.source_bytes)}), "
         f"{_gb(free)} of memory free",

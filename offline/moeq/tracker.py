@@ -47,8 +47,8 @@ class RouterNormTracker(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError: The model has no router: no module with ``experts`` beside a ``gate`` or
-            ``router``; ``every`` is not positive; or the file exists although training starts,
-            or does not fit although it resumes.
+            ``router``, that of a Switch Transformer included; ``every`` is not positive; or the
+            file exists although training starts, or does not fit although it resumes.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,21 @@ from moeq.errors import MoeqError
 from support.sources import load
 
 TINY = "switch_transformers"
-WORDS = "quick brown fox jumps over the lazy dog and then some more of them".split()
-SIZES = {"nsamples": 24, "seqlen": 48}
+WORDS = [
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "some",
+    "more",
+]
+SIZES: dict[str, Any] = {"nsamples": 24, "seqlen": 48}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +48,7 @@ def model(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, pairs: Path
 ) -> Path:
     output = tmp_path_factory.mktemp("switch") / "gptq"
-    options = {"bits": 2, "strategy": "uniform", "group_size": 32}
+    options: dict[str, Any] = {"bits": 2, "strategy": "uniform", "group_size": 32}
     return moeq.quantize(
         tiny_model(TINY), output, calib=str(pairs), **options, **SIZES
     ).path  # fmt: skip
@@ -59,7 +73,7 @@ def test_both_backends_judge_alike(
 def test_calibration_makes_it_better(
     model: Path, tiny_model: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
-    options = {"bits": 2, "strategy": "uniform", "group_size": 32, "calib": "none"}
+    options: dict[str, Any] = {"bits": 2, "strategy": "uniform", "group_size": 32, "calib": "none"}
     nearest = moeq.quantize(tiny_model(TINY), tmp_path / "rtn", method="rtn", **options).path
     calibrated, rounded = (
         moeq.evaluate(folder, against=tiny_model(TINY), text=str(pairs), **SIZES).total.divergence
@@ -73,7 +87,13 @@ def test_a_run_that_ended_early_goes_on_and_gives_the_same_bytes(
     model: Path, tiny_model: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
     """In the decoder, which looks at what the encoder gave."""
-    options = {"bits": 2, "strategy": "uniform", "group_size": 32, "calib": str(pairs), **SIZES}
+    options: dict[str, Any] = {
+        "bits": 2,
+        "strategy": "uniform",
+        "group_size": 32,
+        "calib": str(pairs),
+        **SIZES,
+    }
 
     class Killed(Exception):
         pass

@@ -26,9 +26,7 @@ class SwitchExperts(FusedExperts):
     @classmethod
     def of(cls, name: str, module: Module) -> "SwitchExperts":
         """Take a module; they have no gate and no biases."""
-        return cls(
-            name, module, transposed=False, gated=False, alternating=False, biased=False
-        )
+        return cls(name, module, transposed=False, gated=False, alternating=False, biased=False)
 
     def initialized(self, model: Module) -> list[Any]:
         """Return the experts, and what is around them, which would initialize them as well."""

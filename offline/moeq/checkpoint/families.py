@@ -71,6 +71,11 @@ class Family:
         """The matrices of an expert that share a width, and the same inputs."""
         return {"w13": ("up",) if self.gate is None else ("gate", "up"), "w2": ("down",)}
 
+    @property
+    def example(self) -> str:
+        """The path of a layer, to be shown."""
+        return "encoder.block.N.layer.1." if self.encodes else "model.layers.N."
+
     def tensor_name(self, container: str, expert: int, matrix: Matrix, kind: str = "weight") -> str:
         """Return the name of an expert's tensor: a ``weight``, a ``bias``, or what is packed."""
         return f"{container}.{expert}.{getattr(self, matrix)}.{kind}"
@@ -85,8 +90,7 @@ class Family:
         return name
 
     def match(self, name: str) -> re.Match[str] | None:
-        """Cut a tensor's name into the ``path`` of its layer, in which is its ``index``, and what is
-        ``inside``; None if it is in none."""
+        """Cut a name into the ``path`` of a layer, with its ``index``, and what is ``inside``."""
         return re.match(rf"(?P<path>.*\b{self.layer})(?P<inside>.*)", name)
 
     def layer_index(self, config: Mapping[str, Any], name: str) -> int:

@@ -107,8 +107,7 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
     block = rf"(?P<block>.*\b{family.layer})"
     expert_tensors = _matching(reader, rf"{block}{re.escape(family.experts)}\.\d+\..+")
     if not expert_tensors:
-        where = "encoder.block.1.layer.1" if family.encodes else "layers.0"
-        experts = f"{where}.{family.experts}"
+        experts = f"{family.example}{family.experts}"
         raise MoeqError(
             f"{reader.folder} has no tensor like {experts}.0.{family.gate or family.up}.weight "
             f"or {experts}.gate_up_proj, as model_type "

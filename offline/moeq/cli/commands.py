@@ -204,8 +204,8 @@ def families(options: Namespace) -> int:
     rows = [
         {
             "model_type": name,
-            "experts": f"model.layers.N.{family.experts}",
-            "router": f"model.layers.N.{family.router}",
+            "experts": f"{family.example}{family.experts}",
+            "router": f"{family.example}{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
             "tested": found.get(name, {}),
         }

@@ -122,10 +122,8 @@ class EncoderDecoderModel(LayerwiseModel):
             # Several sets of experts may run on the same sequences, one set after another.
             rows = torch.arange(done, done + len(hidden), device=self.device) % len(self._kept)
             done += len(hidden)
-            source, target = hidden.split(
-                (self._encoded.shape[1], hidden.shape[1] - self._encoded.shape[1]), 1
-            )
-            places = source.shape[1]
+            places = self._encoded.shape[1]
+            source, target = hidden[:, :places], hidden[:, places:]
             span = slice(0, places) if encodes else slice(places, hidden.shape[1])
             self._running = span, self._kept[rows]
             encoded = source if encodes else self._encoder.final_layer_norm(source)

@@ -195,7 +195,8 @@ def _expert_problems(
     for index in sorted(experts.keys() | by_index.keys()):
         layer, (path, shape) = by_index.get(index), experts.get(index, ("", None))
         if layer is None:
-            yield f"{path}{layers[0].family.experts} is missing: config.json gives the layer experts"
+            container = path + layers[0].family.experts
+            yield f"{container} is missing: config.json gives the layer experts"
         elif shape is None:
             yield f"{layer.container} holds experts, but config.json gives the layer none"
         else:

@@ -58,7 +58,9 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Return int64 [n, length]: sequences drawn from a text without overlap, n <= count.
 
-    Texts that are too short for one are left out, and named in a warning.
+    Texts that are too short for one are left out, and named in a warning. Of a model with an
+    encoder they are sources and targets: pairs, if the text is a ``.jsonl`` file of such, cut or
+    filled; else a text and how it goes on. See :mod:`moeq.model.sequences`.
 
     Args:
         folder: A checkpoint, for its tokenizer.
@@ -139,10 +141,7 @@ def _joined(
     sources, targets = (
         tokenizer(list(texts), verbose=False)["input_ids"] for texts in zip(*pairs, strict=True)
     )
-    sequences = [
-        parts.joined(*pair, length)  # all tokens of which are told in the docstring of the class
-        for pair in zip(sources, targets, strict=True)
-    ]
+    sequences = [parts.joined(*pair, length) for pair in zip(sources, targets, strict=True)]
     return torch.tensor(sequences, dtype=torch.int64)
 
 
@@ -158,10 +157,10 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     for number, row in _rows(path):
         if not {"source", "target"} & row.keys():
             return []
-        pair = row.get("source"), row.get("target")
-        if not all(isinstance(text, str) and text.strip() for text in pair):
+        source, target = row.get("source"), row.get("target")
+        if not all(isinstance(text, str) and text.strip() for text in (source, target)):
             raise MoeqError(f'{path}, line {number}: "source" and "target" must both be text')
-        pairs.append(pair)
+        pairs.append((str(source), str(target)))
     return pairs
 
 

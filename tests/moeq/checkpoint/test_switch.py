@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import Module
 
 from moeq import RouterNormTracker, plan, quantize
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import Matrix, SourceModel
 from moeq.errors import MoeqError
 from moeq.model.structure import check_structure, structure_problems
 from moeq.signals import load_base_routers, router_norms
@@ -123,7 +122,8 @@ def test_every_expert_is_that_of_the_model_in_memory(tiny_model: TinyModel) -> N
         assert torch.equal(source.tensor(layer.router), block.router.classifier.weight)
         for expert in range(layer.num_experts):
             dense = block.experts[f"expert_{expert}"]
-            for matrix, weight in (("up", dense.wi.weight), ("down", dense.wo.weight)):
+            matrices: dict[Matrix, Any] = {"up": dense.wi.weight, "down": dense.wo.weight}
+            for matrix, weight in matrices.items():
                 assert torch.equal(source.tensor(layer.tensor_name(expert, matrix)), weight)
 
 
@@ -183,7 +183,9 @@ def test_what_is_not_the_model_of_its_config_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_in_bin_files_are_refused_with_advice(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_weights_in_bin_files_are_refused_with_advice(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
     config = (tiny_model(TINY) / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
     torch.save({}, tmp_path / "pytorch_model.bin")

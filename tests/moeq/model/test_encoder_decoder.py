@@ -1,7 +1,6 @@
 """An encoder and its decoder layer by layer, against the whole model of transformers."""
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from moeq.errors import MoeqError
 from moeq.model import ExpertSource, LayerwiseModel, layerwise_model, run_layer
 from moeq.model.sequences import answered
 from moeq.model.text import calibration_sequences, evaluation_sequences
-from support.models import ENCODER_DECODERS, VOCABULARY, load_model
+from support.models import VOCABULARY, load_model
 from support.sources import load, rewrite
 
 PAD = START = 2
@@ -155,9 +154,7 @@ def test_gradients_are_those_of_transformers(folder: Path) -> None:
         ours = found[container][:, :SOURCE] if encoder else found[container][:, SOURCE:]
         kept = _kept(encoder)
         assert theirs.abs().max() > 0
-        torch.testing.assert_close(
-            ours[kept], theirs.view(ours.shape)[kept], rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(ours[kept], theirs.view(ours.shape)[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_a_text_goes_on_where_its_source_ends(tiny_model: TinyModel, tmp_path: Path) -> None:

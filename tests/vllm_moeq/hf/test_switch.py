@@ -96,9 +96,7 @@ def test_a_plain_copy_is_saved_under_the_names_of_transformers(
     torch.testing.assert_close(_logits(again.eval()), _logits(dequantized), atol=1e-5, rtol=0)
 
 
-def test_embeddings_apart_are_loaded(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_embeddings_apart_are_loaded(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     tensors = load(tiny_model(TINY))
     for number, name in enumerate(("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")):
         tensors[f"{name}.weight"] = tensors["shared.weight"].roll(number + 1, 0)
@@ -116,9 +114,7 @@ def test_embeddings_apart_are_loaded(
         ("shared.weight", "shared.weight is missing"),
     ],
 )
-def test_a_missing_tensor_is_named(
-    name: str, message: str, packed: Path, tmp_path: Path
-) -> None:
+def test_a_missing_tensor_is_named(name: str, message: str, packed: Path, tmp_path: Path) -> None:
     tensors = load(packed)
     del tensors[name]
     broken = rewrite(packed, tmp_path / "broken", tensors)
