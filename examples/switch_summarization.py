@@ -167,7 +167,9 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> "Batch":
         """Tokenize pairs."""
-        sources, targets = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
+        sources, targets = (
+            tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True)
+        )
         return cls(filled(sources, SOURCE), filled(targets, TARGET))
 
     def arguments(self) -> dict[str, torch.Tensor]:
