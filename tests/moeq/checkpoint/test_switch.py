@@ -231,3 +231,8 @@ def test_a_packed_checkpoint_that_lacks_a_tensor_is_told(
     del source.reader.tensors["decoder.block.0.layer.1.EncDecAttention.k.weight"]
     (problem,) = structure_problems(source.reader, source.layers)
     assert "decoder.block.0.layer.1.EncDecAttention.k.weight [128, 128] is missing" in problem
+
+
+def test_dense_layers_stay_in_16_bits(tiny_model: TinyModel) -> None:
+    with pytest.raises(MoeqError, match="`dense_bits` 8: dense layers of switch_transformers stay"):
+        plan(tiny_model(TINY), bits=2.5, calib="none", dense_bits=8)
