@@ -87,6 +87,7 @@ class QuantizedModel:
         estimate: What making it takes.
         calibration: What each expert got of the calibration text; None without calibration, and
             after ``dry_run``.
+        in_vllm: Whether vLLM has such models; all run in transformers.
     """
 
     path: Path
@@ -94,6 +95,7 @@ class QuantizedModel:
     plan: BitPlan
     estimate: Estimate
     calibration: CalibrationReport | None = None
+    in_vllm: bool = True
 
     @property
     def tried(self) -> list[Mapping[str, Any]]:
@@ -124,6 +126,12 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     check_output_is_free(output)
     given = _given_plan(request)
     source = _opened(request.model)
+    in_vllm = not source.layers[0].family.encodes
+    if not in_vllm:
+        logger.warning(
+            "vLLM has no %s: the result runs in transformers, after `import vllm_moeq.hf`",
+            source.reader.config["model_type"],
+        )
     if given is None:
         request = _with_group_size(request, source)
     else:
@@ -138,7 +146,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     conversion = _conversion(request, source, expected, text)
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
-        return QuantizedModel(request.output, False, conversion.plan, estimate)
+        return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
     with Workspace.open(output, request.resume) as workspace, disk_errors(f"cannot write {output}"):
         workspace.check_space(estimate.disk_bytes)
         _announce(request, text, estimate.measuring, estimate.rounding)
@@ -162,7 +170,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
             reports[REPORT_NAME] = report.to_dict()
         conversion.write(workspace.partial, experts, reports, progress)
         workspace.publish()
-    return QuantizedModel(request.output, True, conversion.plan, estimate, report)
+    return QuantizedModel(request.output, True, conversion.plan, estimate, report, in_vllm)
 
 
 def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 _ROUTER_NAMES = ("gate", "router")
+_INSIDE = "classifier"
+"""Where a Switch Transformer's router has its weight."""
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -45,8 +47,8 @@ class RouterNormTracker(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError: The model has no router: no module with ``experts`` beside a ``gate`` or
-            ``router``; ``every`` is not positive; or the file exists although training starts,
-            or does not fit although it resumes.
+            ``router``, that of a Switch Transformer included; ``every`` is not positive; or the
+            file exists although training starts, or does not fit although it resumes.
     """
 
     def __init__(
@@ -163,9 +165,12 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if not hasattr(module, "experts"):
             continue
         for router_name in _ROUTER_NAMES:
-            weight = getattr(getattr(module, router_name, None), "weight", None)
+            router, path = getattr(module, router_name, None), router_name
+            if hasattr(router, _INSIDE):
+                router, path = getattr(router, _INSIDE), f"{router_name}.{_INSIDE}"
+            weight = getattr(router, "weight", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-                full_name = f"{name}.{router_name}.weight"
+                full_name = f"{name}.{path}.weight"
                 for wrapper in _WRAPPERS:
                     full_name = full_name.replace(wrapper, "")
                 yield full_name.removeprefix("."), weight

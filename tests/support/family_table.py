@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from moeq.checkpoint.families import FOUND_BY_TESTS
 from support.models import (
     DIFFERENT_IN_VLLM,
+    ENCODER_DECODERS,
     FAMILIES,
     NOT_LAYERWISE,
     NOT_ON_CPU,
@@ -45,8 +46,9 @@ Results = dict[tuple[str, str], bool]
 
 def main(files: list[str]) -> None:
     """Write the facts, and the table into the page."""
+    names = (*FAMILIES, *ENCODER_DECODERS)
     results, before = _results(files), json.loads(FOUND_BY_TESTS.read_text())
-    facts = {family: _facts(family, results, before.get(family, {})) for family in FAMILIES}
+    facts = {family: _facts(family, results, before.get(family, {})) for family in names}
     FOUND_BY_TESTS.write_text(json.dumps(facts, indent=1) + "\n")
     start, end = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
     PAGE.write_text(f"{start}{START}{table(facts)}{END}{end}")

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
 
@@ -311,6 +312,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What distinguishes each family's configuration, by ``model_type``."""
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "switch_transformers": {
+        "vocab_size": VOCABULARY,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 176,  # no group size divides it
+        "num_heads": 4,
+        # Experts in layers 1 and 3 of the encoder, and in layer 1 of the decoder.
+        "num_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": NUM_EXPERTS,
+        "expert_capacity": 5,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "decoder_start_token_id": 2,
+    },
+}
+"""The same of families with an encoder, which vLLM does not have."""
 _IMPLEMENTED_AS = {"kimi_k2": "deepseek_v3"}
 _RELEASED_WITH: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
@@ -327,6 +348,7 @@ _RELEASED_WITH: dict[str, dict[str, Any]] = {
 
 UNKNOWN_TO_TRANSFORMERS = {"kimi_k2"}
 NOT_ON_CPU = {
+    "switch_transformers": "vLLM does not have it",
     "minimax_m2": "its router takes sigmoid scores of DeepSeek's expert groups only",
     "phimoe": "its router gives NaN",
     "deepseek_v32": "no sparse attention",
@@ -378,6 +400,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
 
 
 def _auto_class(config: Any) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
@@ -401,6 +425,8 @@ def save_tokenizer(folder: Path) -> None:
 
 def make_config(family: str) -> Any:
     """Return the configuration of a tiny model of a family, in transformers."""
+    if family in ENCODER_DECODERS:
+        return AutoConfig.for_model(family, **ENCODER_DECODERS[family])
     options = FAMILIES[family]
     return AutoConfig.for_model(
         _IMPLEMENTED_AS.get(family, family),

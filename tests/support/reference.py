@@ -96,13 +96,18 @@ def dequantize_checkpoint(packed: Path, target: Path) -> Path:
 def _width(quantization: dict[str, Any], stem: str) -> int:
     """Return the bits that the plan gives to ``container.expert.matrix``."""
     container, expert, matrix = stem.rsplit(".", 2)
-    projection = "w2" if matrix in ("w2", "down_proj") else "w13"
+    projection = "w2" if matrix in ("w2", "down_proj", "wo") else "w13"
     bits: int = quantization["expert_bits"][container][projection][int(expert)]
     return bits
 
 
 def _as_released(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
-    """Fuse experts again, where transformers reads them in no other way."""
+    """Fuse or name experts again, where transformers reads them in no other way."""
+    if model_type == "switch_transformers":
+        return {
+            re.sub(r"\.experts\.(\d+)\.", r".experts.expert_\1.", name): tensor
+            for name, tensor in tensors.items()
+        }
     if model_type not in FUSED_IN_RELEASES:
         return tensors
     released: dict[str, torch.Tensor] = {}

@@ -68,13 +68,42 @@ class FusedExperts:
             biased=getattr(module, "has_bias", False),
         )
 
+    def initialized(self, model: Module) -> list[Any]:
+        """Return the modules of a model that transformers is to leave as they are."""
+        return [self.module]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, and rows and columns of what each has as ``down_proj``."""
+        experts, rows, columns = self.module.down_proj.shape
+        return experts, rows, columns
+
+    def weight(self, projection: Projection, expert: int) -> torch.Tensor:
+        """Return the weight of an expert, as it is stored."""
+        weight: torch.Tensor = getattr(self.module, self._name(projection))[expert]
+        return weight
+
+    def _name(self, projection: Projection) -> str:
+        if projection == "w2":
+            return "down_proj"
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def act(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute what is between both projections of an expert without a gate."""
+        result: torch.Tensor = self.module.act_fn(hidden)
+        return result
+
+    def packed(self, bits: LayerBits, group_size: int) -> "PackedExperts":
+        """Return what stands in their place; see its class."""
+        return PackedExperts(self, bits, group_size)
+
     def buffers(self, bits: LayerBits, group_size: int) -> ExpertBuffers:
         """Describe the same experts packed.
 
         Raises:
             FormatError: The plan belongs to another model.
         """
-        experts, rows, columns = self.module.down_proj.shape
+        experts, rows, columns = self.shape
         hidden, intermediate = (columns, rows) if self.transposed else (rows, columns)
         if experts != bits.num_experts:
             raise FormatError(
@@ -110,24 +139,21 @@ class FusedExperts:
         """
         weights = ExpertWeights(*(tensors[key] for key in tensors if key[1] != "bias"))
         for projection in PROJECTIONS:
-            name = "down_proj"
-            if projection == "w13":
-                name = "gate_up_proj" if self.gated else "up_proj"
-            target = getattr(self.module, name)
-            if target.is_meta:
-                raise ValueError(OFFLOADED.format(name=self.name))
             for expert in range(len(buffers.layout.slots)):
+                target = self.weight(projection, expert)
+                if target.is_meta:
+                    raise ValueError(OFFLOADED.format(name=self.name))
                 weight = expert_weight(buffers.layout, weights, projection, expert, torch.float32)
                 if projection == "w13":
                     weight = self._stored_rows(weight, buffers.share)
                 else:
                     weight = weight[:, : buffers.share.columns]
-                target[expert].copy_(weight.T if self.transposed else weight)
+                target.copy_(weight.T if self.transposed else weight)
                 if self.biased:
                     bias = tensors[projection, "bias"][expert]
                     if projection == "w13":
                         bias = self._stored_rows(bias, buffers.share)
-                    getattr(self.module, f"{name}_bias")[expert].copy_(bias)
+                    getattr(self.module, f"{self._name(projection)}_bias")[expert].copy_(bias)
 
     def _stored_rows(self, w13: torch.Tensor, share: Share) -> torch.Tensor:
         """Return the rows of gate and up without the zeros that fill a last group."""
@@ -145,7 +171,7 @@ class FusedExperts:
         # Further than limits of clamped activations are.
         probe = torch.linspace(-30, 30, 96, dtype=torch.float32, device="cpu").view(4, -1)
         if not self.gated:
-            expected = module.act_fn(probe)
+            expected = self.act(probe)
         elif hasattr(module, "_apply_gate"):
             expected = module._apply_gate(probe)
         else:

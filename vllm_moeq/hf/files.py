@@ -22,6 +22,7 @@ from vllm_moeq.kernels import LinearLayout, LinearWeight
 
 _SHARDS: dict[str, Shard] = {
     "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
+    "wi": "w1", "wo": "w2",
 }  # fmt: skip
 _KINDS: dict[str, Kind] = {
     kind: kind for kind in ("weight_packed", "weight_scale", "weight_zero_point", "bias")

@@ -15,13 +15,14 @@ from transformers.quantizers.base import HfQuantizer
 
 from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, FormatError, first_few
 from vllm_moeq.hf.config import MoeqConfig
-from vllm_moeq.hf.experts import FusedExperts, PackedExperts, is_fused_experts
+from vllm_moeq.hf.experts import FusedExperts, is_fused_experts
 from vllm_moeq.hf.files import PackedFiles
 from vllm_moeq.hf.linear import PackedLinear, dequantize, layout_of
 from vllm_moeq.hf.saving import save_pretrained
+from vllm_moeq.hf.switch import SwitchExperts, is_switch_experts
 from vllm_moeq.kernels import LinearLayout
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|(?:encoder|decoder)\.block)\.\d+\.")
 _PACKED_TENSORS = {
     r"\.experts\.\d+\.\w+\.(weight_packed|weight_scale|weight_zero_point|bias)$",
     r"\.(weight_packed|weight_scale|weight_shape)$",  # of dense layers
@@ -87,12 +88,13 @@ class MoeqHfQuantizer(HfQuantizer):
         unexpected, missing = set(_PACKED_TENSORS), set()
         for container, fused in self._fused.items():
             bits = self.plan.expert_bits[container]
+            # Their parameters get a place, and no random values.
+            for module in fused.initialized(model):
+                module._is_hf_initialized = True
             if self.quantization_config.dequantize:
-                # Their parameters get a place, and no random values.
-                fused.module._is_hf_initialized = True
                 missing.add(f"^{re.escape(fused.name)}\\.")
             else:
-                packed = PackedExperts(fused, bits, self.plan.group_size)
+                packed = fused.packed(bits, self.plan.group_size)
                 model.set_submodule(fused.name, packed)
         for stored, (name, layout) in self._linears.items():
             linear = model.get_submodule(name)
@@ -107,19 +109,20 @@ class MoeqHfQuantizer(HfQuantizer):
 
     def _find_experts(self, model: Any) -> Iterator[tuple[str, FusedExperts]]:
         """Yield the container on disk and the experts of each layer."""
-        by_layer: dict[int, str] = {}
+        by_layer: dict[str, str] = {}
         for container in self.plan.expert_bits:
-            layer = _layer_index(container)
+            layer = _layer(container)
             if by_layer.setdefault(layer, container) != container:
-                raise FormatError(f"expert_bits names layer {layer} twice")
+                raise FormatError(f"expert_bits names {layer} twice")
         for name, module in list(model.named_modules()):
-            if is_fused_experts(module):
-                container = by_layer.pop(_layer_index(name), "")
+            kind = _kind(module)
+            if kind is not None:
+                container = by_layer.pop(_layer(name), "")
                 if not container:
                     raise FormatError(
                         f"expert_bits has no entry for {name}: the plan belongs to another model"
                     )
-                yield container, FusedExperts.of(name, module)
+                yield container, kind.of(name, module)
         if by_layer:
             raise FormatError(
                 f"expert_bits names {next(iter(by_layer.values()))}, and this release of "
@@ -211,12 +214,12 @@ class MoeqHfQuantizer(HfQuantizer):
             FormatError: A tensor is missing or has another shape.
         """
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        ours = {fused.name for fused in self._fused.values()}
+        ours = tuple(f"{fused.name}." for fused in self._fused.values())
         tied |= {f"{name}.weight" for name, _ in self._linears.values()}
         optional = self._ignored[_MISSING] or ()
         wrong = []
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if name in tied or name.rpartition(".")[0] in ours:
+            if name in tied or name.startswith(ours):
                 continue
             if any(re.search(pattern, name) for pattern in optional):
                 continue
@@ -304,11 +307,18 @@ class MoeqHfQuantizer(HfQuantizer):
         return self.files.folder
 
 
-def _layer_index(name: str) -> int:
+def _layer(name: str) -> str:
     match = _LAYER.search(f".{name}.")
     if match is None:
         raise FormatError(f"{name}: experts outside numbered layers ('layers.N') are not supported")
-    return int(match[1])
+    return match[0].strip(".")
+
+
+def _kind(module: Any) -> type[FusedExperts] | None:
+    """Return how a module holds experts; None if it holds none."""
+    if is_fused_experts(module):
+        return FusedExperts
+    return SwitchExperts if is_switch_experts(module) else None
 
 
 def _renamings(conversions: list[Any]) -> list[WeightRenaming]:

@@ -18,7 +18,7 @@ from moeq.calibration.result import CalibratedExperts, CalibrationReport, Covera
 from moeq.calibration.snapshots import Snapshots
 from moeq.checkpoint.linear import FULL_WIDTH, group_widths
 from moeq.checkpoint.workspace import clear
-from moeq.model import ExpertSource, LayerwiseModel, Routed, add_experts, run_layer
+from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
 from moeq.model.activations import mapped
 from moeq.progress import Progress, silent, stage
 
@@ -58,7 +58,7 @@ def _calibrate(
 ) -> CalibratedExperts:
     source, folder = config.source, snapshots.folder
     widths = group_widths(config.plan, source.linear)
-    model = LayerwiseModel(source, torch.device(config.device))
+    model = layerwise_model(source, torch.device(config.device))
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)
 
@@ -78,10 +78,12 @@ def _calibrate(
         model.embed(config.tokens, hidden)
         original.copy_(hidden)
     else:
-        model.embed(config.tokens[:1], x[:1])  # for what layers get beside hidden states
+        model.embed(config.tokens, x)  # for what layers get beside hidden states
     last = max(
-        [layer.index for layer in source.layers]
-        + [group.layer for group, bits in widths.items() if bits != FULL_WIDTH]
+        [
+            *(layer.index for layer in source.layers),
+            *(group.layer for group, bits in widths.items() if bits != FULL_WIDTH),
+        ]
     )
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:

@@ -13,6 +13,9 @@ Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
 _USUAL_BITS, _BITS_OF_A_GROUP = 2.5, 24
 """Of a weight, and of the scale and the zero point of a group."""
+_LAYER = r"layers\.(?P<index>\d+)\."
+_BLOCK = r"(?P<stack>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\."
+"""Match the end of the path of what has experts: a decoder layer; a part of a block of T5."""
 FOUND_BY_TESTS = Path(__file__).with_name("families.json")
 """What tests found of each model type; they write it (``tests/support/family_table.py``)."""
 
@@ -39,6 +42,10 @@ class Family:
             is added to the residual stream.
         scaled_inputs: Whether router weights scale what its experts get, instead of what they give.
         runs_as: Another ``model_type``, as which transformers runs the same model.
+        layer: Matches the path of a layer, in which the paths above are.
+        encodes: Whether it is an encoder and a decoder, which vLLM does not have: such models run
+            in transformers alone. The layers of the decoder come after those of the encoder.
+        top_k: Experts of a token, where ``config.json`` does not tell.
     """
 
     model_types: tuple[str, ...]
@@ -55,11 +62,19 @@ class Family:
     normalized: bool = False
     scaled_inputs: bool = False
     runs_as: str | None = None
+    layer: str = _LAYER
+    encodes: bool = False
+    top_k: int | None = None
 
     @property
     def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
         """The matrices of an expert that share a width, and the same inputs."""
         return {"w13": ("up",) if self.gate is None else ("gate", "up"), "w2": ("down",)}
+
+    @property
+    def example(self) -> str:
+        """The path of a layer, to be shown."""
+        return "encoder.block.N.layer.1." if self.encodes else "model.layers.N."
 
     def tensor_name(self, container: str, expert: int, matrix: Matrix, kind: str = "weight") -> str:
         """Return the name of an expert's tensor: a ``weight``, a ``bias``, or what is packed."""
@@ -67,11 +82,39 @@ class Family:
 
     def canonical_name(self, name: str) -> str:
         """Return what a tensor on disk is called here."""
-        layer, inside = _inside_layer(name)
+        match = self.match(name)
+        layer, inside = ("", name) if match is None else (match["path"], match["inside"])
         for alias, canonical in self.aliases:
             if inside.startswith(alias):
                 return f"{layer}{canonical}{inside.removeprefix(alias)}"
         return name
+
+    def match(self, name: str) -> re.Match[str] | None:
+        """Cut a name into the ``path`` of a layer, with its ``index``, and what is ``inside``."""
+        return re.match(rf"(?P<path>.*\b{self.layer})(?P<inside>.*)", name)
+
+    def layer_index(self, config: Mapping[str, Any], name: str) -> int:
+        """Return the number of a tensor's layer in the order in which layers run.
+
+        Args:
+            config: ``config.json``.
+            name: Of a tensor in a layer.
+
+        Raises:
+            MoeqError: The encoder has no such layer.
+        """
+        match = self.match(name)
+        if match is None:
+            raise MoeqError(f"{name} is in no layer of the model")
+        index = int(match["index"])
+        if not self.encodes:
+            return index
+        before = config.get("num_layers")
+        if not isinstance(before, int) or (match["stack"] == "encoder" and index >= before):
+            raise MoeqError(
+                f"{name} is of no layer of the model: config.json has num_layers {before}"
+            )
+        return index + (before if match["stack"] == "decoder" else 0)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -199,13 +242,21 @@ FAMILIES: tuple[Family, ...] = (
         activations=("relu2", "silu", "gelu", "gelu_pytorch_tanh"),
         norm="norm",
     ),
+    Family(
+        ("switch_transformers",),
+        experts="mlp.experts",
+        router="mlp.router.classifier.weight",
+        gate=None,
+        up="wi",
+        down="wo",
+        aliases=(("mlp.experts.expert_", "mlp.experts."),),
+        activations=("relu",),
+        norm="layer_norm",
+        layer=_BLOCK,
+        encodes=True,
+        top_k=1,
+    ),
 )
-
-
-def _inside_layer(name: str) -> tuple[str, str]:
-    """Cut a tensor's name into the path of its decoder layer and the rest."""
-    match = re.match(r"(.*\blayers\.\d+\.)(.*)", name)
-    return ("", name) if match is None else (match[1], match[2])
 
 
 def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Family:
@@ -242,7 +293,8 @@ class MoELayer:
     """One MoE layer of a checkpoint.
 
     Attributes:
-        index: Decoder layer number.
+        index: Its number in the order in which layers run; those of a decoder come after those of
+            its encoder.
         container: On-disk path of its experts, the key in a plan's ``expert_bits``.
         router: On-disk name of its router weight [num_experts, hidden_size].
         family: Names of the projections.

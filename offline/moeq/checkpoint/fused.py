@@ -40,7 +40,7 @@ class FusedNames:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.first = "up_proj" if family.gate is None else "gate_up_proj"
-        container = rf"(?P<container>.*\blayers\.\d+\.{re.escape(family.experts)})"
+        container = rf"(?P<container>.*\b{family.layer}{re.escape(family.experts)})"
         tensor = rf"(?P<tensor>(?:{self.first}|{_DOWN})(?:_bias)?)"
         self._pattern = re.compile(rf"{container}\.{tensor}(\.weight)?")
 

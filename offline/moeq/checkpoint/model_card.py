@@ -34,22 +34,25 @@ Experts of each layer at each width, gate and up / down:
 
 ## Use
 
+{vllm}With transformers and vllm-moeq:
+
+```
+import vllm_moeq.hf  # before from_pretrained
+model = {auto_class}.from_pretrained("PATH_OF_THIS_FOLDER", device_map="auto")
+```
+
+`moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged;
+`moeq inspect PATH_OF_THIS_FOLDER --html FILE` shows every expert.
+"""
+_VLLM = """\
 With vLLM and vllm-moeq installed:
 
 ```
 vllm serve PATH_OF_THIS_FOLDER --quantization moeq
 ```
 
-With transformers and vllm-moeq:
-
-```
-import vllm_moeq.hf  # before from_pretrained
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER", device_map="auto")
-```
-
-`moeq verify PATH_OF_THIS_FOLDER` checks that every file is complete and undamaged;
-`moeq inspect PATH_OF_THIS_FOLDER --html FILE` shows every expert.
 """
+_NO_VLLM = "vLLM does not have this kind of model.\n\n"
 _QUALITY = """
 ## Quality
 
@@ -61,11 +64,18 @@ them had {second:.5f}. Judge it on your own text:
 """
 
 
-def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
-    """Replace ``README.md`` in ``folder``, keeping what the source card says about licence etc."""
+def write_model_card(folder: Path, plan: BitPlan, source: str, encodes: bool = False) -> None:
+    """Replace ``README.md`` in ``folder``, keeping what the source card says about licence etc.
+
+    Args:
+        folder: Of the packed checkpoint.
+        plan: Its widths.
+        source: Folder or hub id of the model that it comes from.
+        encodes: Whether that has an encoder, and vLLM does not run it.
+    """
     path = folder / "README.md"
     data = _source_data(path)
-    data.library_name = "vllm"
+    data.library_name = "transformers" if encodes else "vllm"
     data.tags = sorted({*(data.tags or []), "moe", "moeq", "quantized"})
     name = link = Path(source).resolve().name
     # What a fine-tuned model comes from is not what this one comes from.
@@ -93,6 +103,8 @@ def write_model_card(folder: Path, plan: BitPlan, source: str) -> None:
         else "Attention, shared experts and dense MLPs have 4, 8 or 16 bits, in the format of\n"
         "compressed-tensors. Routers, norms and embeddings are untouched.",
         quality=_quality(plan),
+        vllm=_NO_VLLM if encodes else _VLLM,
+        auto_class="AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM",
         plan=_plan(plan),
     )
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")

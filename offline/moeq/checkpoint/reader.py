@@ -97,9 +97,15 @@ class CheckpointReader:
         elif (folder / SINGLE_NAME).is_file():
             files = [SINGLE_NAME]
         else:
+            advice = ""
+            if any(folder.glob("*.bin")):
+                advice = (
+                    ". Its weights are in .bin files: load it with transformers once, and "
+                    "`save_pretrained` it into a folder"
+                )
             raise MoeqError(
                 f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; moeq reads safetensors "
-                "checkpoints only"
+                f"checkpoints only{advice}"
             )
         self._files = MappedFiles()
         self._names = files

@@ -9,7 +9,7 @@ from moeq.errors import MoeqError
 
 _DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\d+)\.")
 """Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
-_ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
+_ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act", "dense_act_fn")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
 _NAMED_IN_VLLM = {"swish": "silu"}
 """Other names that transformers has for an activation, of which vLLM's models know one only."""

@@ -104,10 +104,10 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
         MoeqError: As :meth:`SourceModel.open`.
     """
     family = family_of(reader.config)
-    block = r"(?P<block>.*\blayers\.(?P<index>\d+)\.)"
+    block = rf"(?P<block>.*\b{family.layer})"
     expert_tensors = _matching(reader, rf"{block}{re.escape(family.experts)}\.\d+\..+")
     if not expert_tensors:
-        experts = f"layers.0.{family.experts}"
+        experts = f"{family.example}{family.experts}"
         raise MoeqError(
             f"{reader.folder} has no tensor like {experts}.0.{family.gate or family.up}.weight "
             f"or {experts}.gate_up_proj, as model_type "
@@ -115,8 +115,8 @@ def moe_layers(reader: CheckpointReader) -> list[MoELayer]:
         )
     routers = _matching(reader, block + re.escape(family.router))
     # A layer is one that has a router or an expert: if either is missing, it is an error.
-    blocks = {match["block"]: int(match["index"]) for match in (*expert_tensors, *routers)}
-    layers = [_moe_layer(reader, family, block, index) for block, index in blocks.items()]
+    blocks = dict.fromkeys(match["block"] for match in (*expert_tensors, *routers))
+    layers = [_moe_layer(reader, family, block) for block in blocks]
     weights = {
         layer.tensor_name(expert, matrix)
         for layer in layers
@@ -153,7 +153,7 @@ def _matching(reader: CheckpointReader, pattern: str) -> list[re.Match[str]]:
     ]
 
 
-def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int) -> MoELayer:
+def _moe_layer(reader: CheckpointReader, family: Family, block: str) -> MoELayer:
     container, router = block + family.experts, block + family.router
     first_name = f"{container}.0.{family.gate or family.up}.weight"
     first = reader.info(first_name)
@@ -163,7 +163,7 @@ def _moe_layer(reader: CheckpointReader, family: Family, block: str, index: int)
     # from one release of transformers to the next.
     num_experts = reader.info(router).shape[0]
     layer = MoELayer(
-        index=index,
+        index=family.layer_index(reader.config, block),
         container=container,
         router=router,
         family=family,

@@ -80,7 +80,7 @@ def packed_layers(reader: CheckpointReader) -> list[MoELayer]:
     family = family_of(reader.config)
     return [
         MoELayer(
-            index=int(container.removesuffix(f".{family.experts}").rpartition(".")[2]),
+            index=family.layer_index(reader.config, container),
             container=container,
             router=_router_name(family, container),
             family=family,

@@ -195,7 +195,8 @@ class Conversion:
         for file in set(weight_map.values()):
             # safetensors makes files that only their owner may read.
             shutil.copymode(folder / "config.json", folder / file)
-        write_model_card(folder, self.plan, self.source.name)
+        encodes = self.source.layers[0].family.encodes
+        write_model_card(folder, self.plan, self.source.name, encodes)
         write_manifest(folder)
 
     def _convert(self, job: _Job, weights: PackedSource) -> dict[str, torch.Tensor]:

@@ -44,7 +44,13 @@ def quantize(options: Namespace) -> int:
     if model.written:
         path = shlex.quote(str(model.path))
         print(f"wrote {model.path}")
-        print(f"serve it with: vllm serve {path} --quantization moeq")
+        if model.in_vllm:
+            print(f"serve it with: vllm serve {path} --quantization moeq")
+        else:
+            print(
+                "load it with: import vllm_moeq.hf; "
+                f"AutoModelForSeq2SeqLM.from_pretrained({str(model.path)!r})"
+            )
     return 0
 
 
@@ -201,8 +207,8 @@ def families(options: Namespace) -> int:
     rows = [
         {
             "model_type": name,
-            "experts": f"model.layers.N.{family.experts}",
-            "router": f"model.layers.N.{family.router}",
+            "experts": f"{family.example}{family.experts}",
+            "router": f"{family.example}{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
             "tested": found.get(name, {}),
         }

@@ -13,7 +13,7 @@ from moeq.checkpoint.sizes import plan_sizes
 from moeq.checkpoint.workspace import check_space, temporary_folder
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation
-from moeq.model import LayerwiseModel
+from moeq.model import layerwise_model
 from moeq.planning import judge
 from moeq.planning.cost import measuring_bytes
 from moeq.progress import Progress, silent
@@ -116,7 +116,7 @@ class Study:
         check_group_size(self.group_size, layers)
         widths = self._widths()
         needed = measuring_bytes(layers, widths, (self.group_size,), self.tokens.numel())
-        model = LayerwiseModel(self.source, self.device)
+        model = layerwise_model(self.source, self.device)
         base = None
         if request.base_router is not None:
             base = load_base_routers(request.base_router, layers)

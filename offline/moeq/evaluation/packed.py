@@ -14,7 +14,8 @@ from moeq.errors import MoeqError
 from moeq.evaluation import reference, served
 from moeq.evaluation.scores import Evaluation, Output, Scorer, TopOutput
 from moeq.evaluation.whole import WholeModel
-from moeq.model import ExpertSource, LayerwiseModel
+from moeq.model import ExpertSource, LayerwiseModel, layerwise_model
+from moeq.model.sequences import answered
 from moeq.model.structure import check_structure
 from moeq.progress import Progress, silent
 from vllm_moeq.format import BitPlan
@@ -78,7 +79,8 @@ class PackedModel:
         scorer = Scorer()
         outputs = self._outputs(tokens, backend, device, dtype, progress)
         for name, sequence, original, quantized in zip(names, tokens, *outputs, strict=True):
-            scorer.add(name, sequence, original, quantized)
+            places = answered(self.original.reader.config, sequence)
+            scorer.add(name, sequence[places], original, quantized)
         return scorer.result()
 
     def _outputs(
@@ -90,6 +92,11 @@ class PackedModel:
         progress: Progress,
     ) -> tuple[Iterable[Output], Iterable[Output | TopOutput]]:
         """Return what the original and the packed checkpoint say to each sequence."""
+        if backend == "vllm" and self.original.layers[0].family.encodes:
+            raise MoeqError(
+                f"`backend` vllm: vLLM has no {self.original.reader.config['model_type']}; use "
+                "reference or transformers"
+            )
         experts = ExpertSource.packed(self.reader, self.plan, device)
         if backend == "transformers":
             packed = WholeModel(self.original, device)
@@ -105,8 +112,8 @@ class PackedModel:
         else:
             # Everything but the experts is read from the packed checkpoint, too.
             rest = SourceModel(str(self.reader.folder), self.reader, self.original.layers)
-            quantized = _of_one(LayerwiseModel(rest, device), experts, tokens, progress)
-        model = LayerwiseModel(self.original, device)
+            quantized = _of_one(layerwise_model(rest, device), experts, tokens, progress)
+        model = layerwise_model(self.original, device)
         return _of_one(model, ExpertSource.original(model), tokens, progress), quantized
 
 

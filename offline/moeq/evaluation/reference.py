@@ -6,6 +6,7 @@ import torch
 
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource, LayerwiseModel, run_layer
+from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
 
 
@@ -39,7 +40,7 @@ def outputs(
     for i in range(len(tokens)):
         yield [
             Output.of(
-                model.logits(stream[i]),
+                model.logits(stream[i, answered(model.source.reader.config, tokens[i])]),
                 {container: ids[number, i] for container, ids in chosen.items()},
             )
             for number, stream in enumerate(hidden)

@@ -152,7 +152,9 @@ class Scorer:
     def _add_shifts(self, original: Experts, quantized: Experts) -> None:
         for container, experts in original.items():
             same = (experts[:, :, None] == quantized[container][:, None, :]).any(-1)
-            self._shifts.setdefault(container, []).append(1 - same.float().mean().item())
+            chosen = same[experts >= 0]  # an encoder's layers choose none for targets
+            if len(chosen):
+                self._shifts.setdefault(container, []).append(1 - chosen.float().mean().item())
 
     def result(self) -> Evaluation:
         """Return all there is."""

@@ -12,8 +12,9 @@ from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource, Weights
 from moeq.model.architecture import auto_class, model_config, stored_names
+from moeq.model.sequences import SourceAndTarget, answered
 
-_EXPERTS = re.compile(r"layers\.(\d+)\.(?:[^.]+\.)?experts$")
+_EXPERTS = re.compile(r"(?:layers\.\d+|block\.\d+\.layer\.\d+)\.(?:[^.]+\.)?experts$")
 """Matches the module of a layer's routed experts."""
 
 
@@ -33,10 +34,13 @@ class WholeModel:
         self._model = _load(source).to(device).eval()
         self._names = list(source.reader.tensors)
         self._layers = {layer.index: layer for layer in source.layers}
+        self._config = source.reader.config
+        self._parts = SourceAndTarget.of(self._config)
+        family = source.layers[0].family
         self._experts: dict[int, Any] = {
-            int(match[1]): module
+            family.layer_index(self._config, name): module
             for name, module in self._model.named_modules()
-            if (match := _EXPERTS.search(name)) and hasattr(module, "is_transposed")
+            if _EXPERTS.search(name) and (hasattr(module, "is_transposed") or family.encodes)
         }
         if self._experts.keys() != self._layers.keys():
             raise MoeqError(
@@ -52,6 +56,8 @@ class WholeModel:
 
         def record(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+            if self._parts is not None:  # one-hot, or zeros beyond an expert's capacity
+                ids = torch.where(ids.any(-1), ids.argmax(-1), -1)
             self._chosen[container] = ids.cpu()
 
         return record
@@ -61,6 +67,12 @@ class WholeModel:
         """Give every expert the weights of a source."""
         for index, layer in self._layers.items():
             experts = self._experts[index]
+            if self._parts is not None:
+                for expert in range(layer.num_experts):
+                    w13, w2, *_ = source.matrices(layer, expert)
+                    experts[f"expert_{expert}"].wi.weight.copy_(w13)
+                    experts[f"expert_{expert}"].wo.weight.copy_(w2)
+                continue
             first = experts.gate_up_proj if experts.has_gate else experts.up_proj
             for expert in range(layer.num_experts):
                 w13, w2, *_ = source.matrices(layer, expert)
@@ -81,9 +93,19 @@ class WholeModel:
     @torch.inference_mode()
     def outputs(self, tokens: torch.Tensor) -> Iterator[Output]:
         """Yield for each sequence of tokens int64 [n, L] what the model says."""
-        for sequence in tokens:
-            result = self._model(sequence[None].to(self._model.device), use_cache=False)
+        for sequence in tokens.to(self._model.device):
+            result = self._model(**self._inputs(sequence), use_cache=False)
             yield Output.of(result.logits[0], dict(self._chosen))
+
+    def _inputs(self, sequence: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._parts is None:
+            return {"input_ids": sequence[None]}
+        places = slice(self._parts.source_length(len(sequence)))
+        return {
+            "input_ids": sequence[None, places],
+            "attention_mask": self._parts.kept(sequence[None])[:, places].long(),
+            "decoder_input_ids": sequence[None, answered(self._config, sequence)],
+        }
 
 
 def _load(source: SourceModel) -> Any:

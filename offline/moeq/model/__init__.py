@@ -1,5 +1,6 @@
 """Runs a model layer by layer from disk, on text, with experts of any origin."""
 
+from moeq.model.encoder_decoder import layerwise_model
 from moeq.model.experts import ExpertSource, add_experts, dequantized, run_layer
 from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Watch, Weights
 from moeq.model.linear import LinearInputs
@@ -15,5 +16,6 @@ __all__ = [
     "Weights",
     "add_experts",
     "dequantized",
+    "layerwise_model",
     "run_layer",
 ]

@@ -5,8 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from moeq.checkpoint.families import Family, family_of
 from moeq.errors import MoeqError
+
+_OLDEST_WITH_ENCODER = Version("5.19")
+"""Of transformers: before, experts of Switch Transformers got their tokens in another way."""
 
 
 def model_config(folder: Path) -> Any:
@@ -15,10 +20,16 @@ def model_config(folder: Path) -> Any:
     Raises:
         MoeqError: transformers does not know the model.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig  # takes seconds to import
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__  # takes seconds to import
 
     stated = json.loads((folder / "config.json").read_text())
-    runs_as = family_of(stated).runs_as
+    family = family_of(stated)
+    if family.encodes and Version(__version__) < _OLDEST_WITH_ENCODER:
+        raise MoeqError(
+            f"running {stated['model_type']} needs transformers {_OLDEST_WITH_ENCODER} or newer, "
+            f"and this is {__version__}; plan and quantize with `--calib none`"
+        )
+    runs_as = family.runs_as
     if runs_as is not None:
         # Its own code, which it names there, is that of the other model.
         stated = {key: value for key, value in stated.items() if key != "auto_map"}
@@ -54,8 +65,14 @@ def not_layerwise(config: Any, family: Family) -> str:
 def auto_class(config: Any) -> Any:
     """Return what loads a model with all its parts, given its configuration in transformers."""
     # Takes seconds to import, which other commands should not wait for.
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     return (
         AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     )

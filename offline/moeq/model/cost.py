@@ -86,7 +86,7 @@ def experts_of_a_token(source: SourceModel, layer: MoELayer) -> int:
     """Return how many experts of a layer get each token."""
     config = text_config(source.reader.config)
     stated = (config[name] for name in _TOP_K if name in config)
-    top_k = next(stated, layer.num_experts)
+    top_k = layer.family.top_k or next(stated, layer.num_experts)
     return int(max(top_k) if isinstance(top_k, list) else top_k)  # one for each layer
 
 

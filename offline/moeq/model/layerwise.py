@@ -82,16 +82,13 @@ class LayerwiseModel:
         self._config.output_router_logits = False  # there is nothing to balance here
         with torch.device("meta"):
             self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
-        self._body, self._head = self._model.get_decoder(), self._model.get_output_embeddings()
-        if not hasattr(self._body, "layers"):  # Llama-4's is the language model with its head
-            self._body = self._body.model
-        prefixes = {module: f"{name}." for name, module in self._model.named_modules()}
-        self._prefix, self._head_prefix = prefixes[self._body], prefixes[self._head]
+        self._names = {module: f"{name}." for name, module in self._model.named_modules()}
+        self._body, self._head = self._bodies()[-1], self._model.get_output_embeddings()
+        self._prefix, self._head_prefix = self._names[self._body], self._names[self._head]
         self.hidden_size = source.hidden_size
-        self._layers: list[Any] = list(self._body.layers)
+        self._layers: list[Any] = [layer for body in self._bodies() for layer in _layers(body)]
         first = self._layers[source.layers[0].index]
-        self._experts = _experts_path(first)
-        self._experts_of_transformers: Any = first.get_submodule(self._experts)
+        self._experts_of_transformers: Any = first.get_submodule(_experts_path(first))
         # Granite adds a fraction of what its blocks give to the residual stream.
         self._residual_multiplier = getattr(self._config, "residual_multiplier", 1.0)
         # GLM's attention uses the tokens again that an earlier layer has chosen.
@@ -103,10 +100,19 @@ class LayerwiseModel:
         ]
         for attention in self._choosing_again:
             attention.indexer = AllTokens()
-        self._entrances = [Entrance(layer, self._in_tuple) for layer in self._layers]
-        self._exit: Exit | None = None
+        self._entrances = self._stand_ins()
+        self._exit: Entrance | None = None
         self._stored = stored_names(self._model, source.reader.tensors)
         self._parts = parts_on_disk(self._model)
+
+    def _bodies(self) -> list[Any]:
+        """Return what holds layers, in the order in which they run."""
+        body = self._model.get_decoder()
+        return [body if hasattr(body, "layers") else body.model]  # Llama-4's has a head
+
+    def _stand_ins(self) -> list[Entrance]:
+        """Return what stands for each layer."""
+        return [Entrance(layer, self._in_tuple) for layer in self._layers]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -278,10 +284,10 @@ class LayerwiseModel:
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Give a layer its tensors, and what stands for its experts, to run it on sequences."""
         layer, moe = self._layers[index], self.moe_layers.get(index)
-        args, kwargs = self._entrances[index].arguments
+        experts = "" if moe is None else _experts_path(layer)
         if moe is not None:
-            layer.set_submodule(self._experts, Experts(moe, give))
-        prefix = f"{self._prefix}layers.{index}."
+            layer.set_submodule(experts, self._stand_in(moe, give))
+        prefix = self._names[layer]
         self._fill(layer, prefix, weights)
         hooks = [
             module.register_forward_hook(_telling([watch.get(part) for part in parts]))
@@ -289,18 +295,27 @@ class LayerwiseModel:
             if isinstance(module, nn.Linear)
             and not watch.keys().isdisjoint(parts := self._stored_parts(f"{prefix}{name}.weight"))
         ]
-
-        def run(hidden: torch.Tensor) -> torch.Tensor:
-            output = layer(hidden, *args, **kwargs)
-            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-            return result
-
-        yield run
+        yield self._runner(index)
         for hook in hooks:
             hook.remove()
         if moe is not None:
-            layer.set_submodule(self._experts, nn.Module())  # what stood there may hold memory
+            layer.set_submodule(experts, nn.Module())  # what stood there may hold memory
         layer.to("meta")
+
+    def _stand_in(self, moe: MoELayer, give: Callable[[Routed], torch.Tensor]) -> nn.Module:
+        """Return what stands for the experts of a layer."""
+        return Experts(moe, give)
+
+    def _runner(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what runs a layer on sequences, which come one after another, in their order."""
+        args, kwargs = self._entrances[index].arguments
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            output = self._layers[index](hidden, *args, **kwargs)
+            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        return run
 
     @staticmethod
     def _batch_size(hidden: torch.Tensor) -> int:
@@ -462,6 +477,10 @@ def _telling(
         return torch.cat(parts, -1) if len(parts) > 1 else None
 
     return tell
+
+
+def _layers(body: Any) -> Any:
+    return body.block if hasattr(body, "block") else body.layers
 
 
 def _experts_path(layer: nn.Module) -> str:

@@ -97,3 +97,47 @@ class Exit(Entrance):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the last layer's output, whatever comes in."""
         return super().forward(self.hidden)
+
+
+class SwitchExperts(nn.Module):
+    """Stands for the experts of a Switch Transformer's layer, of which a token gets one or none.
+
+    Args:
+        give: As of :class:`Experts`.
+    """
+
+    def __init__(self, give: Callable[[Routed], torch.Tensor]) -> None:
+        super().__init__()
+        self._give = give
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Give for tokens [T, hidden_size], one-hot choices [T, 1, E], router weights [T, 1]."""
+        # Beyond the capacity of an expert a token gets none.
+        ids = torch.where(selected.any(-1), selected.argmax(-1), -1)
+        return self._give(Routed(hidden_states, ids, routing_weights))
+
+
+class BlockEntrance(Entrance):
+    """Stands for a block of T5's kind.
+
+    Attributes:
+        position_bias: What the first block computes and each hands on to the next [1, heads, L, L].
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer, in_tuple=False)
+        self.position_bias: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return hidden states as they are, and what attention of other blocks needs."""
+        return super().forward(hidden_states, *args, **kwargs), self.position_bias, None
+
+
+class BlockExit(BlockEntrance):
+    """Stands for all blocks, as :class:`Exit` does."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the last block's output, whatever comes in."""
+        return super().forward(self.hidden)

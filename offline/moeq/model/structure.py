@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from moeq.checkpoint import CheckpointReader, MoELayer
+from moeq.checkpoint.families import Family
 from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
@@ -26,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 _OLDEST = Version("5.15")
 """Of transformers: releases before build some models in another way than they are on disk."""
-_EXPERTS = re.compile(r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)")
-"""Matches the parameters of routed experts, which transformers fuses."""
+_EXPERTS = re.compile(
+    r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)"
+    r"|\b(?:encoder|decoder)\.block\.\d+\.layer\.\d+\.mlp\.experts\."
+)
+"""Matches the parameters of routed experts, which transformers fuses; of T5's kind it does not."""
 _ANY_ROOT = ("deepseek_v4",)
 """Models of which vLLM takes names with and without ``model.`` in front."""
 _OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -137,13 +141,14 @@ def _problems(
     stored: Mapping[str, str],
 ) -> Iterator[str]:
     wanted = _state_on_disk(model)
-    yield from _expert_problems(wanted, layers)
+    yield from _expert_problems(_expert_shapes(wanted, reader, layers[0].family), layers)
     yield from _name_problems(model, names, stored)
     missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
     on_disk = names_on_disk(model, missing)
     ignored = _matcher(model._keys_to_ignore_on_load_missing)
     for name in missing:
-        if model.all_tied_weights_keys.get(name) in stored or (ignored and ignored.search(name)):
+        # What another one is tied to is missing on its own account.
+        if name in model.all_tied_weights_keys or (ignored and ignored.search(name)):
             continue
         expected = list(wanted[name].shape)
         yield f"tensor {layers[0].family.canonical_name(on_disk[name])} {expected} is missing"
@@ -185,20 +190,33 @@ def _name_problems(model: Any, names: Sequence[str], stored: Mapping[str, str]) 
             yield f"tensor {name} must be called {on_disk[ours]}, as vLLM looks for it"
 
 
+def _expert_shapes(
+    wanted: Mapping[str, torch.Tensor], reader: CheckpointReader, family: Family
+) -> dict[int, tuple[str, tuple[int, ...]]]:
+    """Return, of each layer, the start of its parameters' names, and what holds down."""
+    shapes: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in wanted.items():
+        canonical = family.canonical_name(name)
+        match, within = _EXPERTS.search(name), family.match(canonical)
+        if match is None or within is None:
+            continue
+        index = family.layer_index(reader.config, canonical)
+        if match["tensor"] == "down_proj":
+            shapes[index] = within["path"], tuple(tensor.shape)
+        elif match["tensor"] is None and name.endswith(f".{family.down}.weight"):
+            _, (count, *_) = shapes.get(index, ("", (0,)))
+            shapes[index] = within["path"], (count + 1, *tensor.shape)
+    return shapes
+
+
 def _expert_problems(
-    wanted: Mapping[str, torch.Tensor], layers: Sequence[MoELayer]
+    experts: Mapping[int, tuple[str, tuple[int, ...]]], layers: Sequence[MoELayer]
 ) -> Iterator[str]:
-    experts = {
-        int(match["layer"]): tuple(tensor.shape)
-        for name, tensor in wanted.items()
-        if (match := _EXPERTS.search(name)) and match["tensor"] == "down_proj"
-    }
     by_index = {layer.index: layer for layer in layers}
-    path = layers[0].container
     for index in sorted(experts.keys() | by_index.keys()):
-        layer, shape = by_index.get(index), experts.get(index)
+        layer, (path, shape) = by_index.get(index), experts.get(index, ("", None))
         if layer is None:
-            container = re.sub(r"\blayers\.\d+\.", f"layers.{index}.", path)
+            container = path + layers[0].family.experts
             yield f"{container} is missing: config.json gives the layer experts"
         elif shape is None:
             yield f"{layer.container} holds experts, but config.json gives the layer none"

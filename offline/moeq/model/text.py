@@ -4,10 +4,13 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from moeq.checkpoint.reader import read_json
 from moeq.errors import MoeqError
+from moeq.model.sequences import SourceAndTarget
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,9 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Return int64 [n, length]: sequences drawn from a text without overlap, n <= count.
 
-    Texts that are too short for one are left out, and named in a warning.
+    Texts that are too short for one are left out, and named in a warning. Of a model with an
+    encoder they are sources and targets: pairs, if the text is a ``.jsonl`` file of such, cut or
+    filled; else a text and how it goes on. See :mod:`moeq.model.sequences`.
 
     Args:
         folder: A checkpoint, for its tokenizer.
@@ -87,21 +92,25 @@ def _drawn(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=generator)[:count]]
 
 
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoeqError(
+            f"{folder}: cannot read its tokenizer, which text needs: {reason}"
+        ) from error
+
+
 def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     """Return the tokens of texts, int64 [T] each.
 
     Raises:
         MoeqError: The checkpoint has no tokenizer that transformers can read.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MoeqError(
-            f"{folder}: cannot read its tokenizer, which text needs: {reason}"
-        ) from error
+    tokenizer = _tokenizer(folder)
     return {
         name: torch.tensor(
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
@@ -113,6 +122,49 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
 
 def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch.Tensor]:
     """Cut every text into sequences int64 [n, length]; leave out those that have none."""
+    parts = SourceAndTarget.of(read_json(folder / "config.json"))
+    if parts is not None:
+        pairs = _pairs(Path(source))
+        if pairs:
+            return {Path(source).stem: _joined(folder, parts, pairs, length)}
+        parts.source_length(length)  # first, whether it is long enough
+        texts = _windows(folder, source, length - 1)
+        return {name: parts.split(windows) for name, windows in texts.items()}
+    return _windows(folder, source, length)
+
+
+def _joined(
+    folder: Path, parts: SourceAndTarget, pairs: list[tuple[str, str]], length: int
+) -> torch.Tensor:
+    """Return the sequences of pairs, with the special tokens that the tokenizer adds to each."""
+    tokenizer = _tokenizer(folder)
+    sources, targets = (
+        tokenizer(list(texts), verbose=False)["input_ids"] for texts in zip(*pairs, strict=True)
+    )
+    sequences = [parts.joined(*pair, length) for pair in zip(sources, targets, strict=True)]
+    return torch.tensor(sequences, dtype=torch.int64)
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    """Return pairs of ``source`` and ``target`` of a ``.jsonl`` file; none if it has others.
+
+    Raises:
+        MoeqError: A line has one of them only, or they are no text.
+    """
+    if path.suffix != ".jsonl" or not path.is_file():
+        return []
+    pairs = []
+    for number, row in _rows(path):
+        if not {"source", "target"} & row.keys():
+            return []
+        source, target = row.get("source"), row.get("target")
+        if not all(isinstance(text, str) and text.strip() for text in (source, target)):
+            raise MoeqError(f'{path}, line {number}: "source" and "target" must both be text')
+        pairs.append((str(source), str(target)))
+    return pairs
+
+
+def _windows(folder: Path, source: str, length: int) -> dict[str, torch.Tensor]:
     windows = {
         name: tokens[: len(tokens) // length * length].view(-1, length)
         for name, tokens in tokenized(folder, read_texts(source)).items()
@@ -140,14 +192,22 @@ def _read(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        try:
-            text = json.loads(line)["text"] if line.strip() else ""
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
+    for number, row in _rows(path):
+        text = row.get("text")
         if not isinstance(text, str):
             raise MoeqError(f'{path}, line {number}: no JSON object with a string "text"')
         yield text
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON objects of a file, with the numbers of their lines; others are empty."""
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            yield number, row if isinstance(row, dict) else {}
 
 
 def _hub_dataset(name: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from moeq.allocation import (
     make_plan,
 )
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.linear import FULL_WIDTH
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.errors import MoeqError
 from moeq.planning.measurement import Measurement
@@ -132,6 +133,11 @@ class _Size(NamedTuple):
 def _size(source: SourceModel, request: PlanRequest) -> _Size:
     """Return what is asked of the size; where dense layers are chosen, with one width for all."""
     layers, group_size, width = source.layers, max(request.group_sizes), request.chosen_dense_bits
+    if width not in (None, FULL_WIDTH) and layers[0].family.encodes:
+        raise MoeqError(
+            f"`dense_bits` {width}: dense layers of {source.reader.config['model_type']} stay in "
+            "16 bits; leave it out"
+        )
     widths = _CHOSEN_FROM if width is None else (width,)
     if request.bits_per_weight is not None:
         option = "bits_per_weight"

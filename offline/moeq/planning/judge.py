@@ -7,6 +7,7 @@ import torch
 from moeq.evaluation.reference import outputs
 from moeq.evaluation.scores import Evaluation, Scorer
 from moeq.model import ExpertSource, LayerwiseModel
+from moeq.model.sequences import answered
 from moeq.progress import Progress, silent
 
 PLANS_AT_ONCE = 12
@@ -35,7 +36,8 @@ def judge(
         scorers = [Scorer() for _ in some]
         answers = outputs(model, [ExpertSource.original(model), *some], tokens, progress)
         for name, sequence, (original, *quantized) in zip(names, tokens, answers, strict=True):
+            places = answered(model.source.reader.config, sequence)
             for scorer, output in zip(scorers, quantized, strict=True):
-                scorer.add(name, sequence, original, output)
+                scorer.add(name, sequence[places], original, output)
         evaluations += [scorer.result() for scorer in scorers]
     return evaluations

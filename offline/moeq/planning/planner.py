@@ -31,7 +31,7 @@ from moeq.checkpoint.workspace import (
     temporary_folder,
 )
 from moeq.errors import MoeqError
-from moeq.model import LayerwiseModel
+from moeq.model import layerwise_model
 from moeq.planning.candidates import Candidate, routing_plans, unmeasured_plans
 from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
@@ -128,7 +128,7 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     for path in folder.glob("*.bin"):  # activations of a killed run, which are made anew
         path.unlink()
     check_space(measurement.cost().disk_bytes, folder)
-    model = LayerwiseModel(measurement.source, measurement.device)
+    model = layerwise_model(measurement.source, measurement.device)
     tokens = measurement.measured
     linear = None
     if measurement.linear:

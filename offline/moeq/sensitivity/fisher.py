@@ -13,6 +13,7 @@ import torch
 
 from moeq.model import ExpertSource, LayerwiseModel, run_layer
 from moeq.model.activations import mapped
+from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.linear import LinearBank
 
@@ -55,7 +56,7 @@ def gradients(
                 run_layer(model, index, hidden, x, sources)
                 model.check_finite(index, hidden)
                 advance(1)
-        gradient = _of_head(model, hidden, seed)
+        gradient = _of_head(model, tokens, hidden, seed)
         results = []
         for index in reversed(range(len(model))):
             results.append(mapped(folder / f"gradient-{index}.bin", shape))
@@ -66,17 +67,20 @@ def gradients(
     return results[::-1]
 
 
-def _of_head(model: LayerwiseModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+def _of_head(
+    model: LayerwiseModel, tokens: torch.Tensor, hidden: torch.Tensor, seed: int
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    gradient = torch.empty_like(hidden)
-    for state, target in zip(hidden, gradient, strict=True):
+    gradient = torch.zeros_like(hidden)
+    for sequence, state, target in zip(tokens, hidden, gradient, strict=True):
+        places = answered(model.source.reader.config, sequence)
         with torch.enable_grad():
-            inputs = state.clone().requires_grad_()
+            inputs = state[places].clone().requires_grad_()
             log_probabilities = model.logits(inputs).log_softmax(-1)
             drawn = torch.multinomial(
                 log_probabilities.detach().exp().cpu(), 1, generator=generator
             )
             chosen = log_probabilities.gather(1, drawn.to(log_probabilities.device))
             (of_inputs,) = torch.autograd.grad(chosen.sum(), inputs)
-        target.copy_(of_inputs)
+        target[places] = of_inputs
     return gradient

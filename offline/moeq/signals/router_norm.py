@@ -13,7 +13,8 @@ from moeq.checkpoint.reader import resolve_model
 from moeq.errors import MoeqError
 
 _ENDS_OF_ROUTERS = tuple(
-    f".{name}.weight" for name in ("gate", "router", "gate.wg", "router.layer", "router.proj")
+    f".{name}.weight"
+    for name in ("gate", "router", "gate.wg", "router.layer", "router.proj", "router.classifier")
 )
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")

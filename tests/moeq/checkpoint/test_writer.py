@@ -26,7 +26,7 @@ from support.checkpoints import (
     plan_dict,
     write_checkpoint,
 )
-from support.models import FAMILIES, as_released
+from support.models import ENCODER_DECODERS, FAMILIES, as_released
 from support.packed import write_packed
 from support.reference import dequantize, dequantize_checkpoint
 from vllm_moeq.format import BitPlan, LayerBits, packed_bytes
@@ -276,7 +276,7 @@ def test_remains_of_a_killed_run_are_replaced(source: Path, packed: Path, tmp_pa
     assert not remains.parent.exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODER_DECODERS])
 def test_every_family_converts_and_verifies(
     tiny_model: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:

@@ -26,7 +26,7 @@ from support.checkpoints import (
     mixtral_tensors,
     write_checkpoint,
 )
-from support.models import FAMILIES
+from support.models import ENCODER_DECODERS, FAMILIES
 from support.sources import load, rewrite
 from vllm_moeq.format import write_manifest
 
@@ -36,7 +36,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODER_DECODERS])
 def test_all_tensors_outside_the_experts_are_checked(tiny_model: TinyModel, name: str) -> None:
     source = SourceModel.open(tiny_model(name))
     reader, layers = source.reader, source.layers

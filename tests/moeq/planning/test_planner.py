@@ -115,8 +115,8 @@ def test_plans_are_judged_by_the_divergence_on_text_held_back(
 
     packed = tmp_path / "packed"
     # Beside a plan that chooses them, dense layers have 8 bits.
-    options = (*options, "--dense-bits", 8)
-    done = run_moeq("quantize", source, "-o", packed, *options, "--strategy", "uniform")
+    uniform = ("--strategy", "uniform", "--dense-bits", 8)
+    done = run_moeq("quantize", source, "-o", packed, *options, *uniform)
     assert done.returncode == 0, done.stderr
     dequantize_checkpoint(packed, tmp_path / "float")
     count, length = CALIBRATION[1::2]
