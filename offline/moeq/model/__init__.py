@@ -2,9 +2,11 @@
 
 from moeq.model.encoder_decoder import layerwise_model
 from moeq.model.experts import ExpertSource, add_experts, dequantized, run_layer
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Watch, Weights
+from moeq.model.layerwise import LayerwiseModel
 from moeq.model.linear import LinearInputs
 from moeq.model.stand_ins import Routed
+from moeq.model.stored import ExpertMatrices, Weights
+from moeq.model.watch import Watch
 
 __all__ = [
     "ExpertMatrices",

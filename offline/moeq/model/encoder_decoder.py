@@ -14,9 +14,10 @@ from torch import nn
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel
+from moeq.model.layerwise import LayerwiseModel
 from moeq.model.sequences import SourceAndTarget
 from moeq.model.stand_ins import BlockEntrance, BlockExit, Routed, SwitchExperts
+from moeq.model.stored import ExpertMatrices
 
 
 def layerwise_model(source: SourceModel, device: torch.device) -> LayerwiseModel:

@@ -8,8 +8,9 @@ import torch
 
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
-from moeq.model.layerwise import ExpertMatrices, LayerwiseModel, Weights
+from moeq.model.layerwise import LayerwiseModel
 from moeq.model.stand_ins import Routed
+from moeq.model.stored import ExpertMatrices, Weights
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
 

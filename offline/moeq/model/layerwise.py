@@ -5,52 +5,28 @@ another, so that the caller decides which weights they have and sees what reache
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeq.checkpoint.families import Matrix, MoELayer
+from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.architecture import (
-    auto_class,
-    model_config,
-    not_layerwise,
-    parts_on_disk,
-    stored_names,
-)
+from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
+from moeq.model.stored import ExpertMatrices, StoredModel, Weights
+from moeq.model.watch import Watch, telling
 
-Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
-"""Name on disk of a weight to what gets the inputs and outputs of its linear layer."""
-Weights = Mapping[str, torch.Tensor]
-"""Name on disk to float32 weights that stand for those of the checkpoint."""
 _NONE: Mapping[str, Any] = {}
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 
 
-class ExpertMatrices(NamedTuple):
-    """What one expert computes with, in float32.
-
-    Attributes:
-        w13: Gate above up [2I, H], or up alone [I, H].
-        w2: Down [H, I].
-        w13_bias: Of the same rows; None if the family has no biases.
-        w2_bias: Likewise.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-    w13_bias: torch.Tensor | None = None
-    w2_bias: torch.Tensor | None = None
-
-
-class LayerwiseModel:
+class LayerwiseModel(StoredModel):
     """The layers of a checkpoint, to be run in order on the same sequences.
 
     Args:
@@ -76,13 +52,10 @@ class LayerwiseModel:
                 "cannot run layer by layer. Plan and quantize with `--calib none`, evaluate with "
                 "`--backend transformers` or vllm"
             )
-        self.source, self.device = source, device
+        self._config.output_router_logits = False  # there is nothing to balance here
+        super().__init__(source, device, config)
         self.adds_up = not family.normalized
         self.moe_layers = {layer.index: layer for layer in source.layers}
-        self._config.output_router_logits = False  # there is nothing to balance here
-        with torch.device("meta"):
-            self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
-        self._names = {module: f"{name}." for name, module in self._model.named_modules()}
         self._body, self._head = self._bodies()[-1], self._model.get_output_embeddings()
         self._prefix, self._head_prefix = self._names[self._body], self._names[self._head]
         self.hidden_size = source.hidden_size
@@ -102,8 +75,6 @@ class LayerwiseModel:
             attention.indexer = AllTokens()
         self._entrances = self._stand_ins()
         self._exit: Entrance | None = None
-        self._stored = stored_names(self._model, source.reader.tensors)
-        self._parts = parts_on_disk(self._model)
 
     def _bodies(self) -> list[Any]:
         """Return what holds layers, in the order in which they run."""
@@ -290,7 +261,7 @@ class LayerwiseModel:
         prefix = self._names[layer]
         self._fill(layer, prefix, weights)
         hooks = [
-            module.register_forward_hook(_telling([watch.get(part) for part in parts]))
+            module.register_forward_hook(telling([watch.get(part) for part in parts]))
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
             and not watch.keys().isdisjoint(parts := self._stored_parts(f"{prefix}{name}.weight"))
@@ -381,102 +352,11 @@ class LayerwiseModel:
         activation = apply_gate if experts.has_gate else experts.act_fn
         return cast(torch.Tensor, activation(output))
 
-    def matrices(self, layer: MoELayer, expert: int) -> ExpertMatrices:
-        """Read an expert's 16- or 32-bit weights.
-
-        Raises:
-            MoeqError: They are not finite; names the tensor.
-        """
-        w13, w2 = self._joined(layer, lambda matrix: layer.tensor_name(expert, matrix))
-        return ExpertMatrices(w13, w2, *self.biases(layer, expert))
-
-    def biases(
-        self, layer: MoELayer, expert: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Read an expert's biases of w13 and w2; None if the family has none.
-
-        Raises:
-            MoeqError: They are not finite; names the tensor.
-        """
-        if not layer.family.biased:
-            return None, None
-        return self._joined(layer, lambda matrix: layer.bias_name(expert, matrix))
-
-    def _joined(
-        self, layer: MoELayer, name: Callable[[Matrix], str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a tensor of each matrix, joined as w13 and w2."""
-        w13, w2 = (
-            torch.cat([self._finite(name(matrix)) for matrix in matrices])
-            for matrices in layer.projections.values()
-        )
-        return w13, w2
-
-    def _finite(self, name: str) -> torch.Tensor:
-        tensor = self.source.tensor(name).to(self.device).float()
-        if not torch.isfinite(tensor).all():
-            raise MoeqError(
-                f"{self.source.folder}: cannot quantize {name}: weights are NaN or infinite"
-            )
-        return tensor
-
-    def _fill(self, module: nn.Module, prefix: str, weights: Weights = _NONE) -> None:
-        """Give a module of the model its tensors from the checkpoint, but for some weights.
-
-        Raises:
-            MoeqError: transformers builds another model than the checkpoint holds.
-        """
-        module.to("meta")  # so that nothing but what is not on disk is initialized
-        for part in module.modules():
-            if names := part._non_persistent_buffers_set:
-                for name in names:
-                    setattr(part, name, torch.empty_like(getattr(part, name), device=self.device))
-                self._model._init_weights(part)
-        state = {}
-        for name in module.state_dict():
-            tensors = [
-                weights[stored] if stored in weights else self.source.tensor(stored)
-                for stored in self._stored_parts(prefix + name)
-            ]
-            tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(self.device)
-            state[name] = tensor.float() if tensor.is_floating_point() else tensor
-        module.load_state_dict(state, assign=True)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.is_meta:
-                raise MoeqError(
-                    f"{self.source.folder}: {prefix}{name} is not in the checkpoint, but "
-                    "transformers needs it"
-                )
-
-    def _stored_parts(self, name: str) -> list[str]:
-        """Return where a parameter is on disk; some are made of several tensors."""
-        return [self._stored_name(part) for part in self._parts.get(name, [name])]
-
     def _stored_name(self, name: str) -> str:
         """Return where a parameter is on disk; one that is missing is named as in memory."""
         if name == f"{self._head_prefix}weight" and name not in self._stored:  # tied
             name = f"{self._prefix}embed_tokens.weight"
-        return self._stored.get(name, name)
-
-
-def _telling(
-    watch: Sequence[Callable[[torch.Tensor, torch.Tensor], None] | None],
-) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
-    """Return a hook of a linear layer whose outputs have parts of equal size.
-
-    Args:
-        watch: Gets inputs and outputs of each part.
-    """
-
-    def tell(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        parts = output.chunk(len(watch), -1) if len(watch) > 1 else (output,)
-        for see, part in zip(watch, parts, strict=True):
-            if see is not None:
-                see(args[0], part)
-        # Of what is seen, for gradients to come by.
-        return torch.cat(parts, -1) if len(parts) > 1 else None
-
-    return tell
+        return super()._stored_name(name)
 
 
 def _layers(body: Any) -> Any:

@@ -6,7 +6,8 @@ import torch
 
 from moeq.checkpoint.linear import LinearGroup
 from moeq.errors import MoeqError
-from moeq.model.layerwise import LayerwiseModel, Watch
+from moeq.model.layerwise import LayerwiseModel
+from moeq.model.watch import Watch
 from moeq.rounding import (
     DATA_FREE,
     Hessian,

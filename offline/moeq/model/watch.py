@@ -1,0 +1,30 @@
+"""What dense layers get and give, told to those who ask while a model runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
+"""Name on disk of a weight to what gets the inputs and outputs of its linear layer."""
+
+
+def telling(
+    watch: Sequence[Callable[[torch.Tensor, torch.Tensor], None] | None],
+) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
+    """Return a hook of a linear layer whose outputs have parts of equal size.
+
+    Args:
+        watch: Gets inputs and outputs of each part.
+    """
+
+    def tell(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        parts = output.chunk(len(watch), -1) if len(watch) > 1 else (output,)
+        for see, part in zip(watch, parts, strict=True):
+            if see is not None:
+                see(args[0], part)
+        # Of what is seen, for gradients to come by.
+        return torch.cat(parts, -1) if len(parts) > 1 else None
+
+    return tell
