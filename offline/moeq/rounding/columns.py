@@ -39,7 +39,7 @@ def round_columns(
     Returns:
         Codes and differences, [B, k, N].
     """
-    if not _compiled(wanted):
+    if not compiled(wanted):
         return round_columns_torch(factor, wanted, sums, scale, zero, bits)
     codes, difference = torch.empty_like(wanted), torch.empty_like(wanted)
     for parts in zip(factor, wanted, sums, scale, zero, codes, difference, strict=True):
@@ -65,7 +65,7 @@ def descend(
         gradient: d H in the columns of the block, of the same form, changed in place.
         bits: Width of the codes.
     """
-    if not _compiled(codes):
+    if not compiled(codes):
         descend_torch(hessian, scale, codes, gradient, bits)
         return
     for local, steps, chosen, slope in zip(hessian, scale, codes, gradient, strict=True):
@@ -74,7 +74,8 @@ def descend(
         library.load().moeq_descend(*codes.shape[1:], largest_code(bits), *addresses)
 
 
-def _compiled(tensor: torch.Tensor) -> bool:
+def compiled(tensor: torch.Tensor) -> bool:
+    """Tell whether the loops over a tensor run in C++."""
     return cpu.unavailable(tensor.device) is None
 
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from moeq.rounding.columns import BLOCK, descend, round_columns
-from moeq.rounding.grid import Grid, QuantizedWeight, in_groups, storable
+from moeq.rounding.grid import QuantizedWeight
+from moeq.rounding.groups import refine_block, search_grids
 from vllm_moeq.format import num_groups, spread
 
 DAMPING, DAMPING_PER_COLUMN = 0.01, 0.5
@@ -30,8 +31,6 @@ _MOST_DAMPING = 1e3
 _FEWEST_COLUMNS, _MOST_BLOCKS = 1024, 8
 """Of the blocks in which codes are improved by coordinate descent: larger ones find better codes,
 but their columns are multiplied with each other."""
-_FEWEST_CHANGES = 0.002
-"""Share of the codes: a round of refinement that changes fewer is the last."""
 
 
 class Refinement(NamedTuple):
@@ -44,8 +43,8 @@ class Refinement(NamedTuple):
         in_feedback: Sweeps over the codes of a block within GPTQ.
     """
 
-    rounds: int = 2
-    sweeps: int = 2
+    rounds: int = 1
+    sweeps: int = 4
     scales: bool = True
     in_feedback: int = 1
 
@@ -145,23 +144,13 @@ def quantize_gptq(
         ValueError: The weights are not finite, or too large for float16 scales.
     """
     weights = weights.float()
-    batch, rows, _ = weights.shape
-    importance = hessian.damped.diagonal(dim1=1, dim2=2)[:, None].expand_as(weights)
-    grids = [
-        Grid.searched(groups, bits, squares)
-        for groups, squares in zip(
-            in_groups(weights, group_size), in_groups(importance, group_size), strict=True
-        )
-    ]
-    scale, zero = (
-        torch.cat([part.view(batch, rows, -1) for part in parts], 2).transpose(1, 2).contiguous()
-        for parts in zip(*((grid.scale, grid.zero) for grid in grids), strict=True)
-    )
+    importance = hessian.damped.diagonal(dim1=1, dim2=2)
+    scale, zero = search_grids(weights, importance, bits, group_size)
     transposed = weights.transpose(1, 2).contiguous()
     codes = feed_back(transposed, hessian, scale, zero, bits, group_size, refinement.in_feedback)
     if refinement.rounds:
         refine(transposed, hessian.damped, codes, scale, zero, bits, group_size, refinement)
-    return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(batch)]
+    return [QuantizedWeight.of(codes[i].T, scale[i].T, zero[i].T, bits) for i in range(len(codes))]
 
 
 def block_size(columns: int) -> int:
@@ -233,101 +222,23 @@ def refine(
     group_size: int,
     refinement: Refinement,
 ) -> None:
-    """Improve grids and codes in place, block by block, as long as many codes change."""
+    """Improve grids and codes in place, block by block."""
     difference = _dequantize(codes, scale, zero, group_size).sub_(weight)
     for _ in range(refinement.rounds):
-        changes = torch.zeros((), dtype=torch.int64, device=codes.device)
         for block in _blocks(weight.shape[1]):
-            local = hessian[:, block, block]
-            gradient = hessian[:, block] @ difference
             groups = slice(block.start // group_size, num_groups(block.stop, group_size))
             chosen, steps, origins = codes[:, block], scale[:, groups], zero[:, groups]
-            before = chosen.clone()
-            for _ in range(refinement.sweeps):
-                if refinement.scales:
-                    _fit_grids(local, gradient, chosen, steps, origins, bits, group_size)
+            local, gradient = hessian[:, block, block], hessian[:, block] @ difference
+            if refinement.scales:
+                refine_block(
+                    local, gradient, chosen, steps, origins, bits, group_size, refinement.sweeps
+                )
+            else:
                 step = spread(steps, group_size, chosen.shape[1])
-                descend(local, step, chosen, gradient, bits)
-            changes += (chosen != before).sum()
+                for _ in range(refinement.sweeps):
+                    descend(local, step, chosen, gradient, bits)
             rounded = _dequantize(chosen, steps, origins, group_size)
             difference[:, block] = rounded.sub_(weight[:, block])
-        if changes < _FEWEST_CHANGES * codes.numel():
-            break
-
-
-def _fit_grids(
-    hessian: torch.Tensor,
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    bits: int,
-    group_size: int,
-) -> None:
-    """Fit the grids of a block, group after group, each while all others stay.
-
-    Args:
-        hessian: [B, k, k] of the block's columns.
-        gradient: [B, k, N]: all differences times H, in the block's columns; kept up to date.
-        codes: [B, k, N].
-        scale: [B, groups, N], changed in place.
-        zero: [B, groups, N], changed in place.
-        bits: Width.
-        group_size: Columns of a group; the last may have fewer.
-    """
-    for group in range(scale.shape[1]):
-        part = slice(group * group_size, (group + 1) * group_size)
-        change = _fit_grid(
-            hessian[:, part, part],
-            gradient[:, part],
-            codes[:, part],
-            scale[:, group],
-            zero[:, group],
-            bits,
-        )
-        gradient.baddbmm_(hessian[:, :, part], change)
-
-
-def _fit_grid(
-    hessian: torch.Tensor,
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    bits: int,
-) -> torch.Tensor:
-    """Fit a group's scale and zero point to its codes while all others stay.
-
-    What the format can store is taken only where it lowers the objective.
-
-    Args:
-        hessian: [B, G, G] of the group's columns.
-        gradient: [B, G, N]: all differences times H, in the group's columns.
-        codes: [B, G, N].
-        scale: [B, N], changed in place.
-        zero: [B, N], changed in place.
-        bits: Width.
-
-    Returns:
-        The change of the group's dequantized weights [B, G, N].
-    """
-    # Quantized weights are s * code + l: the objective is a quadratic form in changes of s and l.
-    code_h = hessian @ codes
-    a, b, c = (code_h * codes).sum(1), code_h.sum(1), hessian.sum((1, 2))[:, None]
-    p, q = -(gradient * codes).sum(1), -gradient.sum(1)
-    determinant = a * c - b * b
-    solvable = determinant > 1e-6 * a * c
-    determinant = torch.where(solvable, determinant, torch.ones_like(determinant))
-    new_scale = scale + (p * c - q * b) / determinant
-    low = (q * a - p * b) / determinant - zero * scale
-    solvable &= new_scale > 0
-    new_scale, new_zero = storable(new_scale, low, bits)
-    by, shift = new_scale - scale, zero * scale - new_zero * new_scale
-    gain = by * (a * by + 2 * (b * shift - p)) + shift * (c * shift - 2 * q)
-    better = solvable & (gain < 0)
-    scale.copy_(torch.where(better, new_scale, scale))
-    zero.copy_(torch.where(better, new_zero, zero))
-    return codes * (by * better)[:, None] + (shift * better)[:, None]
 
 
 def _dequantize(

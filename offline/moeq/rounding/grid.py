@@ -13,6 +13,7 @@ _SHARES = {1: (0.15, 5), 2: (0.3, 5), 3: (0.5, 5), 4: (0.7, 5), 8: (0.9, 3)}
 """Per width: the smallest share of a group's extreme that either end of a grid is tried at, and
 how many shares up to 1 are tried; every pair of ends is one range."""
 _REFINEMENTS = 2
+IMPOSSIBLE = "weights are NaN, infinite, or too large for float16 scales"
 _SMALLEST_SCALE = 2.0**-24
 _LARGEST_SCALE = 65504.0
 _LARGEST_ZERO_POINT = 255
@@ -107,8 +108,8 @@ class Grid(NamedTuple):
         high = groups.amax(-1, keepdim=True).clamp(min=0)
         largest = (high - low).max().item()
         if not largest <= _LARGEST_SCALE * largest_code(bits):  # also true for NaN
-            raise ValueError("weights are NaN, infinite, or too large for float16 scales")
-        shares = torch.linspace(1.0, *_SHARES[bits]).tolist()
+            raise ValueError(IMPOSSIBLE)
+        shares = search_shares(bits)
         best = functools.reduce(
             cls.better,
             (
@@ -166,6 +167,11 @@ class Grid(NamedTuple):
         """Return, group by group, the grid with the smaller error."""
         wins = other.error < self.error
         return Grid(*(torch.where(wins, new, old) for old, new in zip(self, other, strict=True)))
+
+
+def search_shares(bits: int) -> list[float]:
+    """Return the shares of a group's extremes that either end of its grid is tried at."""
+    return torch.linspace(1.0, *_SHARES[bits]).tolist()
 
 
 def chunks(groups: torch.Tensor) -> Iterator[slice]:

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "experts.h"
+#include "grids.h"
 #include "linear.h"
 #include "repack.h"
 #include "rounding.h"
@@ -83,4 +84,18 @@ void moeq_round_columns(int64_t columns, int64_t rows, float largest, const floa
 void moeq_descend(int64_t columns, int64_t rows, float largest, const float* hessian,
                   const float* curvature, const float* scale, float* codes, float* gradient) {
   moeq::descend({columns, rows, scale, codes, largest}, hessian, curvature, gradient);
+}
+
+int32_t moeq_search_grids(int64_t rows, int64_t columns, int64_t group_size, float largest,
+                          float unit, const float* shares, int64_t count, const float* weights,
+                          const float* importance, float* scale, float* zero) {
+  return moeq::search_grids(rows, columns, group_size, {largest, unit}, shares,
+                            static_cast<int>(count), weights, importance, scale, zero);
+}
+
+void moeq_refine(int64_t columns, int64_t rows, int64_t group_size, float largest, float unit,
+                 int64_t sweeps, const float* hessian, const float* curvature, float* codes,
+                 float* gradient, float* scale, float* zero) {
+  moeq::refine(columns, rows, group_size, {largest, unit}, sweeps, hessian, curvature, codes,
+               gradient, scale, zero);
 }

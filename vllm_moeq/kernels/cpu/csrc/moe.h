@@ -71,7 +71,8 @@ MOEQ_EXPORT int32_t moeq_fused_experts(const moeq::Call* call);
 MOEQ_EXPORT int32_t moeq_linear(const moeq::LinearCall* call);
 // Read memory once with all threads, as a yardstick of bandwidth; the result has no meaning.
 MOEQ_EXPORT uint64_t moeq_read(const uint8_t* memory, int64_t bytes);
-// The column loops of GPTQ; see round_columns and descend in rounding.h.
+// The loops of GPTQ; see rounding.h, and grids.h for the grids. Zero points are in codes, in units
+// of `unit`.
 MOEQ_EXPORT void moeq_round_columns(int64_t columns, int64_t rows, float largest,
                                     const float* factor, const float* wanted, const float* sums,
                                     const float* scale, const float* zero, float* codes,
@@ -79,3 +80,12 @@ MOEQ_EXPORT void moeq_round_columns(int64_t columns, int64_t rows, float largest
 MOEQ_EXPORT void moeq_descend(int64_t columns, int64_t rows, float largest, const float* hessian,
                               const float* curvature, const float* scale, float* codes,
                               float* gradient);
+// Returns 0 if a weight is not finite or too large for the format.
+MOEQ_EXPORT int32_t moeq_search_grids(int64_t rows, int64_t columns, int64_t group_size,
+                                      float largest, float unit, const float* shares,
+                                      int64_t count, const float* weights,
+                                      const float* importance, float* scale, float* zero);
+MOEQ_EXPORT void moeq_refine(int64_t columns, int64_t rows, int64_t group_size, float largest,
+                             float unit, int64_t sweeps, const float* hessian,
+                             const float* curvature, float* codes, float* gradient, float* scale,
+                             float* zero);
