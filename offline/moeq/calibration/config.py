@@ -12,10 +12,12 @@ from moeq.checkpoint.workspace import fingerprint
 from moeq.model.cost import (
     Cost,
     experts_of_a_token,
+    fit_operations,
     forward_operations,
     gptq_operations,
     gptq_steps,
     hessian_operations,
+    other_operations,
     working_bytes,
 )
 from moeq.rounding import FEWEST_TOKENS
@@ -95,14 +97,18 @@ class CalibrationConfig:
         return 4 * self.tokens.numel() * columns
 
     def _operations(self) -> float:
-        layers = self.source.layers
+        layers, tokens = self.source.layers, self.tokens.numel()
         routed = experts_of_a_token(self.source, layers[0])
         choices = layers[0].num_experts if self.route_all else routed
         forward = forward_operations(layers[0])
-        # Rounded and not, and what the one lacks; the original model, and the residual error.
-        rounded = choices * (2 * forward + hessian_operations(layers[0]) + forward // 3)
-        passes = self.tokens.numel() * len(layers) * (rounded + 2 * routed * forward)
-        return gptq_operations(layers) + passes
+        # By router: what the sum lacks, and the original model. By choice: what is wanted, the
+        # first matrix rounded, and the second.
+        passes = len(layers) * (2 * routed + 2 * choices) * forward
+        passes += len(layers) * choices * hessian_operations(layers[0])
+        passes += 2 * other_operations(self.source, self.tokens.shape[1])[0]
+        samples = tokens * choices / layers[0].num_experts
+        fits = sum(layer.num_experts * fit_operations(layer, samples) for layer in layers)
+        return gptq_operations(layers) + tokens * passes + fits
 
     def _memory_bytes(self) -> int:
         largest = max(self.source.layers, key=working_bytes)

@@ -9,7 +9,7 @@ import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.servable import text_config
-from moeq.rounding import REFINEMENT, Hessian, block_size, quantize_gptq
+from moeq.rounding import GRAM_BLOCK, REFINEMENT, Hessian, block_size, quantize_gptq
 
 _TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"
 """Names of the number of experts that get each token."""
@@ -21,7 +21,7 @@ class Cost(NamedTuple):
     """What work will take beyond Python and torch themselves.
 
     Attributes:
-        operations: Floating-point operations, about; attention is left out.
+        operations: Floating-point operations, about.
         steps: Columns that GPTQ and its refinement visit one after another, whatever their length.
         memory_bytes: Peak of the memory in use.
         disk_bytes: Of temporary files, which go at the end.
@@ -73,10 +73,7 @@ def _measured_speed(name: str) -> _Speed:
 def working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes, without its inputs."""
     most = 0.0
-    for rows, columns in (
-        (len(layer.projections["w13"]) * layer.intermediate_size, layer.hidden_size),
-        (layer.hidden_size, layer.intermediate_size),
-    ):
+    for rows, columns in _matrices(layer):
         # A Hessian and its factor, and a third such matrix while it is factored.
         most = max(most, 3 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
     return round(4 * (layer.expert_weights + most))
@@ -99,14 +96,13 @@ def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:
     """
     total = 0.0
     for layer in layers:
-        for _, matrix, _ in layer.weights():
-            rows, columns = layer.shape(matrix)
+        for rows, columns in _matrices(layer):
             # Feedback touches half of the pairs of columns, each round of refinement all of them,
             # and each visit those within a block.
             block = min(block_size(columns), columns)
-            total += widths * rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
-            total += widths * rows * columns * block * 2 * REFINEMENT.visits
-            total += 1 / 3 * columns**3
+            each = rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
+            each += rows * columns * block * 2 * (REFINEMENT.visits - 1)
+            total += layer.num_experts * (widths * each + 1 / 3 * columns**3)
     return total
 
 
@@ -117,9 +113,38 @@ def gptq_steps(layer: MoELayer) -> int:
 
 def hessian_operations(layer: MoELayer) -> int:
     """Return the floating-point operations that a token adds to the Hessians of an expert."""
-    return 2 * (layer.hidden_size**2 + layer.intermediate_size**2)
+    # Little more than a half of each is computed.
+    return sum(columns * (columns + min(columns, GRAM_BLOCK)) for _, columns in _matrices(layer))
+
+
+def fit_operations(layer: MoELayer, samples: float) -> float:
+    """Return what it takes to fit the down projection of an expert to so many wanted outputs."""
+    rows, columns = layer.hidden_size, layer.intermediate_size
+    lacks = 2 * samples * rows * columns
+    if samples >= columns:
+        return 2 * lacks + 2 * rows * columns**2
+    return 2 * lacks + samples**2 * (columns + 2 * rows + samples / 3)
 
 
 def forward_operations(layer: MoELayer) -> int:
     """Return the floating-point operations of an expert for a token."""
     return 2 * layer.expert_weights
+
+
+def other_operations(source: SourceModel, length: int) -> tuple[float, float]:
+    """Return what the rest of a model takes for a token of a sequence of so many: layers, head."""
+    config = text_config(source.reader.config)
+    head = 2.0 * source.hidden_size * config.get("vocab_size", 0)
+    experts = sum(layer.num_experts * layer.expert_weights for layer in source.layers)
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    weights = max(0.0, source.weights - experts - tables * head / 2)
+    attention = 4 * length * source.hidden_size * (source.layers[-1].index + 1)
+    return 2 * weights + attention, head
+
+
+def _matrices(layer: MoELayer) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return rows and columns of the matrices of an expert that are rounded together."""
+    return (
+        (len(layer.projections["w13"]) * layer.intermediate_size, layer.hidden_size),
+        (layer.hidden_size, layer.intermediate_size),
+    )

@@ -1,5 +1,6 @@
 """What a measured plan is asked to be, and what measuring it takes."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from moeq.model.cost import (
     gptq_operations,
     gptq_steps,
     hessian_operations,
+    other_operations,
     working_bytes,
 )
 from moeq.planning.cost import measuring_bytes
@@ -27,10 +29,12 @@ from vllm_moeq.format import WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 5
+_ALGORITHM_VERSION = 6
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
+_ENOUGH_TOKENS = 4096
+"""That an expert gets, on average, to be measured: more hardly change which of them need bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,10 @@ class Measurement:
 
     @property
     def measured(self) -> torch.Tensor:
-        """Sequences that plans are made from."""
-        return self.tokens[len(self.held_back) :]
+        """Sequences that plans are made from: no more than give experts enough tokens."""
+        layer, left = self.source.layers[0], self.tokens[len(self.held_back) :]
+        share = experts_of_a_token(self.source, layer) / layer.num_experts
+        return left[: max(1, math.ceil(_ENOUGH_TOKENS / share / left.shape[1]))]
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -168,12 +174,16 @@ class Measurement:
     def _operations(self) -> float:
         layers, widths = self.source.layers, len(self.widths)
         routed = experts_of_a_token(self.source, layers[0]) * len(layers)
-        # Forward for the gradients, and back; in the bank, whole and at each width of a projection.
         groups, measuring = len(self.group_sizes), self.measured.numel()
-        passes = (1 + 3 + groups * (2 + 2 * widths)) * measuring
-        passes += (1 + PLANS_AT_ONCE) * self.held_back.numel()
-        total = passes * routed * forward_operations(layers[0])
+        experts = routed * forward_operations(layers[0])
+        other, head = other_operations(self.source, self.tokens.shape[1])
+        # Forward for the gradients, forward and back; in the bank once more.
+        total = measuring * ((4 + groups) * (experts + other) + 3 * head)
+        # In the bank each expert, too, and each of its projections at each width.
+        total += measuring * groups * (1 + 4 / 3 * widths) * experts
+        plans = 1 + PLANS_AT_ONCE
+        total += plans * self.held_back.numel() * (experts + other + head)
         if self.method in DATA_FREE:
-            return float(total)
+            return total
         hessians = measuring * routed * hessian_operations(layers[0])
         return total + groups * (hessians + gptq_operations(layers, widths))

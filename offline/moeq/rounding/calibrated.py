@@ -61,10 +61,13 @@ def quantize_by_inputs(
     hessian = Hessian.of(torch.stack([gram(x) for x in weighted]), counts)
     weights = torch.stack(matrices)
     if wanted is not None:
-        parts = zip(wanted, router_weights, weighted, matrices, strict=True)
-        missing = torch.stack(
-            [(output * weight - x @ matrix.T).T @ x for output, weight, x, matrix in parts]
-        )
-        weights = fitted(weights, hessian, missing)
-        del missing  # as large as the matrices
+        lacks = [
+            output * weight - x @ matrix.T
+            for output, weight, x, matrix in zip(
+                wanted, router_weights, weighted, matrices, strict=True
+            )
+        ]
+        weights = fitted(weights, hessian, lacks, weighted)
+        del lacks
+    del weighted
     return {bits: quantize_gptq(weights, hessian, bits, group_size) for bits in widths}

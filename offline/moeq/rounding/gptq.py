@@ -64,11 +64,13 @@ class Hessian(NamedTuple):
         damped: float32 [B, K, K].
         order: int64 [B, K]: columns by their input energy, most first.
         factor: float32 [B, K, K]: upper R of R R^T = H, columns in that order.
+        damping: float32 [B]: what was added to the diagonals.
     """
 
     damped: torch.Tensor
     order: torch.Tensor
     factor: torch.Tensor
+    damping: torch.Tensor
 
     @classmethod
     def of(cls, sums: torch.Tensor, samples: Sequence[int]) -> "Hessian":
@@ -84,8 +86,13 @@ class Hessian(NamedTuple):
         if not torch.isfinite(sums).all():
             raise ValueError("the calibration activations are NaN or infinite")
         factors = torch.empty_like(sums)
-        orders = [_factor(*parts) for parts in zip(sums, factors, samples, strict=True)]
-        return cls(sums, torch.stack(orders), factors)
+        found = [_factor(*parts) for parts in zip(sums, factors, samples, strict=True)]
+        orders, damping = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return cls(sums, orders, factors, damping)
+
+
+GRAM_BLOCK = 1024
+"""Columns of a Gram matrix that are computed at once."""
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -95,15 +102,17 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     """
     columns = x.shape[1]
     result = x.new_empty(columns, columns)
-    for first in range(0, columns, _FEWEST_COLUMNS):
-        last = min(first + _FEWEST_COLUMNS, columns)
+    for first in range(0, columns, GRAM_BLOCK):
+        last = min(first + GRAM_BLOCK, columns)
         result[first:last, first:] = x[:, first:last].T @ x[:, first:]
         result[last:, first:last] = result[first:last, last:].T
     return result
 
 
-def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Tensor:
-    """Damp one Hessian, write its factor to ``out``, and return the order."""
+def _factor(
+    hessian: torch.Tensor, out: torch.Tensor, samples: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damp one Hessian, write its factor to ``out``, and return the order and the damping."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     if mean <= 0:  # no input at all: every column counts the same
@@ -118,7 +127,7 @@ def _factor(hessian: torch.Tensor, out: torch.Tensor, samples: int) -> torch.Ten
         factor, failed = torch.linalg.cholesky_ex(hessian[reverse[:, None], reverse])
         if not failed.item():
             out.copy_(factor.flip(0, 1))
-            return order
+            return order, damping * mean
         damping *= 10
         if damping > _MOST_DAMPING:
             raise ValueError(f"the Hessian is singular even with {_MOST_DAMPING:g} x damping")
@@ -177,7 +186,7 @@ def feed_back(
     Returns:
         Codes as float32 [B, K, N].
     """
-    _, order, factor = hessian
+    order, factor = hessian.order, hessian.factor
     columns, rows = weight.shape[1:]
     group = order // group_size
     sums = torch.zeros_like(weight)  # of the differences times the factor

@@ -8,27 +8,50 @@ rounding. ``moeq.calibration`` does it for the down projections, whose outputs e
 stream: wanted is what brings the stream back to where it is in the original model.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from moeq.rounding.gptq import Hessian
+from moeq.rounding.gptq import Hessian, gram
 
 
-def fitted(weights: torch.Tensor, hessian: Hessian, missing: torch.Tensor) -> torch.Tensor:
+def fitted(
+    weights: torch.Tensor,
+    hessian: Hessian,
+    lacks: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+) -> torch.Tensor:
     """Return the weights whose outputs come nearest to wanted ones, by damped least squares.
 
-    The damping is that of the Hessians, so few samples move the weights little; and their factors
-    serve twice, here and in the rounding.
+    The damping is that of the Hessians, so few samples move the weights little. With fewer samples
+    than columns the problem is solved in the samples, else with the factors, which serve twice:
+    here and in the rounding.
 
     Args:
         weights: float32 [B, N, K].
         hessian: Of their inputs.
-        missing: Sums of the outer products of what the outputs lack, wanted - output, and the
-            inputs: float32 [B, N, K].
+        lacks: What the outputs lack, wanted - output: float32 [n, N] each; n differs.
+        inputs: float32 [n, K] each.
     """
-    order, factor = hessian.order[:, None].expand_as(missing), hessian.factor
-    # missing times the inverse of R R^T, with the columns in that order.
-    change = torch.linalg.solve_triangular(
-        factor.mT, missing.gather(2, order), upper=False, left=False
-    )
+    solved = torch.empty_like(weights)
+    for b, (lack, x) in enumerate(zip(lacks, inputs, strict=True)):
+        if len(x) < x.shape[1]:
+            torch.addmm(weights[b], _of_samples(lack, x, hessian.damping[b]).T, x, out=solved[b])
+        else:
+            change = _of_columns(lack.T @ x, hessian.factor[b], hessian.order[b])
+            torch.add(weights[b], change, out=solved[b])
+    return solved
+
+
+def _of_samples(lack: torch.Tensor, x: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Return (X X^T + damping)^-1 times what the outputs lack: [n, N]."""
+    products = gram(x.T)
+    products.diagonal().add_(damping)
+    return torch.cholesky_solve(lack, torch.linalg.cholesky(products))
+
+
+def _of_columns(missing: torch.Tensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return a matrix [N, K] times the inverse of R R^T, whose columns are in that order."""
+    change = torch.linalg.solve_triangular(factor.T, missing[:, order], upper=False, left=False)
     change = torch.linalg.solve_triangular(factor, change, upper=True, left=False)
-    return weights + torch.empty_like(change).scatter_(2, order, change)
+    return torch.empty_like(change).index_copy_(1, order, change)

@@ -15,7 +15,8 @@ from vllm_moeq.kernels import cpu
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
 pytestmark = pytest.mark.skipif(not COMPILED, reason="needs a C++ compiler")
 WIDTHS = [1, 2, 3, 4, 8]
-SHAPES = [(8, 70, 32), (136, 67, 64), (200, 130, 128)]  # columns, rows, group size: short last groups
+SHAPES = [(8, 70, 32), (136, 67, 64), (200, 130, 128)]
+"""Columns, rows and group size, with short last groups."""
 
 
 class _Problem(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from moeq.rounding import Hessian, fitted
 
 
-@pytest.mark.parametrize("samples", [40, 4000])
+@pytest.mark.parametrize("samples", [10, 40, 4000])  # fewer than columns, and more
 def test_fitted_weights_solve_the_damped_least_squares(samples: int) -> None:
     batch, rows, columns = 3, 5, 16
     generator = torch.Generator().manual_seed(0)
@@ -18,8 +18,7 @@ def test_fitted_weights_solve_the_damped_least_squares(samples: int) -> None:
     x = random(batch, samples, columns) * random(columns).exp()
     weights, wanted = random(batch, rows, columns), random(batch, samples, rows)
     curvature = Hessian.of(x.mT @ x, [samples] * batch)
-    missing = (wanted - x @ weights.mT).mT @ x
-    found = fitted(weights, curvature, missing)
+    found = fitted(weights, curvature, list(wanted - x @ weights.mT), list(x))
     damping = max(0.01, 0.5 * columns / samples)
     for b in range(batch):
         inputs, old = x[b].double(), weights[b].double()
@@ -31,7 +30,16 @@ def test_fitted_weights_solve_the_damped_least_squares(samples: int) -> None:
         assert torch.allclose(found[b].double(), solution, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_that_lack_nothing_stay() -> None:
-    x, weights = torch.randn(2, 100, 8), torch.randn(2, 4, 8)
-    curvature = Hessian.of(x.mT @ x, [100, 100])
-    assert torch.equal(fitted(weights, curvature, torch.zeros(2, 4, 8)), weights)
+@pytest.mark.parametrize("samples", [6, 100])
+def test_weights_that_lack_nothing_stay(samples: int) -> None:
+    x, weights = torch.randn(2, samples, 8), torch.randn(2, 4, 8)
+    curvature = Hessian.of(x.mT @ x, [samples] * 2)
+    assert torch.equal(
+        fitted(weights, curvature, list(torch.zeros(2, samples, 4)), list(x)), weights
+    )
+
+
+def test_inputs_that_are_zero_leave_the_weights() -> None:
+    x, weights = torch.zeros(1, 6, 8), torch.randn(1, 4, 8)
+    curvature = Hessian.of(x.mT @ x, [6])
+    assert torch.equal(fitted(weights, curvature, [torch.randn(6, 4)], [x[0]]), weights)
