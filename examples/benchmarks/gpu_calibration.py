@@ -1,8 +1,9 @@
-"""Measures what rounding one expert with GPTQ costs on a GPU: seconds, memory, and what it gains.
+"""Measures what rounding one expert with GPTQ costs: seconds, memory, and what it gains.
 
 The expert has random weights and gets random tokens, as many as one of Mixtral-8x7B's gets of 128
 sequences of 512. Reading, running the rest of the layer and writing are not in it. The first expert
-also pays for starting the device's libraries, so another is rounded before.
+also pays for starting the device's libraries, so another is rounded before. On a CPU, seconds of
+its cores count too: they hardly change with what else runs there.
 """
 
 import argparse
@@ -27,10 +28,12 @@ class Rounded(NamedTuple):
 
     Attributes:
         seconds: Until all results are on the device.
+        cpu_seconds: Of all cores together.
         gain: Error of the output over that of rounding to nearest.
     """
 
     seconds: float
+    cpu_seconds: float
     gain: float
 
 
@@ -40,16 +43,16 @@ def round_matrix(
     """Round a matrix [N, K] for inputs [n, K]; ``moved`` to outputs wanted of it, as w2 is."""
     wanted = [x @ weight.T] if moved else None
     _synchronize(weight.device)
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), time.process_time()
     found = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, wanted=wanted)
     _synchronize(weight.device)
-    seconds = time.monotonic() - start
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
     nearest = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, method="rtn")
     errors = [
         (x * router @ (rounded[bits][0].dequantize(bits, GROUP_SIZE) - weight).T).norm()
         for rounded in (found, nearest)
     ]
-    return Rounded(seconds, float(errors[0] / errors[1]))
+    return Rounded(seconds, cpu_seconds, float(errors[0] / errors[1]))
 
 
 def round_expert(
@@ -88,11 +91,14 @@ def write(
     parts = [
         intro,
         table(
-            ["bits", "seconds an expert", "w13", "w2", "error w13", "error w2"],
+            [
+                "bits", "seconds an expert", "w13", "w2", "CPU seconds", "error w13", "error w2",
+            ],
             [
                 [
                     str(bits), f"{w13.seconds + w2.seconds:.1f}", f"{w13.seconds:.1f}",
-                    f"{w2.seconds:.1f}", f"{w13.gain:.2f}", f"{w2.gain:.2f}",
+                    f"{w2.seconds:.1f}", f"{w13.cpu_seconds + w2.cpu_seconds:.1f}",
+                    f"{w13.gain:.2f}", f"{w2.gain:.2f}",
                 ]
                 for bits, (w13, w2) in rows.items()
             ],
@@ -100,7 +106,8 @@ def write(
     ]  # fmt: skip
     if peak:
         parts.append(f"Peak memory of the device: {peak / GB:.1f} GB.")
-    write_section(path, "Cost of calibration", "GPTQ on a GPU", parts)
+    name = "GPTQ on a GPU" if peak else f"GPTQ on a CPU, {torch.get_num_threads()} thread(s)"
+    write_section(path, "Cost of calibration", name, parts)
 
 
 @torch.no_grad()
@@ -126,9 +133,8 @@ def main() -> None:
         if time.monotonic() > deadline:
             break
         rows[bits] = round_expert(shape, options.tokens, bits, device)
-        print(
-            f"{bits} bits: {sum(part.seconds for part in rows[bits]):.1f} s an expert", flush=True
-        )
+        seconds, cpu_seconds, _ = map(sum, zip(*rows[bits], strict=True))
+        print(f"{bits} bits: {seconds:.1f} s an expert, {cpu_seconds:.1f} s of cores", flush=True)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         write(rows, shape, options.tokens, peak, options.results)
 

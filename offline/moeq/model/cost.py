@@ -15,6 +15,8 @@ _TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"
 """Names of the number of experts that get each token."""
 _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
+_REACHED = 0.75
+"""Share of the speed of a product of square matrices that all the work reaches together."""
 
 
 class Cost(NamedTuple):
@@ -44,38 +46,40 @@ class _Speed(NamedTuple):
 
 
 _MATRIX, _COLUMNS = 1024, 128
+_SECONDS = 0.3
+"""For which each of two kinds of work is timed: long enough to feel what else the device does."""
 
 
 @cache
 def _measured_speed(name: str) -> _Speed:
-    """Time a product of matrices, and GPTQ on a matrix so small that only its steps count."""
+    """Time products of matrices, and GPTQ on a matrix so small that only its steps count."""
     device = torch.device(name)
     generator = torch.Generator().manual_seed(0)
     square = torch.rand(_MATRIX, _MATRIX, generator=generator).to(device)
     small = torch.rand(1, 16, _COLUMNS, generator=generator).to(device)
     hessian = Hessian.of(small.mT @ small, [16])
 
-    def best_time(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
+    def mean_time(work: Callable[[], object]) -> float:
+        work()  # compiles, allocates
+        count, start, passed = 0, time.perf_counter(), 0.0
+        while passed < _SECONDS:
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
+            count, passed = count + 1, time.perf_counter() - start
+        return passed / count
 
-    product = best_time(lambda: square @ square)
-    step = best_time(lambda: quantize_gptq(small, hessian, 2, _COLUMNS))
-    return _Speed(2 * _MATRIX**3 / product, step / (_COLUMNS * REFINEMENT.visits))
+    product = mean_time(lambda: square @ square)
+    step = mean_time(lambda: quantize_gptq(small, hessian, 2, _COLUMNS))
+    return _Speed(_REACHED * 2 * _MATRIX**3 / product, step / (_COLUMNS * REFINEMENT.visits))
 
 
 def working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes, without its inputs."""
     most = 0.0
     for rows, columns in _matrices(layer):
-        # A Hessian and its factor, and a third such matrix while it is factored.
-        most = max(most, 3 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
+        # A Hessian and its factor, and three more such matrices while it is factored.
+        most = max(most, 5 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
     return round(4 * (layer.expert_weights + most))
 
 
