@@ -81,7 +81,8 @@ _SIGNATURES = {
     "moeq_round_columns": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 7),
     "moeq_descend": (None, [_int64, _int64, ctypes.c_float] + [_pointer] * 5),
     "moeq_search_grids": (
-        _int32, [_int64] * 3 + [ctypes.c_float] * 2 + [_pointer, _int64] + [_pointer] * 4
+        _int32,
+        [_int64] * 3 + [ctypes.c_float] * 2 + [_pointer, _int64] + [_pointer] * 4,
     ),
     "moeq_refine": (None, [_int64] * 3 + [ctypes.c_float] * 2 + [_int64] + [_pointer] * 6),
 }
