@@ -101,8 +101,10 @@ def _rounded(problem: _Problem, bits: int, group_size: int) -> list[QuantizedWei
     return quantize_gptq(problem.weights, hessian, bits, group_size)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize(("columns", "rows", "group_size"), [(264, 40, 32), (1288, 16, 128)])
+@pytest.mark.parametrize(
+    ("columns", "rows", "group_size", "bits"),
+    [*((264, 40, 32, bits) for bits in WIDTHS), (1160, 16, 128, 2)],
+)
 def test_compiled_gptq_is_as_good_as_in_torch(
     columns: int, rows: int, group_size: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
