@@ -103,7 +103,7 @@ class CalibrationConfig:
         forward = forward_operations(layers[0])
         # By router: what the sum lacks, and the original model. By choice: what is wanted, the
         # first matrix rounded, and the second.
-        passes = len(layers) * (2 * routed + 2 * choices) * forward
+        passes: float = len(layers) * (2 * routed + 2 * choices) * forward
         passes += len(layers) * choices * hessian_operations(layers[0])
         passes += 2 * other_operations(self.source, self.tokens.shape[1])[0]
         samples = tokens * choices / layers[0].num_experts
