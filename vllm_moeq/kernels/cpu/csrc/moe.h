@@ -82,9 +82,9 @@ MOEQ_EXPORT void moeq_descend(int64_t columns, int64_t rows, float largest, cons
                               float* gradient);
 // Returns 0 if a weight is not finite or too large for the format.
 MOEQ_EXPORT int32_t moeq_search_grids(int64_t rows, int64_t columns, int64_t group_size,
-                                      float largest, float unit, const float* shares,
-                                      int64_t count, const float* weights,
-                                      const float* importance, float* scale, float* zero);
+                                      float largest, float unit, const float* shares, int64_t count,
+                                      const float* weights, const float* importance, float* scale,
+                                      float* zero);
 MOEQ_EXPORT void moeq_refine(int64_t columns, int64_t rows, int64_t group_size, float largest,
                              float unit, int64_t sweeps, const float* hessian,
                              const float* curvature, float* codes, float* gradient, float* scale,
