@@ -154,7 +154,7 @@ class Measurement:
     def cost(self) -> Cost:
         """Estimate what measuring takes: experts at every width, activations of every layer."""
         layers = self.source.layers
-        disk = measuring_bytes(layers, self.widths, self.group_sizes, self.tokens.numel())
+        disk = measuring_bytes(layers, self.widths, self.group_sizes, self.measured.numel())
         return Cost(self._operations(), self._steps(), self._memory_bytes(), disk)
 
     def _steps(self) -> float:
@@ -165,7 +165,7 @@ class Measurement:
 
     def _memory_bytes(self) -> int:
         layer = max(self.source.layers, key=lambda layer: layer.expert_weights)
-        count, size = self.tokens.numel(), 4 * layer.hidden_size
+        count, size = self.measured.numel(), 4 * layer.hidden_size
         together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
         alone = working_bytes(layer) + count * (4 * size + 12 * layer.intermediate_size)
         judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
