@@ -155,7 +155,11 @@ class MoeqConfig(QuantizationConfig):
                 f"different bits: {widths}. Convert the model with one width for them"
             )
         self._check_files()
-        (_, _, shape), *_ = linear_tensors(1, layer.input_size, bits, self.plan.group_size)
+        columns = layer.embedding_dim if isinstance(layer, ParallelLMHead) else layer.input_size
+        try:
+            (_, _, shape), *_ = linear_tensors(1, columns, bits, self.plan.group_size)
+        except FormatError as error:
+            raise FormatError(f"{prefix}: {error}. The plan belongs to another model") from error
         setattr(layer, PACKED_COLUMNS, {f"{name}.weight_packed": shape[1] for name, _ in named})
         run_linear_layers_on_cpus(QUANT_METHOD, prepare, run)
         config = to_compressed_tensors({prefix: bits}, self.plan.group_size)

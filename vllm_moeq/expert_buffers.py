@@ -182,8 +182,8 @@ class ExpertBuffers:
             tensor_name: For messages.
 
         Raises:
-            FormatError: Type or shape differ from what the plan promises, or the experts have no
-                such matrix.
+            FormatError: Type or shape differ from what the plan promises, a scale or a bias is no
+                finite number, or the experts have no such matrix.
         """
         if shard not in self.shards:
             raise FormatError(
@@ -203,6 +203,11 @@ class ExpertBuffers:
                 f"{target.dtype} {expected} for {bits} bits and group size "
                 f"{self.layout.group_size}: the checkpoint does not follow its own bit plan, or, "
                 "if weights are loaded again, it has another one than the engine was started with"
+            )
+        if loaded.is_floating_point() and not loaded.isfinite().all():
+            raise FormatError(
+                f"{self.name}: {tensor_name} holds NaN or infinity. Check the checkpoint with "
+                "`moeq verify`, or convert the model again"
             )
         if whole:
             target.copy_(loaded)

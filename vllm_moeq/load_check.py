@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from vllm_moeq.compat import VocabParallelEmbedding
 from vllm_moeq.format import FormatError, first_few
@@ -25,6 +25,8 @@ from vllm_moeq.linear import PACKED_COLUMNS
 from vllm_moeq.moe_method import MoeqMoEMethod
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BUFFERS = ("layer_scalar",)
+"""Buffers that a checkpoint fills, of Gemma-4; others are computed, or are vLLM's own."""
 _LOADED = "moeq_loaded_tensors"
 """Attribute of a model: the names of the tensors that filled it."""
 
@@ -34,20 +36,21 @@ def must_fill(model: Module, predicts: bool) -> Iterator[None]:
     """Check that what runs inside loads a whole checkpoint.
 
     Args:
-        model: Its parameters of 16 and 32 bits are overwritten on entry.
+        model: Its parameters of 16 and 32 bits are overwritten on entry, and such buffers as a
+            checkpoint fills.
         predicts: It is the prediction layer of another model, whose embeddings and head vLLM puts
             into it afterwards.
 
     Raises:
         FormatError: On exit, parameters are not or not wholly loaded.
     """
-    for _, parameter in _checked_parameters(model, predicts):
-        parameter.data.fill_(math.nan)
+    for _, tensor in _checked_tensors(model, predicts):
+        tensor.data.fill_(math.nan)
     yield
     unfilled = [
-        f"{name} ({missing} of {parameter.numel()})"
-        for name, parameter in _checked_parameters(model, predicts)
-        if (missing := _count_nan(parameter))
+        f"{name} ({missing} of {tensor.numel()})"
+        for name, tensor in _checked_tensors(model, predicts)
+        if (missing := _count_nan(tensor))
     ]
     if unfilled:
         raise FormatError(
@@ -98,17 +101,22 @@ def must_bring_all(
     setattr(model, _LOADED, names)
 
 
-def _checked_parameters(model: Module, predicts: bool) -> Iterator[tuple[str, Parameter]]:
+def _checked_tensors(model: Module, predicts: bool) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), MoeqMoEMethod):
             continue  # knows which expert lacks what
         if predicts and isinstance(module, VocabParallelEmbedding):
             continue
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dtype in _DTYPES and not parameter.is_meta:
-                yield name, parameter
+        buffers = [
+            (f"{prefix}.{name}", buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in _BUFFERS
+        ]
+        for name, tensor in (*module.named_parameters(prefix, recurse=False), *buffers):
+            if tensor.dtype in _DTYPES and not tensor.is_meta:
+                yield name, tensor
 
 
-def _count_nan(parameter: Parameter) -> int:
+def _count_nan(tensor: torch.Tensor) -> int:
     # The sum needs no memory, but is no number either if weights are infinite.
-    return int(parameter.isnan().sum()) if parameter.sum().isnan() else 0
+    return int(tensor.isnan().sum()) if tensor.sum().isnan() else 0

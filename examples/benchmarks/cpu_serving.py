@@ -3,8 +3,9 @@
     python examples/benchmarks/cpu_serving.py
 
 Makes a model of the shape of OLMoE-1B-7B with random weights, which cost the time and memory of
-trained ones, quantizes it with ``moeq quantize``, and measures both under ``LLM.generate`` and
-``vllm serve``, in turns and each in a process of its own. Models that --work has are used again.
+trained ones, quantizes it with ``moeq quantize``, its experts alone and its dense layers too, and
+measures all under ``LLM.generate`` and ``vllm serve``, in turns and each in a process of its own.
+Models that --work has are used again.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -29,8 +29,27 @@ from pathlib import Path
 
 import psutil
 import torch
-from results import RESULTS, table, write_section
+from results import RESULTS
 from safetensors.torch import save_file
+from serving_figures import (
+    BF16,
+    BITS,
+    CONCURRENT,
+    DECODE,
+    FIRST_START,
+    KV_CACHE_GIB,
+    MEMORY,
+    MEMORY_PEAK,
+    MEMORY_READY,
+    PACKED,
+    PREFILL,
+    SHORT_PROMPT,
+    START,
+    Figures,
+    Report,
+    verdict,
+    write_report,
+)
 from transformers import OlmoeConfig
 
 from moeq.checkpoint.reader import INDEX_NAME, CheckpointReader
@@ -45,34 +64,20 @@ Generate = Callable[[list[list[int]], int], float]
 """Completes prompts, all at once, by a number of tokens; returns the seconds that it took."""
 Start = Callable[[Path, str, Path], AbstractContextManager[Generate]]
 """Starts vLLM with a model, a dtype and a log file; is entered when vLLM is ready."""
-Figures = dict[str, list[float]]  # by name
-Report = dict[str, dict[str, Figures]]  # by way to run vLLM, then by variant
 
 MODEL = "OLMoE-1B-7B"
 INNER = 1024  # its intermediate size; all else of its shape is the default of OlmoeConfig
-BITS = "2.5"
-VARIANTS = ("bf16", "packed")
 LLM_OPTIONS = {
     "max_model_len": 1024,
     "max_num_seqs": 8,
     # vLLM warms up with as many at every start; its thousands take minutes without AVX-512.
     "max_num_batched_tokens": 512,
 }
-KV_CACHE_GIB = 1
 RUNTIME_BYTES = 3 << 30
 """More than vLLM takes beyond weights and KV cache: about 1.6 GB, and a layer while it loads."""
-DISK_FACTOR = 1.25
-"""Bytes on disk of both variants, relative to bf16."""
-CONCURRENT = (1, 8)
-SHORT_PROMPT = 16
+DISK_FACTOR = 1.7
+"""Bytes on disk of all variants, relative to bf16."""
 STOP_SECONDS = 30.0
-REQUIRED_SPEED_UP, REQUIRED_MEMORY = 3.0, 0.25
-
-FIRST_START, START = "first start-up, compiling, s", "start-up, s"
-PREFILL = "prefill, tokens/s"
-DECODE = {count: f"decode, {count} at once, tokens/s" for count in CONCURRENT}
-MEMORY_READY, MEMORY = "memory after start-up, GB", "memory after the work, GB"
-MEMORY_PEAK = "memory at its peak, GB"
 
 
 def tensor_shapes(config: OlmoeConfig) -> list[Shapes]:
@@ -122,17 +127,21 @@ def make_model(config: OlmoeConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def make_variants(config: OlmoeConfig, work: Path) -> dict[str, Path]:
-    """Make the bf16 model and quantize it, unless ``work`` has them."""
+def make_variants(config: OlmoeConfig, work: Path, dense_bits: list[int]) -> dict[str, Path]:
+    """Make the bf16 model and quantize it once for each width, unless ``work`` has them."""
     name = f"{config.num_hidden_layers}x{config.num_experts}x{config.hidden_size}"
-    folders = {variant: work / f"{name}-{variant}" for variant in VARIANTS}
-    source, packed = folders.values()
+    source = work / f"{name}-{BF16}"
     if not (source / "config.json").exists():
         print(f"== making {source}", flush=True)
         make_model(config, source)
-    if not packed.exists():
-        options = ["--bits", BITS, "--strategy", "random:0", "--calib", "none"]
-        subprocess.run(["moeq", "quantize", source, "-o", packed, *options], check=True)
+    folders = {BF16: source}
+    for bits in [16, *dense_bits]:
+        variant = PACKED if bits == 16 else f"{PACKED}, dense {bits}"
+        folders[variant] = folder = work / f"{name}-{PACKED}-{bits}"
+        if not folder.exists():
+            plan = ["--bits", BITS, "--strategy", "random:0", "--dense-bits", str(bits)]
+            rounding = ["--calib", "none", "--method", "rtn"]  # speed has nothing to do with it
+            subprocess.run(["moeq", "quantize", source, "-o", folder, *plan, *rounding], check=True)
     return folders
 
 
@@ -274,25 +283,25 @@ def measure(
 
 
 def kernel(log: Path) -> str:
-    """Return vLLM's own words about the kernel of the experts."""
-    words = r"moeq experts run on the \S+ kernel|Using \w+Experts MoE backend"
-    found = re.search(words, log.read_text(encoding="utf-8", errors="replace"))
-    return found[0] if found else "no word about the kernel"
+    """Return vLLM's own words about the kernels of the experts and the dense layers."""
+    words = r"moeq (?:experts|linear layers) run on the \S+ kernel|Using \w+Experts MoE backend"
+    found = re.findall(words, log.read_text(encoding="utf-8", errors="replace"))
+    return ", ".join(sorted(set(found))) or "no word about the kernel"
 
 
 def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> Report:
-    """Measure both variants in turns, so that a slower hour of the machine hits both."""
-    report: Report = {mode: {variant: {} for variant in VARIANTS} for mode in MODES}
-    dtypes = dict(zip(VARIANTS, ("bfloat16", options.packed_dtype), strict=True))
+    """Measure all variants in turns, so that a slower hour of the machine hits all."""
+    report: Report = {mode: {variant: {} for variant in folders} for mode in MODES}
     shutil.rmtree(work / "caches", ignore_errors=True)
     for number in range(options.rounds):
         for variant, folder in folders.items():
             # Its own: it shall not profit from what was compiled for the other.
-            cache = str(work / "caches" / variant)
+            cache = str(work / "caches" / folder.name)
+            dtype = "bfloat16" if variant == BF16 else options.packed_dtype
             os.environ["VLLM_CACHE_ROOT"] = os.environ["MOEQ_CACHE_DIR"] = cache
             for mode, start in MODES.items():
-                log = work / f"{variant}-{start.__name__}.log"
-                figures = measure(start, folder, dtypes[variant], log, options)
+                log = log_file(folder, start)
+                figures = measure(start, folder, dtype, log, options)
                 if number == 0 and mode == OFFLINE:
                     figures[FIRST_START] = figures.pop(START)
                 for name, values in figures.items():
@@ -301,59 +310,9 @@ def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespac
     return report
 
 
-def ratio(figures: dict[str, Figures], name: str) -> float:
-    """Return packed over bf16, from the medians."""
-    bf16, packed = (statistics.median(figures[variant][name]) for variant in VARIANTS)
-    return packed / bf16
-
-
-def cells(figures: dict[str, Figures], name: str) -> list[str]:
-    """Return the table's cells of one figure: each variant's median and spread, and the ratio."""
-    if name not in figures[VARIANTS[0]]:
-        return [""] * 3
-    result = []
-    for variant in VARIANTS:
-        values = figures[variant][name]
-        spread = f" ({min(values):.4g}–{max(values):.4g})" if len(values) > 1 else ""
-        result.append(f"{statistics.median(values):.4g}{spread}")
-    return [*result, f"{ratio(figures, name):.2f}"]
-
-
-def verdict(report: Report, weights: list[int]) -> str:
-    """Say whether the figures are what was expected."""
-    speed_ups = [ratio(figures, DECODE[1]) for figures in report.values()]
-    shares = [ratio(figures, MEMORY) for figures in report.values()]
-    fast = "meets" if min(speed_ups) >= REQUIRED_SPEED_UP else "MISSES"
-    small = "meets" if max(shares) <= REQUIRED_MEMORY else "MISSES"
-    return (
-        f"With `LLM.generate` and `vllm serve`, {BITS} bits decode one request "
-        f"{' and '.join(f'{value:.2f}' for value in speed_ups)} times as fast as bf16, which "
-        f"{fast} the expectation of {REQUIRED_SPEED_UP:g} times, and all processes of vLLM take "
-        f"{' and '.join(f'{value:.1%}' for value in shares)} of the memory, which {small} the "
-        f"expectation of {REQUIRED_MEMORY:.0%}. The weights take {weights[1] / weights[0]:.1%} "
-        f"({weights[1] / 1e9:.2f} of {weights[0] / 1e9:.2f} GB); KV cache and processes are alike."
-    )
-
-
-def write_report(report: Report, name: str, facts: list[str], options: argparse.Namespace) -> None:
-    """Write the section."""
-    header = ["", *(f"{mode}: {column}" for mode in MODES for column in (*VARIANTS, "ratio"))]
-    names = dict.fromkeys(n for figures in report.values() for n in figures[VARIANTS[0]])
-    rows = [[n, *(c for figures in report.values() for c in cells(figures, n))] for n in names]
-    method = (
-        f"Medians (smallest–largest) over {options.rounds} processes of each kind, in turns, with "
-        f"{options.repeats} repetitions in each. Prefill: {options.prompt_tokens} tokens. Decode: "
-        f"{options.new_tokens} tokens after a prompt of {SHORT_PROMPT}, less the time of an answer "
-        "of one token. Memory: all processes of vLLM (Pss), mapped files included. Start-up: until "
-        "the first request can be sent, the checkpoint not in the page cache; the first compiles."
-    )
-    write_section(
-        options.results,
-        "Speed on a CPU",
-        name,
-        [*facts, method, table(header, rows)],
-        packages=("torch", "vllm", "vllm-moeq"),
-    )
+def log_file(folder: Path, start: Start) -> Path:
+    """Return where vLLM's words about a model go."""
+    return folder.with_name(f"{folder.name}-{start.__name__}.log")
 
 
 def main() -> None:
@@ -364,6 +323,13 @@ def main() -> None:
     parser.add_argument("--config", type=json.loads, default={}, help="changes of OlmoeConfig")
     parser.add_argument(
         "--packed-dtype", default="bfloat16", help="vLLM's --dtype for packed (default bfloat16)"
+    )
+    parser.add_argument(
+        "--dense-bits",
+        type=int,
+        nargs="*",
+        default=[8, 4],
+        help="widths of dense layers, each a model of its own (default 8 4)",
     )
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind (default 2)")
@@ -392,14 +358,16 @@ def main() -> None:
     if options.packed_dtype != "bfloat16":
         title += f", packed in {options.packed_dtype}"
     print(f"== {shape}, {choice}", flush=True)
-    folders = make_variants(config, work)
-    tensors = [CheckpointReader(folder).tensors.values() for folder in folders.values()]
-    weights = [sum(info.num_bytes for info in infos) for infos in tensors]
+    folders = make_variants(config, work, options.dense_bits)
+    weights = {
+        variant: sum(info.num_bytes for info in CheckpointReader(folder).tensors.values())
+        for variant, folder in folders.items()
+    }
 
     report = measure_all(folders, work, options)
     (work / "figures.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    kernels = (f"{variant}: {kernel(work / f'{variant}-offline.log')}" for variant in VARIANTS)
+    kernels = (f"{v}: {kernel(log_file(folder, offline))}" for v, folder in folders.items())
     set_up = (
         f"The shape of {shape}, random weights, {choice}, on a CPU "
         f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
@@ -408,7 +376,9 @@ def main() -> None:
         f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
         f"caching. {'; '.join(kernels)}."
     )
-    write_report(report, title, [verdict(report, weights), set_up], options)
+    packed = [variant for variant in folders if variant != BF16]
+    verdicts = [verdict(report, variant, weights) for variant in packed]
+    write_report(report, title, [*verdicts, set_up], options)
 
 
 if __name__ == "__main__":

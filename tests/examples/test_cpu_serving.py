@@ -37,8 +37,8 @@ ALWAYS = {
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_measures_both_models_and_writes_the_section(tmp_path: Path) -> None:
-    # Fewer processes, and no Inductor: vLLM starts four times.
+def test_measures_all_models_and_writes_the_section(tmp_path: Path) -> None:
+    # Fewer processes, and no Inductor: vLLM starts six times.
     environment = engine_environment(VLLM_CPU_CI_ENV="1")
     bin_folder = Path(sys.executable).parent
     results, work = tmp_path / "RESULTS.md", tmp_path / "work"
@@ -51,6 +51,7 @@ def test_measures_both_models_and_writes_the_section(tmp_path: Path) -> None:
         "--results",
         results,
         *short.split(),
+        *("--dense-bits", "4"),
     ]
     done = subprocess.run(
         [*command, "--config", json.dumps(SHAPE)],
@@ -68,16 +69,19 @@ def test_measures_both_models_and_writes_the_section(tmp_path: Path) -> None:
     assert "## vLLM on a CPU: OLMoE-1B-7B" in text
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     for number, (mode, start) in enumerate(starts.items()):
-        bf16, packed = figures[mode]["bf16"], figures[mode]["packed"]
-        assert set(bf16) == set(packed) == ALWAYS | {start}
-        for name in bf16:
-            assert min(bf16[name] + packed[name]) > 0, (mode, name)
-            cells = rows[f"| {name}"].strip("| ").split(" | ")
-            expected = statistics.median(packed[name]) / statistics.median(bf16[name])
-            assert cells[3 * number + 3] == f"{expected:.2f}", (mode, name)
-    assert re.search(r"which (meets|MISSES) the expectation of 3 times", text)
-    assert re.search(r"which (meets|MISSES) the expectation of 25%", text)
-    assert re.search(r"packed: moeq experts run on the \w+ kernel", text)
+        bf16, *others = figures[mode].values()
+        assert list(figures[mode]) == ["bf16", "packed", "packed, dense 4"]
+        for column, packed in enumerate(others, 3 * number + 2):
+            assert set(bf16) == set(packed) == ALWAYS | {start}
+            for name in bf16:
+                assert min(bf16[name] + packed[name]) > 0, (mode, name)
+                cells = rows[f"| {name}"].strip("| ").split(" | ")
+                expected = statistics.median(packed[name]) / statistics.median(bf16[name])
+                assert cells[column].endswith(f" × {expected:.2f}"), (mode, name)
+    assert re.search(r"packed, dense 4 .*: prefill \S+ and \S+, (meets|MISSES) 3 times", text)
+    assert re.search(r"without the KV cache \S+ and \S+, (meets|MISSES) 25% of bf16", text)
+    experts = r"moeq experts run on the \w+ kernel"
+    assert re.search(rf"packed: {experts}; packed, dense 4: {experts}, moeq linear layers", text)
 
     # The weights made up have the names that transformers expects.
     _, loading = OlmoeForCausalLM.from_pretrained(

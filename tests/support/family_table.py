@@ -19,6 +19,7 @@ from support.models import (
     DIFFERENT_IN_VLLM,
     ENCODER_DECODERS,
     FAMILIES,
+    NOT_LAYERWISE,
     NOT_ON_CPU,
     UNKNOWN_TO_TRANSFORMERS,
 )
@@ -32,6 +33,7 @@ _SOURCES = (
 )  # fmt: skip
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
+_EVALUATED = "test_scores_are_those_of_transformers"
 _SERVED = "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm"
 _TENSOR_PARALLEL = "test_two_ranks_split_each_expert"
 _EXPERT_PARALLEL = "test_two_ranks_split_the_experts"
@@ -98,7 +100,8 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     tell("both layouts", _LAYOUTS, reason=unknown)
     tell("FP8, FP4, INT4", *_SOURCES)
     tell("packed", _PACKED)
-    tell("calibrated", *_LAYERWISE)
+    tell("calibrated", *_LAYERWISE, reason=NOT_LAYERWISE.get(family))
+    tell("evaluated", _EVALUATED)
     tell(
         "vLLM on a CPU",
         *_SERVED,

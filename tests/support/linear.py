@@ -1,6 +1,7 @@
 """Random dense layers at 4 and 8 bits, and checkpoints with some."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ MIXED = {
     "lm_head": 4,
 }
 """Patterns of layers, of any family, to widths: both for rows and for columns that ranks share."""
+PLAIN_HEAD = ("gpt_oss", "lfm2_moe", "qwen3_next")
+"""Families whose output head vLLM 0.32 does not quantize, or always ties to the embeddings."""
 
 
 def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
@@ -81,7 +84,8 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     config = json.loads((folder / "config.json").read_text())
     quantization = config["quantization_config"]
     group_size = quantization["group_size"]
-    hidden_layers = config.get("text_config", config)["num_hidden_layers"]
+    # Nemotron-H has no such number, and no layers that draft tokens.
+    hidden_layers = config.get("text_config", config).get("num_hidden_layers", math.inf)
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
@@ -92,6 +96,8 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
         if kind != "weight" or (layer and int(layer[1]) >= hidden_layers):
             continue
         bits = next((bits for key, bits in widths.items() if re.fullmatch(key, module)), None)
+        if module == "lm_head" and config["model_type"] in PLAIN_HEAD:
+            continue
         if bits is not None and tensors[name].shape[-1] % group_size == 0:
             linear_bits[module] = bits
             for suffix, tensor in _rounded(tensors.pop(name), bits, group_size).items():

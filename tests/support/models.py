@@ -98,6 +98,41 @@ _LLAMA4: dict[str, Any] = {
     "num_experts_per_tok": 1,
     "use_qk_norm": False,
 }
+_GLM5: dict[str, Any] = {
+    **_ROUTED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 0,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "index_topk": 32,
+    "index_head_dim": 32,
+    "index_n_heads": 2,
+    "linear_head_dim": 32,
+    "linear_num_heads": 4,
+    "hc_mult": 2,
+    "swiglu_limit": 1.0,  # so low that it matters
+    "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["linear_attention", "indexed_attention"],
+}
+_MINIMAX_M3: dict[str, Any] = {
+    **_SOME_HEADS,
+    **_FEW_LOCAL_EXPERTS,
+    "dense_intermediate_size": 256,
+    "shared_intermediate_size": 128,
+    "rotary_dim": 16,
+    "swiglu_limit": 1.0,
+    "rope_parameters": {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "partial_rotary_factor": 0.5,
+    },
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+}
 _GEMMA4: dict[str, Any] = {
     **_SOME_HEADS,
     **_FEW_EXPERTS,
@@ -198,7 +233,48 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
         "indexer_types": ["full", "shared"],
     },
+    "deepseek_v4": {
+        **_FEW_EXPERTS,
+        "n_routed_experts": NUM_EXPERTS,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "q_lora_rank": 64,
+        "o_lora_rank": 32,
+        "o_groups": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 16,
+        "num_nextn_predict_layers": 0,
+        "hc_mult": 2,
+        "swiglu_limit": 1.0,
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
     "kimi_k2": _DEEPSEEK_V3,
+    "glm5_next": {
+        "text_config": _COMMON | _GLM5,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "projection_intermediate_size": 64,
+            "image_size": 28,
+        },
+        "tie_word_embeddings": False,
+    },
+    "minimax_m3_vl": {
+        "text_config": _COMMON | _MINIMAX_M3,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+        },
+        "projector_hidden_size": 64,
+        "tie_word_embeddings": False,
+    },
     "llama4": {
         "text_config": _COMMON | _LLAMA4,
         "vision_config": {
@@ -278,8 +354,11 @@ NOT_ON_CPU = {
     "deepseek_v32": "no sparse attention",
     "glm_moe_dsa": "no sparse attention",
     "nemotron_h": "no experts without a gate",
-    "mimo_v2_flash": "reads a configuration that transformers does not write",
+    **dict.fromkeys(
+        ("mimo_v2_flash", "deepseek_v4"), "reads a configuration that transformers does not write"
+    ),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"), "needs torchvision"),
+    **dict.fromkeys(("minimax_m3_vl", "glm5_next"), "no sparse attention"),
     **dict.fromkeys(("llama4", "gemma4"), "not run inside a vision model"),
 }
 """Why vLLM 0.32 cannot run a family on CPUs, quantized or not; for all the tests here know."""
@@ -291,7 +370,19 @@ DIFFERENT_IN_VLLM = {
 }
 """Families whose answers on CPUs are not those of transformers, quantized or not, or that vLLM
 runs in bfloat16 only: the reference is vLLM itself with the dequantized model."""
+RENAMED_IN_MEMORY = {"deepseek_v4", "glm5_next", "minimax_m3_vl"}
+"""Families of which transformers has more in memory under other names, or fused, than experts."""
+NOT_LAYERWISE = dict.fromkeys(("deepseek_v4", "glm5_next"), "several residual streams")
+"""Why the layers of a family cannot be run one by one."""
 KNOWN = [family for family in FAMILIES if family not in UNKNOWN_TO_TRANSFORMERS]
+
+
+def as_released(name: str) -> str:
+    """Rename a tensor of MiniMax-M3, whose dense layers transformers saves as if they had experts.
+
+    Other families have no such names.
+    """
+    return re.sub(r"\bblock_sparse_moe\.(?=(gate_proj|up_proj|down_proj|fc[12])\.)", "mlp.", name)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -362,12 +453,12 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
 
 
 def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bool = False) -> Path:
-    """Write a copy of a checkpoint with a layer for multi-token prediction, as DeepSeek-V3's.
+    """Write a copy of a checkpoint with a layer for multi-token prediction.
 
     Args:
         model: Checkpoint of two layers in one file.
         folder: The copy.
-        prefix: Of the new layer's tensors.
+        prefix: Of the new layer's tensors: in ``mtp`` as Qwen3-Next has it, else as DeepSeek-V3.
         predicts: It is right far more often than chance: all layers add little to the residual
             stream, and its own starts with the embedding of the latest token.
     """
@@ -383,11 +474,16 @@ def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bo
     if predicts:
         projection = torch.eye(hidden, 2 * hidden)
         for name in tensors:
-            if re.search(r"\.(o_proj|down_proj)(\.weight)?$", name):
+            if re.search(r"\.(o_proj|out_proj|down_proj)(\.weight)?$", name):
                 tensors[name] = tensors[name] / 1024
-    tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()
+    if prefix.startswith("mtp."):
+        tensors["mtp.fc.weight"] = projection.bfloat16()
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            tensors[f"mtp.{name}.weight"] = torch.zeros(hidden).bfloat16()  # 1 is added to them
+    else:
+        tensors[f"{prefix}eh_proj.weight"] = projection.bfloat16()
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{prefix}{name}.weight"] = torch.ones(hidden).bfloat16()
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))

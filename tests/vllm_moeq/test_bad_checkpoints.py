@@ -230,6 +230,11 @@ def _refusal(model: Path, missing: Iterable[str], **llm_options: Any) -> str:
             "model.layers.1.attn.sinks (4 of 4), model.layers.1.attn.o_proj.bias (128 of 128), "
             "model.layers.1.mlp.router.bias (8 of 8)",
         ),
+        (
+            "gemma4_text",
+            ["model.layers.1.layer_scalar"],  # a buffer
+            "model.layers.1.layer_scalar (1 of 1)",
+        ),
     ],
 )
 def test_parameters_that_are_not_filled_are_named(

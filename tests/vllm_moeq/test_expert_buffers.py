@@ -170,6 +170,17 @@ def test_a_wrong_tensor_is_named_and_not_counted(
     assert (kind, shard, 1) in buffers.missing()
 
 
+@pytest.mark.parametrize(("kind", "shard"), [("weight_scale", "w2"), ("bias", "w1")])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_named_and_not_counted(kind: Any, shard: Any, value: float) -> None:
+    buffers = _biased(0, 2, alternating=False)
+    broken = torch.zeros(SHAPES["w1"][0]) if kind == "bias" else _stored(shard, 1)[1].clone()
+    broken.view(-1)[-1] = value  # of the other rank, which is to refuse it as well
+    with pytest.raises(FormatError, match="layer: the.tensor holds NaN or infinity"):
+        buffers.fill(_buffer(buffers.allocate(), shard, kind), kind, shard, 1, broken, "the.tensor")
+    assert (kind, shard, 1) in buffers.missing()
+
+
 def test_an_up_projection_of_experts_without_a_gate_is_refused() -> None:
     buffers = _buffers(gated=False)
     packed = _stored("w1", 0)[0]

@@ -35,11 +35,18 @@ biases and rows that alternate. Of the 176 columns of Qwen2-MoE the first rank t
 groups, the second a short one. Mixtral's ranks are in ``test_engine.py``."""
 
 
+def _tolerance(family: str) -> float:
+    # Granite's multipliers make more of the rounding of activations.
+    return 3e-3 if family.startswith("granite") else LOGPROB_TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "dtype"), DIFFERENT_IN_VLLM.items())
 def test_equals_the_dequantized_model_in_vllm(
     family: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    packed = pack_linear(pack_mixed(tiny_model(family), tmp_path / "packed"))
+    packed = pack_mixed(tiny_model(family), tmp_path / "packed")
+    if dtype == "float32":  # vLLM's bfloat16 layers are less exact than packed ones
+        pack_linear(packed)
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
     run, expected = (run_engine(folder, dtype=dtype) for folder in (packed, plain))
@@ -62,27 +69,25 @@ def test_equals_the_dequantized_model(
 
     run = run_engine(packed, **(torch_ops if family.startswith(WITH_LATENT_ATTENTION) else {}))
 
-    assert_same(run.completions[0], run_transformers(plain))
+    assert_same(run.completions[0], run_transformers(plain), _tolerance(family))
 
 
 def _assert_two_ranks_equal_the_dequantized_model(
-    model: Path, folder: Path, group_size: int, **more: Any
+    family: str, model: Path, folder: Path, **more: Any
 ) -> None:
-    packed = pack_linear(pack_mixed(model, folder / "packed", group_size))
+    packed = pack_linear(pack_mixed(model, folder / "packed", ON_TWO_RANKS[family]))
     plain = dequantize_checkpoint(packed, folder / "plain")
 
     run = run_engine(packed, **TWO_RANKS, **more)
 
-    assert_same(run.completions[0], run_transformers(plain))
+    assert_same(run.completions[0], run_transformers(plain), _tolerance(family))
 
 
 @pytest.mark.parametrize("family", ON_TWO_RANKS)
 def test_two_ranks_split_each_expert(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    _assert_two_ranks_equal_the_dequantized_model(
-        tiny_model(family), tmp_path, ON_TWO_RANKS[family]
-    )
+    _assert_two_ranks_equal_the_dequantized_model(family, tiny_model(family), tmp_path)
 
 
 @pytest.mark.parametrize("family", ON_TWO_RANKS)
@@ -90,27 +95,34 @@ def test_two_ranks_split_the_experts(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     _assert_two_ranks_equal_the_dequantized_model(
-        tiny_model(family), tmp_path, ON_TWO_RANKS[family], enable_expert_parallel=True
+        family, tiny_model(family), tmp_path, enable_expert_parallel=True
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
+)
 def test_a_prediction_layer_drafts_tokens_that_are_accepted(
-    tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str, prefix: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = add_prediction_layer(
-        tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.", predicts=True
-    )
+    model = add_prediction_layer(tiny_model(family), tmp_path / "model", prefix, predicts=True)
     packed = pack_mixed(model, tmp_path / "packed")
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
-    run = run_engine(
-        packed,
-        compilation_config={"custom_ops": ["none"]},
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
-        disable_log_stats=False,
-    )
+    drafting = {
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 1},
+        "disable_log_stats": False,
+    }
+    if family in DIFFERENT_IN_VLLM:
+        dtype = DIFFERENT_IN_VLLM[family]
+        run = run_engine(packed, dtype=dtype, **drafting)
+        expected = run_engine(plain, dtype=dtype).completions[0]
+    else:
+        dtype = "float32"
+        run = run_engine(packed, compilation_config={"custom_ops": ["none"]}, **drafting)
+        expected = run_transformers(plain)
 
-    assert_same(run.completions[0], run_transformers(plain))
+    assert_same(run.completions[0], expected, TOLERANCE[dtype])
     accepted = run.metrics["vllm:spec_decode_num_accepted_tokens"]
     drafted = run.metrics["vllm:spec_decode_num_draft_tokens"]
     assert accepted > 0.5 * drafted  # chance is one in the size of the vocabulary

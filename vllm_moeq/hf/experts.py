@@ -168,7 +168,8 @@ class FusedExperts:
             FormatError: There is none.
         """
         module = self.module
-        probe = torch.linspace(-9, 9, 96, dtype=torch.float32, device="cpu").view(4, -1)
+        # Further than limits of clamped activations are.
+        probe = torch.linspace(-30, 30, 96, dtype=torch.float32, device="cpu").view(4, -1)
         if not self.gated:
             expected = self.act(probe)
         elif hasattr(module, "_apply_gate"):
@@ -177,18 +178,24 @@ class FusedExperts:
             gate, up = probe.chunk(2, -1)
             expected = module.act_fn(gate) * up
         for name in ACTIVATIONS:
-            swiglu = SWIGLU.get(name)
-            if swiglu is not None and hasattr(module, "limit"):
-                alpha = getattr(module, "alpha", swiglu.alpha)
-                swiglu = swiglu._replace(limit=module.limit, alpha=alpha)
             if name.endswith("_no_mul") == self.gated:
                 continue
-            if torch.allclose(activate(probe, name, swiglu), expected, rtol=1e-5, atol=1e-6):
-                return name, swiglu
+            for swiglu in self._swiglus(name):
+                if torch.allclose(activate(probe, name, swiglu), expected, rtol=1e-5, atol=1e-6):
+                    return name, swiglu
         raise FormatError(
             f"{self.name}: no kernel has the activation of {type(module).__name__}; load the model "
             "with `quantization_config=MoeqConfig(dequantize=True)`"
         )
+
+    def _swiglus(self, name: str) -> list[SwiGlu | None]:
+        """Return what an activation may take of the model; with and without 1 added to up."""
+        usual, module = SWIGLU.get(name), self.module
+        if usual is None:
+            return [None]
+        limit = getattr(module, "limit", getattr(module, "swiglu_limit", usual.limit))
+        alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", usual.alpha))
+        return [SwiGlu(limit, alpha, beta) for beta in (0.0, 1.0)]
 
 
 class PackedExperts(Module):

@@ -46,7 +46,8 @@ def dequantize(name: str, linear: Linear, layout: LinearLayout, weight: LinearWe
 class PackedLinear(Linear):
     """A packed layer in the place of another, with its bias; its ``weight`` is None.
 
-    Packed tensors are buffers that ``state_dict`` does not list, as those of ``PackedExperts``.
+    Packed tensors are buffers that ``state_dict`` does not list, as those of ``PackedExperts``. One
+    is called ``qweight``: peft looks for that name where there is no weight.
 
     Args:
         name: For messages.
@@ -66,7 +67,7 @@ class PackedLinear(Linear):
         packed = (layout.rows, layout.columns * layout.bits // 32)
         scale = (layout.rows, layout.columns // layout.group_size)
         for kind, shape, dtype in (
-            ("packed", packed, torch.int32),
+            ("qweight", packed, torch.int32),
             ("scale", scale, torch.bfloat16),
         ):
             buffer = torch.empty(shape, dtype=dtype, device="meta")
@@ -79,13 +80,13 @@ class PackedLinear(Linear):
             ValueError: The device map puts the layer on no device, or ``MOEQ_KERNEL`` names a
                 kernel that cannot run there.
         """
-        device = self.get_buffer("packed").device
+        device = self.get_buffer("qweight").device
         if device.type == "meta":
             raise ValueError(OFFLOADED.format(name=self.name))
         layout = self.sizes._replace(kernel=select_kernel(device))
         there = LinearWeight(*(tensor.to(device) for tensor in weight))
         prepared = KERNELS[layout.kernel].prepare_linear(there, layout)
-        for kind, tensor in zip(LinearWeight._fields, prepared, strict=True):
+        for kind, tensor in zip(("qweight", "scale"), prepared, strict=True):
             self.register_buffer(kind, tensor, persistent=False)
         self.layout = layout.to_tensor()
 
@@ -96,11 +97,11 @@ class PackedLinear(Linear):
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = packed_linear(
-            x, self.packed, self.scale, self.bias, self.layout, self.out_features
+            x, self.qweight, self.scale, self.bias, self.layout, self.out_features
         )
         return result
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:
         """Let a change of type reach the bias; refuse to move."""
-        refuse_to_move(self.get_buffer("packed").device, fn)
+        refuse_to_move(self.get_buffer("qweight").device, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]

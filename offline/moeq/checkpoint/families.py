@@ -38,8 +38,8 @@ class Family:
         activations: What ``config.json`` may call the activation of experts: vLLM takes many for
             granted, whatever is there.
         norm: Path of the norm in front of its experts inside a decoder layer; empty if none is.
-        normalized: Whether what its experts give together is normalized before it is added to the
-            residual stream.
+        normalized: Whether what its experts give together is normalized, or multiplied, before it
+            is added to the residual stream.
         scaled_inputs: Whether router weights scale what its experts get, instead of what they give.
         runs_as: Another ``model_type``, as which transformers runs the same model.
         layer: Matches the path of a layer, in which the paths above are.
@@ -145,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
             "ernie4_5_moe",
             "mimo_v2_flash",
             "glm_moe_dsa",
+            "glm5_next",
         ),
         experts="mlp.experts",
         router="mlp.gate.weight",
@@ -152,6 +153,32 @@ FAMILIES: tuple[Family, ...] = (
             ("mlp.gate.moe_statics.", "mlp.moe_statics."),
             ("self_attn.sinks", "self_attn.attention_sink_bias"),
         ),
+    ),
+    Family(
+        ("minimax_m3_vl",),
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.gate.weight",
+        gate="w1",
+        up="w3",
+        down="w2",
+        # transformers saves dense layers, and those of vision, under the name of the others.
+        aliases=(
+            ("block_sparse_moe.gate_proj.", "mlp.gate_proj."),
+            ("block_sparse_moe.up_proj.", "mlp.up_proj."),
+            ("block_sparse_moe.down_proj.", "mlp.down_proj."),
+            ("block_sparse_moe.fc1.", "mlp.fc1."),
+            ("block_sparse_moe.fc2.", "mlp.fc2."),
+        ),
+        activations=("swigluoai", "silu"),
+        normalized=True,
+    ),
+    Family(
+        ("deepseek_v4",),
+        experts="ffn.experts",
+        router="ffn.gate.weight",
+        gate="w1",
+        up="w3",
+        down="w2",
     ),
     Family(
         ("kimi_k2",),

@@ -11,13 +11,18 @@ _DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\
 """Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
 _ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act", "dense_act_fn")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
-_PREDICT_AFTER_LAYERS = {
+_NAMED_IN_VLLM = {"swish": "silu"}
+"""Other names that transformers has for an activation, of which vLLM's models know one only."""
+_SAVED_OTHERWISE = {"minimax_m3_vl": {"silu": "swigluoai"}}
+"""What transformers writes as the activation of a model, and what vLLM's model asks for."""
+PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_k2",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds after their own layers."""
 _PREDICT_IN_MTP = {
-    "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
+    "deepseek_v4", "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds under the name ``mtp``."""
 _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
@@ -31,6 +36,24 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of ``config.json`` that describes the language model."""
     part = config.get("text_config")
     return part if isinstance(part, Mapping) else config
+
+
+def _activation_key(text: Mapping[str, Any]) -> str | None:
+    return next((key for key in _ACTIVATIONS if text.get(key) is not None), None)
+
+
+def _served_activation(name: object) -> object:
+    return _NAMED_IN_VLLM.get(str(name), name)
+
+
+def served_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with the activation of experts under the name that vLLM knows."""
+    text = dict(text_config(config))
+    key = _activation_key(text)
+    if key is not None:
+        names = _SAVED_OTHERWISE.get(str(config.get("model_type")), {})
+        text[key] = names.get(str(text[key]), _served_activation(text[key]))
+    return text if text_config(config) is config else {**config, "text_config": text}
 
 
 def drafts_tokens(config: Mapping[str, Any], block: str, index: int) -> bool:
@@ -60,7 +83,7 @@ def is_left_out(config: Mapping[str, Any], name: str) -> bool:
     return (
         match is not None
         and drafts_tokens(config, name, int(match[1]))
-        and model_type not in _PREDICT_AFTER_LAYERS
+        and model_type not in PREDICT_AFTER_LAYERS
     )
 
 
@@ -76,8 +99,8 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
         MoeqError: The model cannot be served as it was trained; says what stands against it.
     """
     text, family = text_config(config), family_of(config)
-    key = next((key for key in _ACTIVATIONS if text.get(key) is not None), None)
-    if key is not None and text[key] not in family.activations:
+    key = _activation_key(text)
+    if key is not None and _served_activation(text[key]) not in family.activations:
         raise MoeqError(
             f"{folder}: config.json has {key} {text[key]!r}, but experts of {config['model_type']} "
             f"are served with {' or '.join(family.activations)} only"

@@ -49,6 +49,26 @@ def plan_sizes(plan: BitPlan, source: SourceModel) -> PlanSizes:
     return PlanSizes(weights, code_bits / weights, size * 8 / weights, size, total)
 
 
+def served_bytes(plan: BitPlan, source: SourceModel) -> int:
+    """Return the bytes of all packed experts in memory, where the last group of a row is whole.
+
+    They are the same for any number of tensor-parallel ranks, which share out whole groups.
+
+    Args:
+        plan: Fits the model.
+        source: The model.
+    """
+    size = 0
+    for layer in source.layers:
+        bits = plan.expert_bits[layer.container]
+        inner = layer.intermediate_size + layer.added_columns(plan.group_size)
+        served = replace(layer, intermediate_size=inner)
+        for expert, matrix, projection in served.weights():
+            width = bits.width(projection, expert)
+            size += packed_bytes(*served.shape(matrix), width, plan.group_size)
+    return size
+
+
 def with_sizes(plan: BitPlan, source: SourceModel) -> BitPlan:
     """Return a plan that fits a model with the true sizes in its provenance."""
     sizes = plan_sizes(plan, source)

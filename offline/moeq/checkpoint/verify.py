@@ -1,5 +1,6 @@
 """``moeq verify``: is a packed checkpoint complete, undamaged and true to its own plan?"""
 
+import re
 from pathlib import Path
 
 import torch
@@ -119,6 +120,7 @@ def _layer_problems(
     if hidden_size % group_size:
         return [f"{container}: group size {group_size} does not divide hidden_size {hidden_size}"]
     up_or_gate = (intermediate_size, hidden_size)
+    expected = set()
     for expert in range(num_experts):
         for matrix, width, (rows, columns) in (
             *((name, bits.w13[expert], up_or_gate) for name in family.projections["w13"]),
@@ -126,11 +128,18 @@ def _layer_problems(
         ):
             if family.biased:
                 bias = family.tensor_name(container, expert, matrix, "bias")
+                expected.add(bias)
                 problems += _bias_problems(reader, bias, rows)
             for tensor in packed_tensors(rows, columns, width, group_size):
                 name = family.tensor_name(container, expert, matrix, tensor.suffix)
+                expected.add(name)
                 problems += _tensor_problems(reader, name, width, tensor.dtype, tensor.shape)
-    return problems
+    of_an_expert = re.compile(rf"{re.escape(container)}\.\d+\.")
+    return problems + [
+        f"tensor {name} is of no packed expert: the plan lists {num_experts} in {container}"
+        for name in reader.tensors
+        if name not in expected and of_an_expert.match(name)
+    ]
 
 
 def _linear_problems(

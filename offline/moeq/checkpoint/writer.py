@@ -17,6 +17,7 @@ from moeq.checkpoint.linear import group_widths, linear_widths
 from moeq.checkpoint.model_card import write_model_card
 from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
+from moeq.checkpoint.servable import served_config
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
@@ -188,7 +189,7 @@ class Conversion:
         for path in reader.other_files():
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(reader.folder / path, folder / path)
-        config = unquantized(reader.config)
+        config = unquantized(served_config(reader.config))
         config["quantization_config"] = CheckpointConfig(self.plan).to_dict()
         _write_json(folder / "config.json", guarded(config))
         for file in set(weight_map.values()):

@@ -8,8 +8,9 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from moeq.cli.flags import with_flags
 from moeq.cli.progress import Bars
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
+
+_COLUMNS = 110
 
 
 def quantize(options: Namespace) -> int:
@@ -216,13 +219,27 @@ def families(options: Namespace) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        print(f"{row['model_type']:<16} {row['experts']}.E.{{{row['projections']}}}")
-        print(f"{'':<16} {'; '.join(f'{fact}: {cell}' for fact, cell in row['tested'].items())}")
+        print(f"{row['model_type']:<17} {row['experts']}.E.{{{row['projections']}}}")
+        for line in _tested(row["tested"]):
+            print(
+                textwrap.fill(line, _COLUMNS, initial_indent=" " * 18, subsequent_indent=" " * 20)
+            )
     print(
-        "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4; routed experts "
-        "are quantized, nothing else"
+        "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4;\n"
+        "routed experts are quantized, nothing else"
     )
     return 0
+
+
+def _tested(facts: Mapping[str, str]) -> Iterator[str]:
+    """Yield lines on what tests found of a family: what is true, what is not tested, the rest."""
+    for words, cell in (("tested", "yes"), ("not tested", "-")):
+        named = [fact for fact in facts if facts[fact] == cell]
+        if named:
+            yield f"{words}: {', '.join(named)}"
+    for fact, cell in facts.items():
+        if cell not in ("yes", "-"):
+            yield f"{fact}: {cell}"
 
 
 def completion(options: Namespace) -> int:

@@ -53,6 +53,8 @@ def not_layerwise(config: Any, family: Family) -> str:
     """
     if family.scaled_inputs and config.num_experts_per_tok > 1:
         return "scales what several experts get of a token"  # vLLM refuses it, too
+    if getattr(config, "hc_mult", 1) > 1:
+        return "has several residual streams, and mixes them"
     if getattr(config, "hidden_size_per_layer_input", 0):
         return "gives each layer another embedding of the tokens"
     if getattr(config, "num_kv_shared_layers", 0):
@@ -92,10 +94,37 @@ def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     ours = model.state_dict()
-    return {
-        rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0]: name
-        for name in names
-    }
+    stored = {}
+    for name in names:
+        renamed = rename_source_key(name, renamings, [], model.base_model_prefix, ours)[0]
+        # Some renamings also fit names that are already right.
+        stored[name if name in ours and renamed not in ours else renamed] = name
+    return stored
+
+
+def parts_on_disk(model: Any) -> dict[str, list[str]]:
+    """Return the parameters that transformers concatenates of several tensors, with these.
+
+    The tensors are of equal size, along the first dimension, and have names as in memory. Routed
+    experts are left out.
+
+    Args:
+        model: Of transformers.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    parts = {}
+    for transform in get_model_conversion_mapping(model, add_legacy=False):
+        if not isinstance(transform, WeightConverter):
+            continue
+        if [type(operation) for operation in transform.operations] != [Concatenate]:
+            continue
+        (whole,), ends = transform.target_patterns, transform.reverse_transform().target_patterns
+        for name in model.state_dict():
+            if name.endswith(whole):
+                parts[name] = [name.removesuffix(whole) + end for end in ends]
+    return parts
 
 
 def names_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:

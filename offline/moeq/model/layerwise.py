@@ -5,7 +5,7 @@ another, so that the caller decides which weights they have and sees what reache
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,13 @@ from torch import nn
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, model_config, not_layerwise, stored_names
+from moeq.model.architecture import (
+    auto_class,
+    model_config,
+    not_layerwise,
+    parts_on_disk,
+    stored_names,
+)
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
 
 Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
@@ -97,6 +103,7 @@ class LayerwiseModel:
         self._entrances = self._stand_ins()
         self._exit: Entrance | None = None
         self._stored = stored_names(self._model, source.reader.tensors)
+        self._parts = parts_on_disk(self._model)
 
     def _bodies(self) -> list[Any]:
         """Return what holds layers, in the order in which they run."""
@@ -214,7 +221,11 @@ class LayerwiseModel:
             return
         size = self._batch_size(hidden)
         parts = iter(torch.split(sums, size))
-        with self._loaded(index, lambda routed: next(parts).to(self.device), weights) as layer:
+
+        def give(routed: Routed) -> torch.Tensor:
+            return next(parts).to(self.device).view_as(routed.x)
+
+        with self._loaded(index, give, weights) as layer:
             for sequences in torch.split(hidden, size):
                 sequences.copy_(layer(sequences.to(self.device)))
 
@@ -279,12 +290,10 @@ class LayerwiseModel:
         prefix = self._names[layer]
         self._fill(layer, prefix, weights)
         hooks = [
-            module.register_forward_hook(
-                lambda _, args, output, see=watch[stored]: see(args[0], output)
-            )
+            module.register_forward_hook(_telling([watch.get(part) for part in parts]))
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
-            and (stored := self._stored_name(f"{prefix}{name}.weight")) in watch
+            and not watch.keys().isdisjoint(parts := self._stored_parts(f"{prefix}{name}.weight"))
         ]
         yield self._runner(index)
         for hook in hooks:
@@ -335,6 +344,24 @@ class LayerwiseModel:
         output = self._model(inputs_embeds=self._exit.hidden, use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    @torch.no_grad()
+    def normalized(self, layer: MoELayer, x: torch.Tensor) -> torch.Tensor:
+        """Return what the norm in front of a layer's experts gives for x [n, hidden_size].
+
+        It is x itself where there is no such norm.
+
+        Raises:
+            MoeqError: The norm is not in the checkpoint.
+        """
+        path = layer.family.norm
+        if not path:
+            return x
+        norm = self._layers[layer.index].get_submodule(path)
+        self._fill(norm, f"{self._prefix}layers.{layer.index}.{path}.")
+        result: torch.Tensor = norm(x)
+        norm.to("meta")
+        return result
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""
@@ -407,9 +434,11 @@ class LayerwiseModel:
                 self._model._init_weights(part)
         state = {}
         for name in module.state_dict():
-            stored = self._stored_name(prefix + name)
-            tensor = weights[stored] if stored in weights else self.source.tensor(stored)
-            tensor = tensor.to(self.device)
+            tensors = [
+                weights[stored] if stored in weights else self.source.tensor(stored)
+                for stored in self._stored_parts(prefix + name)
+            ]
+            tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(self.device)
             state[name] = tensor.float() if tensor.is_floating_point() else tensor
         module.load_state_dict(state, assign=True)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -418,6 +447,10 @@ class LayerwiseModel:
                     f"{self.source.folder}: {prefix}{name} is not in the checkpoint, but "
                     "transformers needs it"
                 )
+
+    def _stored_parts(self, name: str) -> list[str]:
+        """Return where a parameter is on disk; some are made of several tensors."""
+        return [self._stored_name(part) for part in self._parts.get(name, [name])]
 
     def _stored_name(self, name: str) -> str:
         """Return where a parameter is on disk; one that is missing is named as in memory."""
@@ -428,6 +461,26 @@ class LayerwiseModel:
 
 def _layers(body: Any) -> Any:
     return body.block if hasattr(body, "block") else body.layers
+
+
+def _telling(
+    watch: Sequence[Callable[[torch.Tensor, torch.Tensor], None] | None],
+) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
+    """Return a hook of a linear layer whose outputs have parts of equal size.
+
+    Args:
+        watch: Gets inputs and outputs of each part.
+    """
+
+    def tell(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        parts = output.chunk(len(watch), -1) if len(watch) > 1 else (output,)
+        for see, part in zip(watch, parts, strict=True):
+            if see is not None:
+                see(args[0], part)
+        # Of what is seen, for gradients to come by.
+        return torch.cat(parts, -1) if len(parts) > 1 else None
+
+    return tell
 
 
 def _experts_path(layer: nn.Module) -> str:

@@ -19,7 +19,8 @@ from moeq.checkpoint.families import Family
 from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, names_on_disk, stored_names
+from moeq.model.architecture import auto_class, names_on_disk, parts_on_disk, stored_names
+from moeq.model.prediction import prediction_problems
 from vllm_moeq.format import first_few
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _EXPERTS = re.compile(
     r"|\b(?:encoder|decoder)\.block\.\d+\.layer\.\d+\.mlp\.experts\."
 )
 """Matches the parameters of routed experts, which transformers fuses; of T5's kind it does not."""
+_ANY_ROOT = ("deepseek_v4",)
+"""Models of which vLLM takes names with and without ``model.`` in front."""
 _OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
 """Matches what older releases saved; it is computed today, and vLLM leaves it out as well."""
 
@@ -48,18 +51,12 @@ def check_structure(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Non
         MoeqError: Tensors are missing or have other shapes than ``config.json`` says, or it
             describes no model; names them.
     """
-    model = _meta_model(reader, layers)
-    if model is None:
-        return
-    names = _outside_experts(reader, layers)
-    stored = stored_names(model, names)
-    problems = list(_problems(model, reader, layers, names, stored))
+    problems, unknown = _compare(reader, layers)
     if problems:
         raise MoeqError(
             f"{reader.folder} is not the model that its config.json describes: "
             f"{first_few(problems, '; ')}. Get the checkpoint again, or correct config.json"
         )
-    unknown = list(_unknown(model, reader, stored))
     if unknown:
         logger.warning(
             "%s: the model that config.json describes has no %s; vLLM may refuse to load it",
@@ -76,17 +73,25 @@ def structure_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) -> 
         layers: Its MoE layers, whose experts are known to be complete.
 
     Returns:
-        One sentence for each problem; none either if transformers does not know the model, which
-        is logged.
+        One sentence for each problem; of prediction layers only if transformers does not know the
+        model, which is logged.
 
     Raises:
         MoeqError: ``config.json`` describes no model.
     """
+    return _compare(reader, layers)[0]
+
+
+def _compare(reader: CheckpointReader, layers: Sequence[MoELayer]) -> tuple[list[str], list[str]]:
+    """Return the problems, and tensors that the model has no place for."""
+    problems = list(prediction_problems(reader, layers))
     model = _meta_model(reader, layers)
     if model is None:
-        return []
+        return problems, []
     names = _outside_experts(reader, layers)
-    return list(_problems(model, reader, layers, names, stored_names(model, names)))
+    stored = stored_names(model, names)
+    problems += _problems(model, reader, layers, names, stored)
+    return problems, list(_unknown(model, reader, stored))
 
 
 def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
@@ -135,7 +140,7 @@ def _problems(
     names: Sequence[str],
     stored: Mapping[str, str],
 ) -> Iterator[str]:
-    wanted: dict[str, torch.Tensor] = model.state_dict()
+    wanted = _state_on_disk(model)
     yield from _expert_problems(_expert_shapes(wanted, reader, layers[0].family), layers)
     yield from _name_problems(model, names, stored)
     missing = [name for name in wanted if name not in stored and not _EXPERTS.search(name)]
@@ -159,14 +164,30 @@ def _problems(
     yield from _tied_problems(model, reader, stored)
 
 
+def _state_on_disk(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model, those that are made of several tensors as these."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, parts in parts_on_disk(model).items():
+        state |= zip(parts, state.pop(name).chunk(len(parts)), strict=True)
+    return state
+
+
 def _name_problems(model: Any, names: Sequence[str], stored: Mapping[str, str]) -> Iterator[str]:
     """Tell of names that transformers understands, but vLLM does not."""
     root = f"{model.base_model_prefix}."
     for name in sorted(set(names) - set(stored.values())):
         yield f"tensor {name} is there twice, the other one under another name"
-    for ours, name in stored.items():
-        if ours in (root + name, name.removeprefix(root)) and ours != name:
-            yield f"tensor {name} must be called {ours}, as vLLM looks for it"
+    if model.config.model_type in _ANY_ROOT:
+        return
+    moved = {
+        ours: name
+        for ours, name in stored.items()
+        if ours in (root + name, name.removeprefix(root)) and ours != name
+    }
+    on_disk = names_on_disk(model, moved)
+    for ours, name in moved.items():
+        if on_disk[ours] != name:
+            yield f"tensor {name} must be called {on_disk[ours]}, as vLLM looks for it"
 
 
 def _expert_shapes(
@@ -224,7 +245,7 @@ def _tied_problems(
 
 def _unknown(model: Any, reader: CheckpointReader, names: Mapping[str, str]) -> Iterator[str]:
     """Yield the tensors on disk that the model has no place for and does not leave out either."""
-    known = model.state_dict()
+    known = _state_on_disk(model)
     ignored = _matcher(model._keys_to_ignore_on_load_unexpected)
     for name, stored in names.items():
         block = re.match(r"(.*\blayers\.(\d+)\.)?", stored)

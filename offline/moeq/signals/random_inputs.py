@@ -15,9 +15,8 @@ def data_free_error(
 ) -> torch.Tensor:
     """Return the error of each expert's output on random inputs, float32 [num_experts].
 
-    The mean squared change when all its weights are rounded to nearest. What an expert gets was
-    normalized, so inputs are standard normal, times the weights of the norm in front of the experts
-    where there is one.
+    The mean squared change when all its weights are rounded to nearest. Inputs are what the norm in
+    front of the experts, if there is one, gives for standard normal numbers.
 
     Args:
         model: Runs the checkpoint.
@@ -26,13 +25,10 @@ def data_free_error(
         group_size: Weights of a row that share a scale.
 
     Raises:
-        MoeqError: Weights that are not finite; names the tensor.
+        MoeqError: Weights that are not finite, or a norm that is missing; names the tensor.
     """
     x = torch.randn(TOKENS, layer.hidden_size, generator=torch.Generator().manual_seed(0))
-    norm = f"{layer.container.removesuffix(layer.family.experts)}{layer.family.norm}.weight"
-    if norm in model.source.reader.tensors:
-        x *= model.source.tensor(norm).float()
-    x = x.to(model.device)
+    x = model.normalized(layer, x.to(model.device))
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
         return quantize_rtn(weight, bits, group_size).dequantize(bits, group_size).to(model.device)

@@ -1,6 +1,8 @@
 """Every layout of a model is read, and packed, as the same tensors."""
 
+import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from moeq.checkpoint.verify import verify_checkpoint
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, INTERMEDIATE, mixtral_tensors, write_checkpoint
-from support.models import decoder_layers, load_model
+from support.models import NUM_EXPERTS, as_released, decoder_layers, load_model
 from support.packed import write_packed
 from support.sources import load, rewrite
 from vllm_moeq.format import BitPlan, LayerBits
@@ -27,8 +29,31 @@ def _both(source: Path, folder: Path) -> tuple[Path, Path]:
     """Save a model with a tensor per expert, and as transformers has it in memory."""
     model = load_model(source, torch.bfloat16)
     model.save_pretrained(folder / "split")
-    model.save_pretrained(folder / "fused", save_original_format=False)
+    if json.loads((source / "config.json").read_text())["model_type"] in models.RENAMED_IN_MEMORY:
+        rewrite(folder / "split", folder / "fused", _fused(load(folder / "split")))
+    else:
+        model.save_pretrained(folder / "fused", save_original_format=False)
     return folder / "split", folder / "fused"
+
+
+def _fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fuse the experts alone: other names stay as they are."""
+    fused: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if match is None:
+            fused[name] = tensor
+        else:
+            experts[match[1]][int(match[2]), match[3]] = tensor
+    for container, parts in experts.items():
+        kinds = ("w1", "w3", "w2") if (0, "w1") in parts else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (
+            torch.stack([parts[i, kind] for i in range(NUM_EXPERTS)]) for kind in kinds
+        )
+        fused[f"{container}.gate_up_proj"] = torch.cat([gate, up], 1)
+        fused[f"{container}.down_proj"] = down
+    return fused
 
 
 def _plan(source: Path) -> BitPlan:
@@ -56,7 +81,7 @@ def test_a_fused_checkpoint_reads_as_the_one_with_a_tensor_per_expert(
 
 def _in_memory(name: str) -> str:
     """Call Nemotron-H's body as transformers does; vLLM takes both names."""
-    return re.sub(r"^backbone\.", "model.", name)
+    return as_released(re.sub(r"^backbone\.", "model.", name))
 
 
 def _split(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

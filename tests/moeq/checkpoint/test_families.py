@@ -74,6 +74,7 @@ def test_names_and_shapes_are_those_of_the_model_in_memory(
         router = source.tensor(layer.router)
         assert any(torch.equal(router, t) for t in _like_routers(decoders[layer.index], layer))
         assert layer.num_experts == len(experts.down_proj)
+        assert decoders[layer.index].get_submodule(layer.family.norm)
         for expert in range(layer.num_experts):
             for matrix, weight in _matrices(experts, expert).items():
                 assert layer.shape(matrix) == tuple(weight.shape)

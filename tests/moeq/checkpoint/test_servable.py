@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 import moeq
 from moeq.checkpoint import SourceModel
@@ -48,7 +49,9 @@ def test_layers_that_predict_more_tokens_stay_as_they_are(
     assert moeq.verify(tmp_path / "with") == []
 
     original = load(model)
-    more = {name: packed["with"].pop(name) for name in original if name.startswith(prefix)}
+    more = {
+        name: packed["with"].pop(name) for name in original if name.startswith((prefix, "mtp."))
+    }
     assert any(".experts." in name for name in more)
     assert all(torch.equal(tensor, original[name]) for name, tensor in more.items())
     assert packed["with"].keys() == packed["without"].keys()
@@ -106,6 +109,38 @@ def test_what_would_be_served_otherwise_is_refused(
 ) -> None:
     with pytest.raises(MoeqError, match=message):
         SourceModel.open(write_checkpoint(tmp_path, **config))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_swish_is_silu_which_vllm_calls_nothing_else(
+    tiny_model: TinyModel, tmp_path: Path, family: str
+) -> None:
+    model = Path(shutil.copytree(tiny_model(family), tmp_path / "swish"))
+    stated = (model / "config.json").read_text()
+    assert ACT2FN["swish"](torch.tensor([1.5])) == ACT2FN["silu"](torch.tensor([1.5]))
+    (model / "config.json").write_text(
+        stated.replace('"hidden_act": "silu"', '"hidden_act": "swish"')
+    )
+    configs = []
+    for source, out in ((tiny_model(family), "a"), (model, "b")):
+        moeq.quantize(source, tmp_path / out, bits=2, group_size=64, calib=None)
+        config = json.loads((tmp_path / out / "config.json").read_text())
+        config["quantization_config"].pop("provenance", None)
+        configs.append(config)
+    assert "swish" in (model / "config.json").read_text()
+    assert configs[0] == configs[1]
+
+
+def test_minimax_m3_has_the_activation_that_vllm_asks_for(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    model = tiny_model("minimax_m3_vl")
+    moeq.quantize(model, tmp_path / "out", bits=2, group_size=64, calib=None)
+    stated, written = (
+        json.loads((folder / "config.json").read_text())["text_config"]["hidden_act"]
+        for folder in (model, tmp_path / "out")
+    )
+    assert (stated, written) == ("silu", "swigluoai")  # the first is transformers' own word
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,13 @@ def _drop(name: str) -> Callable[[Tensors], None]:
     return change
 
 
+def _copy(name: str, copy: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[copy] = tensors[name].clone()
+
+    return change
+
+
 def _reshape(name: str, dtype: torch.dtype | None = None) -> Callable[[Tensors], None]:
     def change(tensors: Tensors) -> None:
         tensors[name] = tensors[name][:, :1].to(dtype).contiguous()
@@ -97,6 +104,15 @@ def _reshape(name: str, dtype: torch.dtype | None = None) -> Callable[[Tensors],
         (
             _reshape(f"{W1}.weight_scale", torch.float32),
             f"tensor {W1}.weight_scale is F32 [128, 1], the plan's width 2 needs F16 [128, 1]",
+        ),
+        (
+            _copy(f"{W1}.weight_packed", f"{CONTAINERS[1]}.4.w1.weight_packed"),
+            f"tensor {CONTAINERS[1]}.4.w1.weight_packed is of no packed expert: the plan lists 4 "
+            f"in {CONTAINERS[1]}",
+        ),
+        (
+            _copy(f"{W1}.weight_scale", f"{W1}.weight"),
+            f"tensor {W1}.weight is of no packed expert: the plan lists 4 in {CONTAINERS[1]}",
         ),
     ],
 )

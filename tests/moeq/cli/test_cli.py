@@ -1,6 +1,7 @@
 """The ``moeq`` command: what it prints and writes when all is well, and its usage errors."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -236,8 +237,17 @@ def test_families_and_the_page_tell_what_tests_found(capsys: pytest.CaptureFixtu
     } == found
     assert main(["families"]) == 0
     told = capsys.readouterr().out
-    for cells in found.values():
-        assert "; ".join(f"{column}: {cell}" for column, cell in cells.items()) in told
+    assert max(map(len, told.splitlines())) <= 110
+    for name, facts in found.items():
+        (block,) = re.findall(rf"^{name} .*\n((?: .*\n)+)", told, re.MULTILINE)
+        starts = {}
+        for line in re.sub(r"\n {20}", " ", block).splitlines():
+            start, _, rest = line.strip().partition(": ")
+            starts[start] = rest
+        for words, cell in (("tested", "yes"), ("not tested", "-")):
+            named = [fact for fact in facts if facts[fact] == cell]
+            assert starts.pop(words, "") == ", ".join(named)
+        assert starts == {fact: cell for fact, cell in facts.items() if cell not in ("yes", "-")}
 
 
 def test_without_text_the_rule_is_not_praised(

@@ -27,6 +27,7 @@ from support.checkpoints import (
     write_checkpoint,
 )
 from support.models import ENCODER_DECODERS, FAMILIES
+from support.sources import load, rewrite
 from vllm_moeq.format import write_manifest
 
 TinyModel = Callable[[str], Path]
@@ -49,6 +50,26 @@ def test_all_tensors_outside_the_experts_are_checked(tiny_model: TinyModel, name
     for key in saved:
         del reader.tensors[key]
     assert _named(structure_problems(reader, layers)) == saved.keys()
+
+
+def test_deepseek_v4_may_have_the_names_of_its_release(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    plain = tiny_model("deepseek_v4")
+    names = {"embed_tokens.weight": "embed.weight", "hc_head.hc_": "hc_head_"}
+    tensors = {}
+    for name, tensor in load(plain).items():
+        name = name.removeprefix("model.")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = tensor
+    released = rewrite(plain, tmp_path / "released", tensors)
+    moeq.quantize(released, tmp_path / "out", bits=2, group_size=64, calib=None)
+    assert moeq.verify(tmp_path / "out") == []
+    del tensors["norm.weight"]
+    source = SourceModel.open(rewrite(plain, tmp_path / "without", tensors))
+    with pytest.raises(MoeqError, match=r"tensor model\.norm\.weight \[128\] is missing"):
+        check_structure(source.reader, source.layers)
 
 
 def _named(problems: list[str]) -> set[str]:

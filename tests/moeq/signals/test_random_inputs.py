@@ -1,27 +1,23 @@
 """The error of rounding on random inputs, against float64 arithmetic of our own."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from moeq.checkpoint import SourceModel
-from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint import Matrix, MoELayer, SourceModel
 from moeq.errors import MoeqError
 from moeq.model.layerwise import LayerwiseModel
 from moeq.rounding import quantize_rtn
 from moeq.signals.random_inputs import TOKENS, data_free_error
-from support.checkpoints import (
-    CONTAINERS,
-    HIDDEN,
-    NUM_EXPERTS,
-    Tensors,
-    mixtral_tensors,
-    write_checkpoint,
-)
+from support.checkpoints import CONTAINERS, Tensors, mixtral_tensors, write_checkpoint
+from support.sources import load, rewrite
 
 BITS, GROUP_SIZE = 3, 32
-NORM = "model.layers.0.post_attention_layernorm.weight"
+MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
+NORM = "model.layers.0.post_attention_layernorm"
 
 
 def _first_layer(folder: Path) -> tuple[LayerwiseModel, MoELayer]:
@@ -30,40 +26,66 @@ def _first_layer(folder: Path) -> tuple[LayerwiseModel, MoELayer]:
     return LayerwiseModel(source, torch.device("cpu")), layers[0]
 
 
-def _swiglu(matrices: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    gate = x @ matrices["w1"].T
-    return (gate / (1 + (-gate).exp()) * (x @ matrices["w3"].T)) @ matrices["w2"].T
+def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean(1, keepdim=True) + eps).sqrt()
 
 
-def _expected(tensors: Tensors, scale: torch.Tensor) -> list[float]:
-    """Return the mean squared change of outputs on the inputs that the product draws."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, HIDDEN, generator=generator).double() * scale.double()
+Norm = Callable[[torch.Tensor, Tensors, float], torch.Tensor]
+NORMS: dict[str, Norm] = {
+    "olmoe": lambda x, norm, eps: _rms(x, eps) * norm["weight"],
+    "qwen3_next": lambda x, norm, eps: _rms(x, eps) * (1 + norm["weight"]),
+    "qwen3_5_moe_text": lambda x, norm, eps: _rms(x, eps) * (1 + norm["weight"]),
+    "phimoe": lambda x, norm, eps: (
+        _rms(x - x.mean(1, keepdim=True), eps) * norm["weight"] + norm["bias"]
+    ),
+    "flex_olmo": lambda x, norm, eps: x,  # a norm follows its experts, none is before them
+}
+
+
+def _swiglu(matrices: dict[Matrix, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    gate = x @ matrices["gate"].T
+    return (gate / (1 + (-gate).exp()) * (x @ matrices["up"].T)) @ matrices["down"].T
+
+
+def _expected(tensors: Tensors, layer: MoELayer, x: torch.Tensor) -> list[float]:
+    """Return the mean squared change of outputs on x."""
     found = []
-    for expert in range(NUM_EXPERTS):
-        matrices = {m: tensors[f"{CONTAINERS[0]}.{expert}.{m}.weight"] for m in ("w1", "w3", "w2")}
+    for expert in range(layer.num_experts):
+        matrices = {m: tensors[layer.tensor_name(expert, m)].double() for m in MATRICES}
         rounded = {
-            name: quantize_rtn(matrix, BITS, GROUP_SIZE).dequantize(BITS, GROUP_SIZE).double()
+            name: quantize_rtn(matrix.float(), BITS, GROUP_SIZE)
+            .dequantize(BITS, GROUP_SIZE)
+            .double()
             for name, matrix in matrices.items()
         }
-        original = {name: matrix.double() for name, matrix in matrices.items()}
-        found.append(float((_swiglu(rounded, x) - _swiglu(original, x)).square().mean()))
+        found.append(float((_swiglu(rounded, x) - _swiglu(matrices, x)).square().mean()))
     return found
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
-def test_data_free_error(with_norm: bool, tmp_path: Path) -> None:
-    tensors = mixtral_tensors()
-    scale = torch.ones(HIDDEN)
-    if with_norm:
-        scale = torch.linspace(0.1, 3, HIDDEN)
-        tensors[NORM] = scale
-    for name in tensors:
-        if f"{CONTAINERS[0]}.1." in name:
-            tensors[name] = 2 * tensors[name]
-    found = data_free_error(*_first_layer(write_checkpoint(tmp_path, tensors)), BITS, GROUP_SIZE)
-    assert found.shape == (NUM_EXPERTS,)
-    assert found.tolist() == pytest.approx(_expected(tensors, scale), rel=1e-3)
+@pytest.mark.parametrize("family", NORMS)
+def test_data_free_error(tiny_model: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    plain = tiny_model(family)
+    tensors = load(plain)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.startswith(NORM):
+            tensors[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        elif ".experts.1." in name:
+            tensors[name] = 2 * tensor
+    folder = rewrite(plain, tmp_path / "model", tensors)
+    model, layer = _first_layer(folder)
+    x = torch.randn(TOKENS, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    norm = {
+        kind: tensors[f"{NORM}.{kind}"].double()
+        for kind in ("weight", "bias")
+        if f"{NORM}.{kind}" in tensors
+    }
+    eps = json.loads((folder / "config.json").read_text())["rms_norm_eps"]
+
+    found = data_free_error(model, layer, BITS, GROUP_SIZE)
+
+    expected = _expected(tensors, layer, NORMS[family](x.double(), norm, eps))
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)
     assert found.argmax() == 1
 
 

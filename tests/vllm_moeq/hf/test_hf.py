@@ -14,13 +14,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from moeq.checkpoint import SourceModel
 from support.checkpoints import change_tensors
-from support.linear import pack_linear
+from support.linear import MIXED, pack_linear
 from support.models import KNOWN, load_model, make_config
 from support.packed import W2_BITS, W13_BITS, write_packed
 from support.reference import dequantize_checkpoint
 from vllm_moeq.format import BitPlan, FormatError, LayerBits, check_manifest, guarded
 from vllm_moeq.hf import MoeqConfig
 from vllm_moeq.hf.experts import PackedExperts
+from vllm_moeq.hf.linear import PackedLinear
 
 DIFFERENT = [
     "mixtral",  # w1, w2, w3; another name in memory
@@ -31,6 +32,7 @@ DIFFERENT = [
     "gemma4_text",  # another activation
     "nemotron_h",  # no gate
     "qwen3_vl_moe",  # inside a vision model
+    "minimax_m3_vl",  # clamped, and 1 is added to up
 ]
 TOKENS = torch.arange(3, 35).view(2, 16)
 Tensors = dict[str, torch.Tensor]
@@ -41,10 +43,10 @@ def packed(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Return a function that gives a family's packed checkpoint, all widths in each layer."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, bool], Path] = {}
 
-    def get(family: str) -> Path:
-        if family not in made:
+    def get(family: str, dense: bool = True) -> Path:
+        if (family, dense) not in made:
             model = tiny_model(family)
             bits = {
                 layer.container: LayerBits(
@@ -55,8 +57,13 @@ def packed(
             folder = tmp_path_factory.mktemp("hf") / "packed"
             # The last of two groups of gpt-oss's rows is half as long.
             group_size = 128 if family == "gpt_oss" else 32
-            made[family] = pack_linear(write_packed(model, folder, BitPlan(group_size, bits)))
-        return made[family]
+            write_packed(model, folder, BitPlan(group_size, bits))
+            if dense:
+                # Gate and up of MiniMax-M3 are one layer in transformers, which is refused.
+                joined = "(gate|up)_proj" if family == "minimax_m3_vl" else "none"
+                pack_linear(folder, {name: w for name, w in MIXED.items() if joined not in name})
+            made[family, dense] = folder
+        return made[family, dense]
 
     return get
 
@@ -101,7 +108,8 @@ def test_equals_the_dequantized_model(
 
     if family in DIFFERENT:
         on_cpu = load_model(folder)
-        assert any(isinstance(module, PackedExperts) for module in on_cpu.modules())
+        kinds = {type(module) for module in on_cpu.modules()}
+        assert {PackedExperts, PackedLinear} <= kinds
         # The kernel's own error: activations are 16-bit integers inside.
         torch.testing.assert_close(_logits(on_cpu), expected, atol=2e-3, rtol=0)
 
@@ -123,7 +131,8 @@ def test_transformers_alone_refuses(
 
     with pytest.raises(ValueError, match=r"import vllm_moeq\.hf"):
         load_model(tmp_path)
-    if family != "qwen3_vl_moe":  # which has no language model of its own in transformers
+    # The others have no language model of their own in transformers.
+    if family not in ("qwen3_vl_moe", "glm5_next", "minimax_m3_vl"):
         with pytest.raises(ValueError, match=r"import vllm_moeq\.hf"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -201,6 +210,7 @@ def test_dequantized_it_is_saved_as_a_plain_model(
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
 
 
+DENSE = "model.layers.1.self_attn.k_proj"
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight_packed"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 
@@ -212,6 +222,11 @@ ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
         (lambda t: t.pop(EXPERT), "lacks 1 tensors, first w1.weight_packed of expert 3"),
         (lambda t: t.update({EXPERT: t[EXPERT][:, 1:].contiguous()}), r"expert.*3.*expected"),
         (lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()}), "no place for"),
+        (lambda t: t.pop(f"{DENSE}.weight_packed"), f"lacks {DENSE}.weight_packed. Check it"),
+        (
+            lambda t: t.update({f"{DENSE}.weight_scale": t[f"{DENSE}.weight_scale"].float() / 3}),
+            rf"{DENSE}.weight_scale is torch.float32 \[64, 4\], expected torch.bfloat16 \[64, 4\]",
+        ),
         (lambda t: t.pop(ROUTER), r"layers\.1\.mlp\.gate\.weight is missing"),
         (
             lambda t: t.update({ROUTER: t[ROUTER][1:].contiguous()}),
@@ -237,6 +252,10 @@ def _no_layer(config: dict[str, Any]) -> None:
     config["expert_bits"].popitem()
 
 
+def _no_such_linear(config: dict[str, Any]) -> None:
+    config["linear"]["config_groups"]["group_0"]["targets"].append("model.layers.9.fc")
+
+
 def _fewer_experts(config: dict[str, Any]) -> None:
     for widths in config["expert_bits"].values():
         widths["w13"].pop(), widths["w2"].pop()
@@ -247,6 +266,7 @@ def _fewer_experts(config: dict[str, Any]) -> None:
     [
         (_no_layer, "expert_bits has no entry for model.layers.1.mlp.experts"),
         (_fewer_experts, "expert_bits lists 7 experts, the model has 8"),
+        (_no_such_linear, "linear_bits names model.layers.9.fc, and this release"),
         (lambda config: config.update(format_version=2), "format_version 2 is not supported"),
     ],
 )
@@ -309,9 +329,11 @@ def test_a_dequantized_model_trains(mixtral: Path) -> None:
     assert model.model.layers[0].mlp.experts.down_proj.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dense", [False, True])
 def test_an_adapter_trained_dequantized_is_used_packed(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: bool
 ) -> None:
+    mixtral = packed("mixtral", dense)
     peft = pytest.importorskip("peft")
     monkeypatch.setenv("MOEQ_KERNEL", "reference")
     plain = load_model(mixtral, quantization_config=MoeqConfig(dequantize=True))
@@ -327,9 +349,13 @@ def test_an_adapter_trained_dequantized_is_used_packed(
 
     adapted = peft.PeftModel.from_pretrained(load_model(mixtral), tmp_path / "adapter")
     torch.testing.assert_close(_logits(adapted), expected, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="Merge adapters"):
+    with pytest.raises(ValueError, match="would be lost"):
         adapted.base_model.model.save_pretrained(tmp_path / "again")
 
+    if dense:  # there is no weight to merge into
+        with pytest.raises(AttributeError):
+            adapted.merge_and_unload()
+        return
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(
         _logits(load_model(tmp_path / "merged")), expected, atol=1e-4, rtol=0
