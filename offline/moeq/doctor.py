@@ -149,8 +149,8 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
     free = available_bytes()
     for text, calib in (("without text", "none"), ("with text", "default")):
         request = QuantizeRequest(model=model, output=output, calib=calib, dry_run=True)
-        planned = pipeline.quantize(request)
-        estimate = planned.estimate
+        result = pipeline.quantize(request)
+        estimate = result.estimate
         needed = estimate.memory_bytes
         yield Finding(
             f"quantize, {text}",
@@ -164,10 +164,10 @@ def _needs(model: str, folder: Path) -> Iterator[Finding]:
         "write", "ok" if disk < room else "problem", f"{_gb(disk)} of disk, {_gb(room)} free"
     )
     source = SourceModel.open(model)
-    zeros = served_bytes(planned.plan, source) - plan_sizes(planned.plan, source).expert_bytes
+    zeros = served_bytes(result.plan, source) - plan_sizes(result.plan, source).expert_bytes
     size = estimate.output_bytes + zeros
     yield Finding(
-        "serve on the CPU" if planned.in_vllm else "run in transformers",
+        "serve on the CPU" if result.in_vllm else "run in transformers",
         "ok" if size < free else "problem",
         f"{_gb(size)} of weights at 2.5 bits (16 bits: {_gb(estimate.source_bytes)}), "
         f"{_gb(free)} of memory free",

@@ -80,10 +80,8 @@ def _calibrate(
     else:
         model.embed(config.tokens, x)  # for what layers get beside hidden states
     last = max(
-        [
-            *(layer.index for layer in source.layers),
-            *(group.layer for group, bits in widths.items() if bits != FULL_WIDTH),
-        ]
+        [layer.index for layer in source.layers]
+        + [group.layer for group, bits in widths.items() if bits != FULL_WIDTH]
     )
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:

@@ -41,7 +41,7 @@ class EncoderDecoderModel(LayerwiseModel):
         super().__init__(source, device)
         parts = SourceAndTarget.of(source.reader.config)
         assert parts is not None
-        self._halves = parts
+        self._sequences = parts
         self._encoder, self._decoder = self._bodies()
         self._layers_of_encoder = len(self._encoder.block)
         self._act = self._experts_of_transformers["expert_0"].act
@@ -59,8 +59,8 @@ class EncoderDecoderModel(LayerwiseModel):
     def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
         """Start with sequences, as :class:`SourceAndTarget` makes them; see the base class."""
         tokens = tokens.to(self.device)
-        places = self._halves.source_length(tokens.shape[1])
-        self._kept = self._halves.kept(tokens)
+        places = self._sequences.source_length(tokens.shape[1])
+        self._kept = self._sequences.kept(tokens)
         self._encoded = torch.zeros(len(tokens), places, self.hidden_size, device=self.device)
         mask = self._kept[:, :places].long()
         of_source = {"encoder_hidden_states": self._encoded, "encoder_attention_mask": mask}
