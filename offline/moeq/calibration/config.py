@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
+from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, group_widths
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.checkpoint.workspace import fingerprint
 from moeq.model.cost import (
@@ -17,6 +18,8 @@ from moeq.model.cost import (
     gptq_operations,
     gptq_steps,
     hessian_operations,
+    linear_bytes,
+    linear_operations,
     other_operations,
     working_bytes,
 )
@@ -71,6 +74,12 @@ class CalibrationConfig:
         each = working_bytes(layer) + (self._input_bytes(layer) if self.route_all else 0)
         return max(1, 2 * layer.num_experts * layer.expert_weights // each)
 
+    @property
+    def linear(self) -> list[LinearGroup]:
+        """Dense layers that are to be rounded."""
+        widths = group_widths(self.plan, self.source.linear)
+        return [group for group, bits in widths.items() if bits != FULL_WIDTH]
+
     def cost(self) -> Cost:
         """Estimate what the calibration takes."""
         steps = sum(
@@ -108,7 +117,11 @@ class CalibrationConfig:
         passes += 2 * other_operations(self.source, self.tokens.shape[1])[0]
         samples = tokens * choices / layers[0].num_experts
         fits = sum(layer.num_experts * fit_operations(layer, samples) for layer in layers)
-        return gptq_operations(layers) + tokens * passes + fits
+        # Dense layers are watched once for each stage of a layer.
+        stages = len({group.stage for group in self.linear})
+        passes += stages * other_operations(self.source, self.tokens.shape[1])[0]
+        dense = linear_operations(self.linear, 1, tokens)
+        return gptq_operations(layers) + tokens * passes + fits + dense
 
     def _memory_bytes(self) -> int:
         largest = max(self.source.layers, key=working_bytes)
@@ -118,9 +131,12 @@ class CalibrationConfig:
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        return self._stream_bytes + inputs + one + size * working_bytes(largest)
+        experts = inputs + one + size * working_bytes(largest)
+        return self._stream_bytes + max(experts, linear_bytes(self.linear))
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.source).expert_bytes
+        widths = group_widths(self.plan, self.source.linear)
+        packed += sum(group.num_bytes(widths[group], self.plan.group_size) for group in self.linear)
         return packed + self._stream_bytes + 2 * _SAVED * self._activation_bytes

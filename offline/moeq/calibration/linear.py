@@ -6,7 +6,7 @@ import torch
 
 from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.snapshots import Tensors
-from moeq.checkpoint.linear import FULL_WIDTH, group_widths
+from moeq.checkpoint.linear import group_widths
 from moeq.model import LayerwiseModel, LinearInputs
 
 
@@ -28,7 +28,7 @@ def round_linear_layers(
         MoeqError: A weight cannot be quantized; names it.
     """
     widths = group_widths(config.plan, config.source.linear)
-    planned = [group for group in widths if group.layer == index and widths[group] != FULL_WIDTH]
+    planned = [group for group in config.linear if group.layer == index]
     weights: Tensors = {}
     stored: Tensors = {}
     for _, stage in groupby(sorted(planned, key=lambda g: g.stage), key=lambda g: g.stage):

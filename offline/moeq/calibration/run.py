@@ -16,7 +16,6 @@ from moeq.calibration.layer import round_layer
 from moeq.calibration.linear import round_linear_layers
 from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.snapshots import Snapshots
-from moeq.checkpoint.linear import FULL_WIDTH, group_widths
 from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
 from moeq.model.activations import mapped
@@ -57,7 +56,6 @@ def _calibrate(
     config: CalibrationConfig, snapshots: Snapshots, resume: bool, progress: Progress
 ) -> CalibratedExperts:
     source, folder = config.source, snapshots.folder
-    widths = group_widths(config.plan, source.linear)
     model = layerwise_model(source, torch.device(config.device))
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)
@@ -79,10 +77,7 @@ def _calibrate(
         original.copy_(hidden)
     else:
         model.embed(config.tokens, x)  # for what layers get beside hidden states
-    last = max(
-        [layer.index for layer in source.layers]
-        + [group.layer for group, bits in widths.items() if bits != FULL_WIDTH]
-    )
+    last = max([layer.index for layer in source.layers] + [group.layer for group in config.linear])
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:
         for index in range(done, last + 1):

@@ -43,6 +43,16 @@ class LinearGroup(NamedTuple):
     stored_bytes: int = 0
 
     @property
+    def rows(self) -> int:
+        """Rows of all weights."""
+        return sum(rows for rows, _ in self.shapes)
+
+    @property
+    def columns(self) -> int:
+        """Columns of each weight: they get the same inputs."""
+        return self.shapes[0][1]
+
+    @property
     def stage(self) -> int:
         """Place in the order in which the dense layers of a decoder layer run."""
         name = self.weights[0].split(".")[-2]
@@ -134,7 +144,7 @@ def group_widths(plan: BitPlan, groups: Iterable[LinearGroup]) -> dict[LinearGro
         if width != FULL_WIDTH and not group.fits(plan.group_size):
             raise MoeqError(
                 f"linear_bits: group size {plan.group_size} does not divide the "
-                f"{group.shapes[0][1]} columns of {group.weights[0]}"
+                f"{group.columns} columns of {group.weights[0]}"
             )
         widths[group] = width
     if unknown:

@@ -1,13 +1,14 @@
 """What running and rounding experts takes: estimates that can be told before it runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
+from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.servable import text_config
 from moeq.rounding import GRAM_BLOCK, REFINEMENT, Hessian, block_size, quantize_gptq
 
@@ -76,10 +77,7 @@ def _measured_speed(name: str) -> _Speed:
 
 def working_bytes(layer: MoELayer) -> int:
     """Return about how much memory rounding one expert takes, without its inputs."""
-    most = 0.0
-    for rows, columns in _matrices(layer):
-        # A Hessian and its factor, and three more such matrices while it is factored.
-        most = max(most, 5 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
+    most = max(_working(rows, columns) for rows, columns in _matrices(layer))
     return round(4 * (layer.expert_weights + most))
 
 
@@ -101,13 +99,51 @@ def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:
     total = 0.0
     for layer in layers:
         for rows, columns in _matrices(layer):
-            # Feedback touches half of the pairs of columns, each round of refinement all of them,
-            # and each visit those within a block.
-            block = min(block_size(columns), columns)
-            each = rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
-            each += rows * columns * block * 2 * (REFINEMENT.visits - 1)
-            total += layer.num_experts * (widths * each + 1 / 3 * columns**3)
+            total += layer.num_experts * _rounding(rows, columns, widths)
     return total
+
+
+def linear_operations(groups: Iterable[LinearGroup], widths: int, tokens: int) -> float:
+    """Return what rounding dense layers with GPTQ takes, with their Hessians.
+
+    Args:
+        groups: Those that have the same inputs.
+        widths: How often each.
+        tokens: That they get.
+    """
+    return sum(
+        _rounding(group.rows, group.columns, widths) + tokens * _hessian(group.columns)
+        for group in groups
+    )
+
+
+def linear_bytes(groups: Iterable[LinearGroup]) -> int:
+    """Return about how much memory rounding dense layers takes, those of a layer together."""
+    sums: dict[int, int] = {}
+    most = 0.0
+    for group in groups:
+        sums[group.layer] = sums.get(group.layer, 0) + group.columns**2
+        most = max(most, _working(group.rows, group.columns))
+    return round(4 * (max(sums.values(), default=0) + most))
+
+
+def _rounding(rows: int, columns: int, widths: int) -> float:
+    # Feedback touches half of the pairs of columns, each round of refinement all of them, and each
+    # visit those within a block.
+    block = min(block_size(columns), columns)
+    each = rows * columns**2 * (1 + 2 * REFINEMENT.rounds)
+    each += rows * columns * block * 2 * (REFINEMENT.visits - 1)
+    return widths * each + 1 / 3 * columns**3
+
+
+def _hessian(columns: int) -> int:
+    # Little more than a half of it is computed.
+    return columns * (columns + min(columns, GRAM_BLOCK))
+
+
+def _working(rows: int, columns: int) -> float:
+    # A Hessian and its factor, and three more such matrices while it is factored.
+    return max(5 * columns**2, 2 * columns**2 + _COPIES * rows * columns)
 
 
 def gptq_steps(layer: MoELayer) -> int:
@@ -117,8 +153,7 @@ def gptq_steps(layer: MoELayer) -> int:
 
 def hessian_operations(layer: MoELayer) -> int:
     """Return the floating-point operations that a token adds to the Hessians of an expert."""
-    # Little more than a half of each is computed.
-    return sum(columns * (columns + min(columns, GRAM_BLOCK)) for _, columns in _matrices(layer))
+    return sum(_hessian(columns) for _, columns in _matrices(layer))
 
 
 def fit_operations(layer: MoELayer, samples: float) -> float:

@@ -1,6 +1,7 @@
 """What a measured plan is asked to be, and what measuring it takes."""
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from moeq.model.cost import (
     gptq_operations,
     gptq_steps,
     hessian_operations,
+    linear_bytes,
+    linear_operations,
     other_operations,
     working_bytes,
 )
@@ -25,7 +28,7 @@ from moeq.planning.cost import measuring_bytes
 from moeq.planning.judge import PLANS_AT_ONCE
 from moeq.rounding import DATA_FREE
 from moeq.signals import load_base_routers, router_norms
-from vllm_moeq.format import WIDTHS
+from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
@@ -169,6 +172,13 @@ class Measurement:
         together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
         alone = working_bytes(layer) + count * (4 * size + 12 * layer.intermediate_size)
         judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
+        # Of dense layers: rounded forward; on the way back, beside the experts, all their errors.
+        weights = Counter[int]()
+        for group in self.linear:
+            weights[group.layer] += group.rows * group.columns
+        options = len(self.group_sizes) * len(LINEAR_WIDTHS)
+        together += 4 * (1 + options) * max(weights.values(), default=0)
+        alone = max(alone, linear_bytes(self.linear))
         return max(4 * count * size + max(together, alone), judged)
 
     def _operations(self) -> float:
@@ -186,4 +196,10 @@ class Measurement:
         if self.method in DATA_FREE:
             return total
         hessians = measuring * routed * hessian_operations(layers[0])
-        return total + groups * (hessians + gptq_operations(layers, widths))
+        total += groups * (hessians + gptq_operations(layers, widths))
+        if self.linear:  # once more forward, rounded, and on the way back with each error
+            options = groups * len(LINEAR_WIDTHS)
+            errors = sum(2 * group.rows * group.columns for group in self.linear)
+            total += linear_operations(self.linear, options, measuring)
+            total += measuring * (other + options * errors)
+        return total
