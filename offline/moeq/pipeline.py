@@ -12,11 +12,7 @@ import torch
 from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
-from moeq.checkpoint.families import (
-    check_group_size,
-    check_plan_fits,
-    fitting_group_size,
-)
+from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
 from moeq.checkpoint.linear import group_widths
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan

@@ -15,7 +15,7 @@ from moeq.allocation.order import (
     router_norm_order,
 )
 from moeq.checkpoint import MoELayer, SourceModel
-from moeq.checkpoint.families import check_plan_fits
+from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import FULL_WIDTH, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.errors import MoeqError

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.families import check_plan_fits, expert_widths
+from moeq.checkpoint.families import expert_widths
+from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import group_widths, linear_widths
 from moeq.checkpoint.model_card import write_model_card
 from moeq.checkpoint.precision import unquantized
@@ -109,7 +110,7 @@ class Conversion:
         # A plan that somebody edited, or made for a sister model, states other sizes.
         conversion = cls(source, with_sizes(plan, source), shards)
         if source.precision is not None:
-            note = f"{source.precision}; all but the experts is written in bfloat16"
+            note = f"{source.precision}; what is not quantized is written in bfloat16"
             conversion = conversion.noting("source_precision", note)
         if source.left_out:
             note = f"{len(source.left_out)} tensors of prediction layers, as {source.left_out[0]}"

@@ -8,7 +8,7 @@ import torch
 
 from moeq.allocation import PlanOptions, allocate, make_plan, ordered_bits
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.families import check_group_size, fitting_group_size
+from moeq.checkpoint.fits import check_group_size, fitting_group_size
 from moeq.checkpoint.sizes import plan_sizes
 from moeq.checkpoint.workspace import check_space, temporary_folder
 from moeq.errors import MoeqError

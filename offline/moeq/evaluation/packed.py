@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint import CheckpointReader, SourceModel
-from moeq.checkpoint.families import check_plan_fits
+from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import group_widths, linear_widths
 from moeq.checkpoint.packed import PackedReader
 from moeq.errors import MoeqError

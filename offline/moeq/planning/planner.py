@@ -19,7 +19,7 @@ from moeq.allocation import (
     possible_group_sizes,
 )
 from moeq.checkpoint import MoELayer
-from moeq.checkpoint.families import check_group_size
+from moeq.checkpoint.fits import check_group_size
 from moeq.checkpoint.linear import FULL_WIDTH, group_widths, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (

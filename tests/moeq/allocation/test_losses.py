@@ -16,7 +16,8 @@ from moeq.allocation.losses import (
     possible_group_sizes,
 )
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.families import MoELayer, check_plan_fits
+from moeq.checkpoint.families import MoELayer
+from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint

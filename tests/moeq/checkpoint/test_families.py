@@ -10,13 +10,8 @@ import torch
 from safetensors import safe_open
 
 from moeq.checkpoint import Matrix, MoELayer, SourceModel
-from moeq.checkpoint.families import (
-    FAMILIES,
-    check_group_size,
-    check_plan_fits,
-    family_of,
-    fitting_group_size,
-)
+from moeq.checkpoint.families import FAMILIES, family_of
+from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
 from moeq.errors import MoeqError
 from support import models
 from support.checkpoints import CONTAINERS, plan_dict, write_checkpoint
