@@ -13,7 +13,7 @@ from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, 
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
-from moeq.checkpoint.linear import group_widths
+from moeq.checkpoint.linear import group_widths, linear_groups
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
@@ -242,7 +242,12 @@ def verify(folder: Path) -> list[str]:
     if problems:  # experts of unknown sizes can be compared with nothing
         return problems
     reader = PackedReader(folder)
-    return structure_problems(reader, packed_layers(reader))
+    layers = packed_layers(reader)
+    try:
+        group_widths(reader.plan, linear_groups(reader, layers))
+    except MoeqError as error:
+        return [str(error)]
+    return structure_problems(reader, layers)
 
 
 def _opened(model: str) -> SourceModel:

@@ -169,14 +169,16 @@ def _solutions(
         try:
             both = _stacked(loss, size, linear, group)
             solution = solve(*both, budget)
-            if constraints != NO_CONSTRAINTS:  # they are for experts: the others keep their widths
-                rest = solution.choice[len(loss) :]
-                left = budget - _sizes(linear, group)[np.arange(len(rest)), rest].sum()
-                of_experts = solve_constrained(loss, size, int(left), num_experts, constraints)
-                choice = np.concatenate([of_experts.choice, rest])
-                lost = of_experts.bound - of_experts.loss
-                solution = Solution.of(*both, choice, 0.0)
-                solution = replace(solution, bound=solution.loss + lost)
+            if constraints != NO_CONSTRAINTS:  # they are for experts
+                left, bound = budget, solution.bound
+                if linear.groups:  # keep their bytes for now, and get what experts leave
+                    rest, sizes = solution.choice[len(loss) :], _sizes(linear, group)
+                    left -= int(sizes[np.arange(len(rest)), rest].sum())
+                solution = solve_constrained(loss, size, left, num_experts, constraints)
+                if linear.groups:
+                    rest = solve(linear.losses[group], sizes, budget - solution.size).choice
+                    choice = np.concatenate([solution.choice, rest])
+                    solution = Solution.of(*both, choice, bound)
             solutions[group] = solution
         except MoeqError as error:
             errors.append(error)

@@ -100,8 +100,18 @@ def linear_groups(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[
             (*group.shapes, (info.shape[0], info.shape[1])),
             group.stored_bytes + info.num_bytes,
         )
-    groups = [group for key, group in found.items() if key not in refused]
+    groups = [
+        group
+        for key, group in found.items()
+        if key not in refused and not _shares_keys(group.weights)
+    ]
     return sorted(groups, key=lambda group: group.layer)
+
+
+def _shares_keys(weights: tuple[str, ...]) -> bool:
+    """Tell whether values are the keys, as in Gemma-4: vLLM has a layer for both, from one."""
+    names = {weight.split(".")[-2] for weight in weights}
+    return "k_proj" in names and "v_proj" not in names
 
 
 def linear_bits(bits: Mapping[LinearGroup, int]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import torch
 from moeq.checkpoint.linear import linear_widths
 from moeq.checkpoint.reader import CheckpointReader, TensorInfo
 from moeq.checkpoint.verify import read_plan
+from moeq.errors import MoeqError
 from moeq.rounding import LinearWeight
 
 
@@ -29,11 +30,13 @@ class PackedReader(CheckpointReader):
         self._linear: dict[str, tuple[int, list[tuple[str, str]]]] = {}
         for weight, bits in linear_widths(self.plan).items():
             files = [(name, self.info(name).file) for name in LinearWeight.names(weight)]
-            rows, columns = self.stored(*files[-1]).tolist()
+            shape = tuple(self.stored(*files[-1]).tolist())
+            if len(shape) != 2:
+                raise MoeqError(f"{folder}: {files[-1][0]} is {list(shape)}, no rows and columns")
             self._linear[weight] = bits, files
             for name, _ in files:
                 del self.tensors[name]
-            self.tensors[weight] = TensorInfo(files[0][1], "F32", (rows, columns))
+            self.tensors[weight] = TensorInfo(files[0][1], "F32", shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor, dequantized if it is the weight of a dense layer.

@@ -151,8 +151,10 @@ def _linear_problems(
     name = f"{stem}weight_shape"
     if name not in reader.tensors:
         return [f"tensor {name} is missing"]
+    if problems := _tensor_problems(reader, name, width, torch.int64, (2,)):
+        return problems
     shape = reader.tensor(name).tolist()
-    if len(shape) != 2 or min(shape) < 1 or shape[1] % group_size:
+    if min(shape) < 1 or shape[1] % group_size:
         return [f"{name} is {shape}, no matrix whose rows are whole groups of {group_size}"]
     rows, columns = shape
     return [

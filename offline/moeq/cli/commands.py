@@ -226,7 +226,7 @@ def families(options: Namespace) -> int:
             )
     print(
         "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4;\n"
-        "routed experts are quantized, nothing else"
+        "routed experts are quantized, and with --dense-bits attention and dense MLPs"
     )
     return 0
 

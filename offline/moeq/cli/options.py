@@ -141,7 +141,7 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dense-bits",
-        type=lambda text: text if text == "auto" else int(text),
+        type=_width_or_auto,
         metavar="BITS",
         help="width of attention projections, shared experts and dense MLPs: 16, 8, 4, or auto "
         "(default: a measured plan chooses for each; others leave them as they are)",
@@ -318,6 +318,10 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=900, help="time for --tune (default %(default)s)"
     )
+
+
+def _width_or_auto(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 def _list_of(kind: Callable[[str], T], what: str) -> Callable[[str], tuple[T, ...]]:

@@ -37,7 +37,7 @@ def describe_plan(plan: BitPlan) -> str:
         ("group size", str(plan.group_size)),
         ("bits requested", _number(provenance.requested_bits)),
         ("bits achieved", _number(provenance.achieved_bits)),
-        ("bits per weight", _number(provenance.bits_per_weight) + " with scales and zero points"),
+        ("bits per weight", _number(provenance.bits_per_weight) + " of experts, with scales"),
         ("packed experts", _bytes(provenance.expert_bytes)),
         ("dense layers", linear_summary(plan)),
         ("all tensors", _bytes(provenance.total_bytes)),

@@ -11,7 +11,7 @@ from moeq.checkpoint.precision import QUANTIZATION_KEYS, in_16_bits
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource, Weights
-from moeq.model.architecture import auto_class, model_config, stored_names
+from moeq.model.architecture import auto_class, model_config, parts_on_disk, stored_names
 from moeq.model.sequences import SourceAndTarget, answered
 
 _EXPERTS = re.compile(r"(?:layers\.\d+|block\.\d+\.layer\.\d+)\.(?:[^.]+\.)?experts$")
@@ -83,12 +83,23 @@ class WholeModel:
 
     @torch.inference_mode()
     def fill_linear(self, weights: Weights) -> None:
-        """Give dense layers other weights, by their names on disk."""
-        ours = stored_names(self._model, self._names)
-        state = self._model.state_dict()
-        for name, stored in ours.items():
-            if stored in weights:
-                state[name].copy_(weights[stored])
+        """Give dense layers other weights, by their names on disk.
+
+        Raises:
+            MoeqError: transformers has no place for one; names it.
+        """
+        ours, parts = stored_names(self._model, self._names), parts_on_disk(self._model)
+        filled = set()
+        for name, tensor in self._model.state_dict().items():
+            names = parts.get(name, [name])
+            for part, target in zip(names, tensor.chunk(len(names)), strict=True):
+                if (stored := ours.get(part, "")) in weights:
+                    target.copy_(weights[stored])
+                    filled.add(stored)
+        for stored in weights.keys() - filled:
+            raise MoeqError(
+                f"{stored} has no place in the model of transformers; use `backend` reference"
+            )
 
     @torch.inference_mode()
     def outputs(self, tokens: torch.Tensor) -> Iterator[Output]:

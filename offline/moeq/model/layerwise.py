@@ -325,14 +325,17 @@ class LayerwiseModel(StoredModel):
         Raises:
             MoeqError: The norm is not in the checkpoint.
         """
-        path = layer.family.norm
-        if not path:
+        if not layer.family.norm:
             return x
-        norm = self._layers[layer.index].get_submodule(path)
-        self._fill(norm, f"{self._prefix}layers.{layer.index}.{path}.")
+        norm = self._norm(layer)
+        self._fill(norm, self._names[norm])
         result: torch.Tensor = norm(x)
         norm.to("meta")
         return result
+
+    def _norm(self, layer: MoELayer) -> nn.Module:
+        norm: nn.Module = self._layers[layer.index].get_submodule(layer.family.norm)
+        return norm
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""

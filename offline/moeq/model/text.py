@@ -146,16 +146,17 @@ def _joined(
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
-    """Return pairs of ``source`` and ``target`` of a ``.jsonl`` file; none if it has others.
+    """Return pairs of ``source`` and ``target`` of a ``.jsonl`` file; none if it has texts instead.
 
     Raises:
-        MoeqError: A line has one of them only, or they are no text.
+        MoeqError: A line lacks one of them, or they are no text; names it.
     """
     if path.suffix != ".jsonl" or not path.is_file():
         return []
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for number, row in _rows(path):
-        if not {"source", "target"} & row.keys():
+        # Texts of a corpus may have a "source", too: where they come from.
+        if not pairs and ("text" in row or not {"source", "target"} & row.keys()):
             return []
         source, target = row.get("source"), row.get("target")
         if not all(isinstance(text, str) and text.strip() for text in (source, target)):

@@ -150,11 +150,15 @@ def _size(source: SourceModel, request: PlanRequest) -> _Size:
         return _Size(float(bits), None, widths[0], None)
     asked = f"`{option}` {getattr(request, option)}"
     for linear in widths:
+        is_last = linear == widths[-1]
+        levels = WIDTHS if is_last else request.levels or WIDTHS
         try:
-            budget = file_budget(target, source, group_size, linear=linear, asked=asked)
+            budget = file_budget(
+                target, source, group_size, linear=linear, widths=levels, asked=asked
+            )
             break
         except MoeqError:
-            if linear == widths[-1]:
+            if is_last:
                 raise
     average = min(average_bits(budget, layers, group_size), max(request.levels or WIDTHS))
     if average < min(request.levels or WIDTHS):

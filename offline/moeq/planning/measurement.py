@@ -71,6 +71,8 @@ class Measurement:
         """Sequences that plans are made from: no more than give experts enough tokens."""
         layer, left = self.source.layers[0], self.tokens[len(self.held_back) :]
         share = experts_of_a_token(self.source, layer) / layer.num_experts
+        if layer.family.encodes:  # experts of its decoder see a quarter of the tokens at most
+            share /= 4
         return left[: max(1, math.ceil(_ENOUGH_TOKENS / share / left.shape[1]))]
 
     @property
@@ -80,10 +82,17 @@ class Measurement:
 
     @property
     def linear(self) -> tuple[LinearGroup, ...]:
-        """Dense layers whose width is to be chosen."""
-        if not self.options.chooses_linear:
+        """Dense layers that are to have fewer than 16 bits, or may have them."""
+        if not self.linear_widths:
             return ()
         return tuple(group for group in self.source.linear if group.fits(max(self.group_sizes)))
+
+    @property
+    def linear_widths(self) -> tuple[int, ...]:
+        """Widths below 16 bits to choose from for dense layers."""
+        if self.options.chooses_linear:
+            return LINEAR_WIDTHS
+        return (self.options.linear,) if self.options.linear in LINEAR_WIDTHS else ()
 
     def budget_beside(self, linear: int) -> int:
         """Return the bytes that experts may take beside dense layers of a width, if all have it."""
@@ -91,7 +100,7 @@ class Measurement:
 
     @property
     def total_budget(self) -> int:
-        """Bytes that experts may take, and dense layers whose width is to be chosen."""
+        """Bytes that experts may take, and dense layers of :attr:`linear`."""
         return self.budget + self._linear_bytes(self.options.linear)
 
     def _linear_bytes(self, bits: int) -> int:
@@ -158,6 +167,12 @@ class Measurement:
         """Estimate what measuring takes: experts at every width, activations of every layer."""
         layers = self.source.layers
         disk = measuring_bytes(layers, self.widths, self.group_sizes, self.measured.numel())
+        disk += sum(
+            group.num_bytes(bits, group_size)
+            for group in self.linear
+            for bits in self.linear_widths
+            for group_size in self.group_sizes
+        )
         return Cost(self._operations(), self._steps(), self._memory_bytes(), disk)
 
     def _steps(self) -> float:
@@ -176,7 +191,7 @@ class Measurement:
         weights = Counter[int]()
         for group in self.linear:
             weights[group.layer] += group.rows * group.columns
-        options = len(self.group_sizes) * len(LINEAR_WIDTHS)
+        options = len(self.group_sizes) * len(self.linear_widths)
         together += 4 * (1 + options) * max(weights.values(), default=0)
         alone = max(alone, linear_bytes(self.linear))
         return max(4 * count * size + max(together, alone), judged)
@@ -198,7 +213,7 @@ class Measurement:
         hessians = measuring * routed * hessian_operations(layers[0])
         total += groups * (hessians + gptq_operations(layers, widths))
         if self.linear:  # once more forward, rounded, and on the way back with each error
-            options = groups * len(LINEAR_WIDTHS)
+            options = groups * len(self.linear_widths)
             errors = sum(2 * group.rows * group.columns for group in self.linear)
             total += linear_operations(self.linear, options, measuring)
             total += measuring * (other + options * errors)

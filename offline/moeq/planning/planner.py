@@ -20,7 +20,7 @@ from moeq.allocation import (
 )
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.fits import check_group_size
-from moeq.checkpoint.linear import FULL_WIDTH, group_widths, uniform_linear_bits
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (
     begin,
@@ -133,8 +133,9 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     linear = None
     if measurement.linear:
         linear = LinearBank(
-            model, measurement.linear, group_sizes, measurement.method, tokens.numel(), folder
-        )
+            model, measurement.linear, measurement.linear_widths, group_sizes, measurement.method,
+            tokens.numel(), folder,
+        )  # fmt: skip
     of_outputs = gradients(model, tokens, folder, measurement.seed, progress, linear)
     banks = {}
     for group_size in group_sizes:
@@ -147,7 +148,7 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
     if not len(measurement.held_back):
         return Decision(best, _report(best, banks, linear, measurement))
     others += routing_plans(measurement, model, banks[max(banks)])
-    if linear is not None:
+    if measurement.options.chooses_linear and linear is not None:
         others += _with_dense_layers_as_they_are(measurement, banks)
     plans = _different([best, *others])
     sources = [banks[plan.group_size].source(plan, measurement.device, linear) for plan in plans]
@@ -208,9 +209,10 @@ def _report(
                 "bits": width,
                 "loss": linear.loss(group, plan.group_size, width),
             }
-            for group, width in group_widths(plan, measurement.linear).items()
-            if linear is not None
-        },
+            for group, width in group_widths(plan, linear.groups).items()
+        }
+        if linear is not None
+        else {},
     }
 
 
@@ -218,18 +220,25 @@ def _least_loss(
     measurement: Measurement, banks: Mapping[int, Bank], linear: LinearBank | None
 ) -> BitPlan:
     """Return the plan of least estimated loss within the budget."""
-    if linear is None:
-        choice, budget = EXPERTS_ONLY, measurement.budget
-    else:
+    choice = EXPERTS_ONLY
+    if linear is not None:
+        widths = measurement.linear_widths
+        if measurement.options.chooses_linear:
+            widths = LINEAR_OPTIONS
         losses = {
             group_size: np.array(
-                [[linear.loss(group, group_size, bits) for bits in LINEAR_OPTIONS]
-                 for group in linear.groups]
+                [
+                    [
+                        linear.loss(group, group_size, bits) if bits in widths else np.inf
+                        for bits in LINEAR_OPTIONS
+                    ]
+                    for group in linear.groups
+                ]
             )
             for group_size in banks
-        }  # fmt: skip
-        choice, budget = LinearChoice(linear.groups, losses), measurement.total_budget
-    return _allocated(measurement, banks, budget, choice, "sensitivity")
+        }
+        choice = LinearChoice(linear.groups, losses)
+    return _allocated(measurement, banks, measurement.total_budget, choice, "sensitivity")
 
 
 def _with_dense_layers_as_they_are(
@@ -237,7 +246,7 @@ def _with_dense_layers_as_they_are(
 ) -> list[BitPlan]:
     """Return the plan of least loss in as many bytes, if one is left, with dense layers of 16 bits.
 
-    So a plan that chooses them is not worse than one without.
+    So a measured plan that chooses them is not worse than one that does not.
     """
     budget = measurement.budget_beside(FULL_WIDTH)
     try:
@@ -260,9 +269,6 @@ def _allocated(
     source, options = measurement.source, measurement.options
     tables = {group_size: bank.losses("loss") for group_size, bank in banks.items()}
     found = allocate(tables, source.layers, measurement.widths, budget, options.constraints, linear)
-    chosen = found.linear_bits
-    if not options.chooses_linear:
-        chosen = uniform_linear_bits(source.linear, options.linear, found.group_size)
     provenance = Provenance(
         strategy=strategy,
         requested_bits=options.bits,
@@ -276,4 +282,5 @@ def _allocated(
             "gap_to_the_best_plan": found.solution.gap,
         },
     )
-    return with_sizes(BitPlan(found.group_size, found.expert_bits, provenance, chosen), source)
+    plan = BitPlan(found.group_size, found.expert_bits, provenance, found.linear_bits)
+    return with_sizes(plan, source)

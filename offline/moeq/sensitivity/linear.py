@@ -15,7 +15,7 @@ from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import replace_file
 from moeq.model import LayerwiseModel, LinearInputs, Watch, Weights
 from moeq.rounding import DATA_FREE, LinearWeight
-from vllm_moeq.format import LINEAR_WIDTHS, BitPlan
+from vllm_moeq.format import BitPlan
 
 Option = tuple[LinearGroup, int, int]
 """A group of dense layers, a group size and a width."""
@@ -30,6 +30,7 @@ class LinearBank:
     Args:
         model: Runs the checkpoint.
         groups: As above.
+        widths: Below 16 bits, to choose from.
         group_sizes: Weights of a row that share a scale, to choose from.
         method: One of :data:`moeq.rounding.METHODS`; without calibration, to nearest.
         tokens: Of the calibration text.
@@ -40,12 +41,13 @@ class LinearBank:
         self,
         model: LayerwiseModel,
         groups: Sequence[LinearGroup],
+        widths: Sequence[int],
         group_sizes: Sequence[int],
         method: str,
         tokens: int,
         folder: Path,
     ) -> None:
-        self.groups = tuple(groups)
+        self.groups, self._widths = tuple(groups), tuple(widths)
         self._model, self._group_sizes, self._method = model, tuple(group_sizes), method
         self._tokens, self._folder, self._files = tokens, folder, MappedFiles()
         self._squares: dict[Option, float] = {}
@@ -89,7 +91,7 @@ class LinearBank:
         tensors: dict[str, torch.Tensor] = {}
         for group in groups:
             for name, bits, group_size, rounded in inputs.rounded(
-                group, LINEAR_WIDTHS, self._group_sizes, self._method
+                group, self._widths, self._group_sizes, self._method
             ):
                 tensors |= rounded.to("cpu").named(f"{group_size}.{bits}.{name}")
         replace_file(self._file(index), lambda target: save_file(tensors, target))
@@ -109,7 +111,7 @@ class LinearBank:
             (group, group_size, bits): self._read(group.layer, name, group_size, bits).to(device)
             - original
             for group_size in self._group_sizes
-            for bits in LINEAR_WIDTHS
+            for bits in self._widths
         }
 
         def see(x: torch.Tensor, output: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """From a table of losses to arrays, to a choice, to the widths of a plan."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from moeq.allocation import Constraints, solve
 from moeq.allocation.budget import bits_budget
 from moeq.allocation.losses import (
+    LinearChoice,
     LossTable,
     allocate,
     fulfils,
@@ -18,12 +20,13 @@ from moeq.allocation.losses import (
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.fits import check_plan_fits
+from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from support.checkpoints import CONTAINERS, NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import PROJECTIONS, BitPlan
 
-WIDTHS = (4, 2, 1)
+WIDTHS, NONE = (4, 2, 1), Constraints()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,45 @@ def test_the_group_size_of_the_least_loss_is_taken(layers: list[MoELayer]) -> No
         assert solution.loss == min(other.loss for other in alone.values())
         assert solution.choice.tolist() == alone[group].choice.tolist()
         assert bits == layer_bits(solution.choice, layers, WIDTHS)
+
+
+@pytest.mark.parametrize("constraints", [Constraints(), Constraints(same_width=True)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_dense_layers_share_the_budget(
+    share: float, constraints: Constraints, layers: list[MoELayer]
+) -> None:
+    source = np.random.default_rng(1)
+    table = {key: source.lognormal(0, 2) / key[3] ** 3 for key in _table()}
+    groups = tuple(
+        LinearGroup(index, (f"model.layers.{index}.{name}.weight",), ((64, 64),), 2 * 64 * 64)
+        for index in range(2)
+        for name in ("self_attn.o_proj", "mlp.down_proj")
+    )
+    dense = {64: np.array([[10.0, 1.0, 0.0], [0.1, 0.01, 0.0], [3.0, 2.0, 0.0], [0.0] * 3])}
+    sizes = [[group.num_bytes(bits, 64) for bits in (4, 8, 16)] for group in groups]
+    least = bits_budget(1.5, layers, 64) + sum(size[0] for size in sizes)
+    budget = round(least + share * sum(size[2] - size[0] for size in sizes))
+    found = allocate({64: table}, layers, WIDTHS, budget, constraints, LinearChoice(groups, dense))
+    plan = BitPlan(64, found.expert_bits, linear_bits=found.linear_bits)
+    total = sum(
+        group.num_bytes(plan.linear_bits.get(group.weights[0].removesuffix(".weight"), 16), 64)
+        for group in groups
+    )
+    items = 2 * NUM_EXPERTS * 2
+    assert found.solution.size <= budget
+    assert total == sum(sizes[i][option] for i, option in enumerate(found.solution.choice[items:]))
+    best = math.inf
+    for options in itertools.product(range(3), repeat=4):  # every choice of dense layers
+        left = budget - sum(sizes[i][option] for i, option in enumerate(options))
+        try:
+            experts = allocate({64: table}, layers, WIDTHS, left, constraints).solution
+        except MoeqError:
+            continue
+        lost = sum(dense[64][i, option] for i, option in enumerate(options))
+        best = min(best, experts.loss + lost)
+    # With constraints, dense layers first get the bytes that they would get without.
+    assert best - 1e-9 <= found.solution.loss <= best * (1.001 if constraints == NONE else 1.25)
+    assert found.solution.bound <= best + 1e-9
 
 
 def test_group_sizes_above_the_budget_are_left_out(layers: list[MoELayer]) -> None:

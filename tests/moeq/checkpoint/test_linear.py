@@ -1,5 +1,6 @@
 """Which dense layers are quantized, against the classes of transformers."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from moeq import verify
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.linear import group_widths, uniform_linear_bits
+from moeq.checkpoint.linear import group_widths, linear_groups, uniform_linear_bits
 from moeq.errors import MoeqError
 from moeq.model.architecture import stored_names
+from moeq.rounding import round_linear
 from support.models import load_model
-from support.packed import mixed_plan
+from support.packed import mixed_plan, write_packed
+from vllm_moeq.format import CheckpointConfig, write_manifest
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 SHARED = "mlp.shared_experts"
@@ -81,6 +86,38 @@ def test_they_are_linear_layers_of_transformers_in_the_order_in_which_they_run(
     in_order = [name for name in calls if "kv_a_proj" not in name]  # comes after q_b, unasked
     stages = [(g.layer, g.stage) for name in in_order for g in source.linear if name in g.weights]
     assert stages == sorted(stages)
+
+
+def test_layers_that_share_keys_and_values_keep_their_width(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    source = SourceModel.open(tiny_model("mixtral"))
+    before = linear_groups(source.reader, source.layers)
+    del source.reader.tensors["model.layers.1.self_attn.v_proj.weight"]  # as Gemma-4's
+    after = linear_groups(source.reader, source.layers)
+    (lost,) = set(before) - set(after)
+    assert lost.layer == 1 and lost.stage == 0 and len(after) == len(before) - 1
+
+
+def test_a_packed_checkpoint_with_parts_of_two_widths_is_told(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = SourceModel.open(tiny_model("mixtral"))
+    plan = mixed_plan(tiny_model("mixtral"))
+    bits = uniform_linear_bits(source.linear, 8, plan.group_size)
+    packed = write_packed(tiny_model("mixtral"), tmp_path / "out", replace(plan, linear_bits=bits))
+    assert verify(packed) == []
+    (file,) = packed.glob("*.safetensors")
+    tensors, config = load_file(file), json.loads((packed / "config.json").read_text())
+    name = "model.layers.0.self_attn.k_proj"
+    rounded = round_linear(source.tensor(f"{name}.weight"), 4, plan.group_size)
+    save_file(tensors | rounded.named(f"{name}.weight"), file, metadata={"format": "pt"})
+    groups = CheckpointConfig(replace(plan, linear_bits=bits | {name: 4})).to_dict()
+    config["quantization_config"] = groups
+    (packed / "config.json").write_text(json.dumps(config))
+    write_manifest(packed)
+    (problem,) = verify(packed)
+    assert "q_proj.weight" in problem and "are one layer in vLLM and need one width" in problem
 
 
 def test_a_plan_that_does_not_fit_is_refused_by_name(

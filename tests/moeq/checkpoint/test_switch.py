@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from moeq import RouterNormTracker, plan, quantize
+from moeq import RouterNormTracker, plan, quantize, verify
 from moeq.checkpoint import Matrix, SourceModel
 from moeq.errors import MoeqError
-from moeq.model.structure import check_structure, structure_problems
+from moeq.model.structure import check_structure
 from moeq.signals import load_base_routers, router_norms
 from support.models import load_model
 from support.sources import Tensors, load, rewrite
+from vllm_moeq.format import write_manifest
 
 TinyModel = Callable[[str], Path]
 TINY = "switch_transformers"
@@ -227,9 +228,16 @@ def test_a_packed_checkpoint_that_lacks_a_tensor_is_told(
     card = (model.path / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card and "vllm serve" not in card
 
-    source = SourceModel.open(tiny_model(TINY))
-    del source.reader.tensors["decoder.block.0.layer.1.EncDecAttention.k.weight"]
-    (problem,) = structure_problems(source.reader, source.layers)
+    (file,) = model.path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["decoder.block.0.layer.1.EncDecAttention.k.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = model.path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    del listed["weight_map"]["decoder.block.0.layer.1.EncDecAttention.k.weight"]
+    index.write_text(json.dumps(listed))
+    write_manifest(model.path)
+    (problem,) = verify(model.path)
     assert "decoder.block.0.layer.1.EncDecAttention.k.weight [128, 128] is missing" in problem
 
 

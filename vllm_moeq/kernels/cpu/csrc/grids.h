@@ -1,4 +1,4 @@
-// Grids of moeq's GPTQ, see offline/moeq/rounding/columns.py: the search for the first ones, and
+// Grids of moeq's GPTQ, see offline/moeq/rounding/groups.py: the search for the first ones, and
 // the refinement of grids and codes together. A group is worked on while it is in the cache, and no
 // result depends on the number of threads.
 #pragma once
