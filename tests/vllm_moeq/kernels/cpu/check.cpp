@@ -1,5 +1,5 @@
 // The CPU kernel without Python: random layers, of experts and dense, against a double loop over
-// the canonical format.
+// the canonical format; and the loops of GPTQ, which must lower what they are to lower.
 //
 // A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a
 // static binary under an emulator of instructions that the machine lacks.
@@ -219,6 +219,72 @@ double run_linear(int group_size, bool int8) {
   return largest / std::sqrt(square / (static_cast<double>(tokens) * rows));
 }
 
+// Matrices [columns, rows] whose columns share grids [groups, rows], as GPTQ has them.
+struct Rounded {
+  int rows, columns, group_size, bits;
+  std::unique_ptr<float[]> weights{}, codes{}, scale{}, zero{}, hessian{}, gradient{};
+
+  double difference(int column, int row) const {
+    const size_t place = static_cast<size_t>(column) * rows + row;
+    const size_t grid = static_cast<size_t>(column / group_size) * rows + row;
+    return (codes[place] - zero[grid]) * double{scale[grid]} - weights[place];
+  }
+
+  double product(int column, int row) const {
+    double sum = 0;
+    for (int i = 0; i < columns; ++i) sum += hessian[column * columns + i] * difference(i, row);
+    return sum;
+  }
+
+  double objective() const {
+    double sum = 0;
+    for (int row = 0; row < rows; ++row)
+      for (int i = 0; i < columns; ++i) sum += difference(i, row) * product(i, row);
+    return sum;
+  }
+};
+
+// Searches grids, takes the nearest codes, and refines both; returns what is left of the objective.
+double run_rounding() {
+  static const int widths[] = {1, 2, 3, 4, 8}, group_sizes[] = {32, 64, 128};
+  Rounded r{1 + below(70), 8 * (1 + below(20)), group_sizes[below(3)], widths[below(5)]};
+  const int rows = r.rows, columns = r.columns;
+  const int groups = (columns + r.group_size - 1) / r.group_size;
+  const float largest = static_cast<float>((1 << r.bits) - 1);
+  const float unit = std::ldexp(1.0f, r.bits - 8), shares[] = {1.0f, 0.8f, 0.6f};
+  const size_t size = static_cast<size_t>(rows) * columns;
+  auto by_row = exact<float>(size), importance = exact<float>(columns);
+  r.weights = exact<float>(size), r.codes = exact<float>(size), r.gradient = exact<float>(size);
+  r.scale = exact<float>(static_cast<size_t>(groups) * rows);
+  r.zero = exact<float>(static_cast<size_t>(groups) * rows);
+  r.hessian = exact<float>(static_cast<size_t>(columns) * columns);
+  for (int i = 0; i < columns; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      const float entry = gaussian() * 0.3f + (i == j) * columns;
+      r.hessian[i * columns + j] = r.hessian[j * columns + i] = entry;
+    }
+    importance[i] = r.hessian[i * columns + i];
+    for (int row = 0; row < rows; ++row)
+      by_row[row * columns + i] = r.weights[i * rows + row] = gaussian();
+  }
+  if (!moeq_search_grids(rows, columns, r.group_size, largest, unit, shares, 3, by_row.get(),
+                         importance.get(), r.scale.get(), r.zero.get()))
+    return INFINITY;
+  for (int i = 0; i < columns; ++i)
+    for (int row = 0; row < rows; ++row) {
+      const size_t grid = static_cast<size_t>(i / r.group_size) * rows + row;
+      const float steps = r.weights[i * rows + row] / r.scale[grid] + r.zero[grid];
+      r.codes[i * rows + row] = std::min(std::max(std::nearbyint(steps), 0.0f), largest);
+    }
+  const double before = r.objective();
+  for (int i = 0; i < columns; ++i)
+    for (int row = 0; row < rows; ++row)
+      r.gradient[i * rows + row] = static_cast<float>(r.product(i, row));
+  moeq_refine(columns, rows, r.group_size, largest, unit, 4, r.hessian.get(), importance.get(),
+              r.codes.get(), r.gradient.get(), r.scale.get(), r.zero.get());
+  return r.objective() / before;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -241,6 +307,11 @@ int main(int argc, char** argv) {
     c.bias = below(2);
     c.remote = below(3) == 0;
     const double error = std::max(run(c), run_linear(c.group_size, c.int8));
+    const double left = run_rounding();
+    if (!(left < 1 + 1e-4)) {
+      ++failures;
+      std::printf("case %d, rounding: %g of the objective is left\n", i, left);
+    }
     const double limit = c.int8 ? 0.3 : 3e-3;
     worst[c.int8] = std::max(worst[c.int8], error);
     if (!(error < limit)) {
