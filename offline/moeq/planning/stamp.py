@@ -37,5 +37,6 @@ def without_stale_claims(plan: BitPlan, method: str) -> BitPlan:
 
 def _digest(plan: BitPlan) -> str:
     widths = {name: bits.to_dict() for name, bits in plan.expert_bits.items()}
-    text = json.dumps([plan.group_size, widths, dict(plan.linear_bits)], sort_keys=True)
+    linear = [dict(plan.linear_bits)] if plan.linear_bits else []  # plans of before have none
+    text = json.dumps([plan.group_size, widths, *linear], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
