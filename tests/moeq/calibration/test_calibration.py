@@ -246,7 +246,10 @@ def test_values_that_are_not_finite_are_named(
     done = run_moeq(*command, "--strategy", strategy)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    if ending == "q_proj_weight":
+    if ending == "q_proj_weight" and strategy == "auto":  # which rounds dense layers, too
+        assert "cannot quantize model.layers.0.self_attn." in done.stderr
+        assert "weights are NaN, infinite, or too large" in done.stderr
+    elif ending == "q_proj_weight":
         assert "layer 0 gives NaN or infinity on the calibration text" in done.stderr
     else:
         name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"

@@ -80,11 +80,12 @@ def test_down_projections_solve_the_least_squares_of_the_stream(
     layers = model_source.layers
     tokens = torch.randint(3, 259, (40, 32), generator=torch.Generator().manual_seed(0))
     config = CalibrationConfig(model_source, _plan(model_source), tokens, route_all=route_all)
-    read = calibrate(config, tmp_path / "calibration", resume=False).read
+    read = calibrate(config, tmp_path / "calibration", resume=False).packed
 
     def rounded(expert: int, matrix: str, layer: Any) -> torch.Tensor:
-        packed, scale, zero_point = read(layer.tensor_name(expert, matrix)).values()
-        return dequantize(packed, scale, zero_point, GROUP, W2 if matrix == "down" else W13)
+        bits = W2 if matrix == "down" else W13
+        packed, scale, zero_point = read(layer.tensor_name(expert, matrix), bits).values()
+        return dequantize(packed, scale, zero_point, GROUP, bits)
 
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float64, experts_implementation="eager"
