@@ -88,6 +88,8 @@ def write(
         f"{shape.intermediate_size}, {tokens} tokens, group size {GROUP_SIZE}: rounding w13 and w2 "
         "with GPTQ and its refinement. Error: of the outputs, over that of rounding to nearest."
     )
+    if not peak:
+        intro += " Seconds an expert are those of a clock: what else ran there is in them."
     parts = [
         intro,
         table(
