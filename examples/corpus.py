@@ -22,14 +22,20 @@ def manual() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def library_files() -> list[Path]:
+    """Return the files of the standard library without its tests, in a fixed order."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return [
+        path
+        for path in sorted(library.rglob("*.py"))
+        if not {"site-packages", "test", "tests"} & {*path.relative_to(library).parts}
+    ]
+
+
 def docstrings() -> list[str]:
     """Return the docstrings of the standard library in a fixed order, by file."""
     texts = []
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if "site-packages" in parts or "test" in parts or "tests" in parts:
-            continue
+    for path in library_files():
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError, ValueError):

@@ -16,16 +16,16 @@ import copy
 import json
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from corpus import docstrings, manual
+from byte_bpe import train_byte_bpe
+from corpus import docstrings, library_files, manual
 from rouge import Rouge, mean_rouge
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
@@ -88,14 +88,8 @@ def pairs_of(path: Path) -> Iterator[Pair]:
 
 def split_pairs() -> tuple[list[Pair], list[Pair]]:
     """Return (pairs to learn from, held-out pairs) of other files, each target once."""
-    library = Path(sysconfig.get_path("stdlib"))
-    paths = [
-        path
-        for path in sorted(library.rglob("*.py"))
-        if not {"site-packages", "test", "tests"} & {*path.relative_to(library).parts}
-    ]
     halves: tuple[dict[str, Pair], dict[str, Pair]] = ({}, {})
-    for number, path in enumerate(paths):
+    for number, path in enumerate(library_files()):
         for pair in pairs_of(path):
             halves[number % HELD_OUT_EVERY == 0].setdefault(pair.target, pair)
     training, held_out = halves
@@ -104,18 +98,7 @@ def split_pairs() -> tuple[list[Pair], list[Pair]]:
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that ends each text, as that of T5 does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<pad>", "</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = train_byte_bpe(texts, VOCABULARY, ["<pad>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", END)]
     )
