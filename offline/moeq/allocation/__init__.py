@@ -24,9 +24,9 @@ from moeq.allocation.strategies import (
 
 __all__ = [
     "DEFAULT_GROUP_SIZE",
-    "REORDER_VARIANTS",
     "EXPERTS_ONLY",
     "LINEAR_OPTIONS",
+    "REORDER_VARIANTS",
     "Constraints",
     "LinearChoice",
     "LossTable",

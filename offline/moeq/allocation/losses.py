@@ -167,18 +167,20 @@ def _solutions(
     for group in sorted(arrays, reverse=True):
         loss, size = arrays[group], option_sizes(layers, group, widths)
         try:
-            both = _stacked(loss, size, linear, group)
-            solution = solve(*both, budget)
+            if linear.groups or constraints == NO_CONSTRAINTS:
+                both = _stacked(loss, size, linear, group)
+                solution = solve(*both, budget)
             if constraints != NO_CONSTRAINTS:  # they are for experts
-                left, bound = budget, solution.bound
+                left = budget
                 if linear.groups:  # keep their bytes for now, and get what experts leave
                     rest, sizes = solution.choice[len(loss) :], _sizes(linear, group)
                     left -= int(sizes[np.arange(len(rest)), rest].sum())
-                solution = solve_constrained(loss, size, left, num_experts, constraints)
+                experts = solve_constrained(loss, size, left, num_experts, constraints)
                 if linear.groups:
-                    rest = solve(linear.losses[group], sizes, budget - solution.size).choice
-                    choice = np.concatenate([solution.choice, rest])
-                    solution = Solution.of(*both, choice, bound)
+                    rest = solve(linear.losses[group], sizes, budget - experts.size).choice
+                    choice = np.concatenate([experts.choice, rest])
+                    experts = Solution.of(*both, choice, solution.bound)
+                solution = experts
             solutions[group] = solution
         except MoeqError as error:
             errors.append(error)

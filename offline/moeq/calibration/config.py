@@ -18,8 +18,8 @@ from moeq.model.cost import (
     gptq_operations,
     gptq_steps,
     hessian_operations,
-    linear_bytes,
     linear_operations,
+    linear_working_bytes,
     other_operations,
     working_bytes,
 )
@@ -75,10 +75,10 @@ class CalibrationConfig:
         return max(1, 2 * layer.num_experts * layer.expert_weights // each)
 
     @property
-    def linear(self) -> list[LinearGroup]:
-        """Dense layers that are to be rounded."""
+    def linear(self) -> dict[LinearGroup, int]:
+        """Dense layers that are to be rounded, with their widths."""
         widths = group_widths(self.plan, self.source.linear)
-        return [group for group, bits in widths.items() if bits != FULL_WIDTH]
+        return {group: bits for group, bits in widths.items() if bits != FULL_WIDTH}
 
     def cost(self) -> Cost:
         """Estimate what the calibration takes."""
@@ -132,11 +132,12 @@ class CalibrationConfig:
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
         experts = inputs + one + size * working_bytes(largest)
-        return self._stream_bytes + max(experts, linear_bytes(self.linear))
+        return self._stream_bytes + max(experts, linear_working_bytes(self.linear))
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""
         packed = plan_sizes(self.plan, self.source).expert_bytes
-        widths = group_widths(self.plan, self.source.linear)
-        packed += sum(group.num_bytes(widths[group], self.plan.group_size) for group in self.linear)
+        packed += sum(
+            group.num_bytes(bits, self.plan.group_size) for group, bits in self.linear.items()
+        )
         return packed + self._stream_bytes + 2 * _SAVED * self._activation_bytes

@@ -77,13 +77,14 @@ def _calibrate(
         original.copy_(hidden)
     else:
         model.embed(config.tokens, x)  # for what layers get beside hidden states
-    last = max([layer.index for layer in source.layers] + [group.layer for group in config.linear])
+    linear = config.linear
+    last = max([layer.index for layer in source.layers] + [group.layer for group in linear])
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:
         for index in range(done, last + 1):
             run_layer(model, index, original, x, own, original_sums)
             model.check_finite(index, original)
-            weights, tensors = round_linear_layers(config, model, index, hidden)
+            weights, tensors = round_linear_layers(config, model, index, linear, hidden)
             routed = model.run(index, hidden, x, sums, weights)
             model.check_finite(index, hidden)
             if routed is not None:

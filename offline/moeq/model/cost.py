@@ -117,7 +117,7 @@ def linear_operations(groups: Iterable[LinearGroup], widths: int, tokens: int) -
     )
 
 
-def linear_bytes(groups: Iterable[LinearGroup]) -> int:
+def linear_working_bytes(groups: Iterable[LinearGroup]) -> int:
     """Return about how much memory rounding dense layers takes, those of a layer together."""
     sums: dict[int, int] = {}
     most = 0.0

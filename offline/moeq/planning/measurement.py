@@ -19,8 +19,8 @@ from moeq.model.cost import (
     gptq_operations,
     gptq_steps,
     hessian_operations,
-    linear_bytes,
     linear_operations,
+    linear_working_bytes,
     other_operations,
     working_bytes,
 )
@@ -193,7 +193,7 @@ class Measurement:
             weights[group.layer] += group.rows * group.columns
         options = len(self.group_sizes) * len(self.linear_widths)
         together += 4 * (1 + options) * max(weights.values(), default=0)
-        alone = max(alone, linear_bytes(self.linear))
+        alone = max(alone, linear_working_bytes(self.linear))
         return max(4 * count * size + max(together, alone), judged)
 
     def _operations(self) -> float:
