@@ -4,7 +4,6 @@ examples/quickstart.sh sets up the environment and then runs this.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from perplexity import call, perplexity, reference_perplexity
 from serving import ServerError, exit_on_sigterm, vllm_server
 
 from moeq.checkpoint.reader import CheckpointReader, resolve_model
+from moeq.checkpoint.verify import read_plan
+from moeq.checkpoint.wording import linear_summary
 
 EXAMPLES = Path(__file__).resolve().parent
 BITS = "2.5"
@@ -106,16 +107,18 @@ def main() -> int:
         answer = call(f"{server}/v1/completions", body)["choices"][0]["text"]
         after = f"{perplexity(server, text, PERPLEXITY_TOKENS):.4f}"
 
-    facts = json.loads((packed / "config.json").read_text())["quantization_config"]["provenance"]
+    plan = read_plan(CheckpointReader(packed))
+    facts = plan.provenance
     print()
     print(f"prompt    {PROMPT}")
     print(f"answer    {answer!r}")
     print(f"16-bit    {sixteen_bit_bytes(model) / 1e6:10.2f} MB   held-out perplexity {before}")
     print(f"packed    {tensor_bytes(packed) / 1e6:10.2f} MB   held-out perplexity {after}")
     print(
-        f"experts   {facts['achieved_bits']:.4f} bits on average ({facts['requested_bits']} asked)"
-        f", {facts['bits_per_weight']:.4f} bits per weight with scales and zero points"
+        f"experts   {facts.achieved_bits:.4f} bits on average, "
+        f"{facts.bits_per_weight:.4f} with scales and zero points"
     )
+    print(f"dense     {linear_summary(plan)}")
     return 0
 
 
