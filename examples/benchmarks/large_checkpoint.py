@@ -1,0 +1,268 @@
+"""Measures how fast, and in how much memory, ``moeq`` goes through checkpoints of true shapes.
+
+    python examples/benchmarks/large_checkpoint.py mixtral-8x7b --layers 4 8
+
+Writes a checkpoint of a model's shape for each number of layers, with random weights, and runs the
+commands that need no text on it: ``plan``, ``quantize`` with ``rtn`` and ``hqq``, ``verify``. Every
+run is a process of its own, and reads from the disk.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from results import RESULTS, table, write_section
+from safetensors.torch import save_file
+
+from moeq.checkpoint.families import Family, family_of
+from moeq.checkpoint.reader import INDEX_NAME
+from moeq.model.architecture import names_on_disk
+
+CONFIGS = {
+    "mixtral-8x7b": ("mixtral", {}),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144,
+            "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+        },
+    ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        {
+            "hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944,
+            "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512,
+            "q_lora_rank": None, "first_k_dense_replace": 1, "vocab_size": 102400,
+        },
+    ),
+    "gpt-oss-120b": ("gpt_oss", {}),
+}  # fmt: skip
+"""Models to their ``model_type`` and what differs from transformers' own configuration."""
+RANDOM_WEIGHTS = 1 << 26
+"""That tensors of any size repeat: drawing all would take longer than to quantize them."""
+MXFP4_SCALE = 120
+"""Stored exponent of all groups of a source in MXFP4: a factor of 2^-7."""
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Measured(NamedTuple):
+    """What a command took.
+
+    Attributes:
+        seconds: By the clock.
+        cores: Busy on average.
+        memory: Most bytes that were resident, mapped files among them.
+        private: Most bytes that were not those of a file.
+    """
+
+    seconds: float
+    cores: float
+    memory: int
+    private: int
+
+
+def parts_of(name: str, layers: int) -> tuple[dict[str, object], dict[str, Shapes]]:
+    """Return ``config.json`` and the tensors as they are released, by layer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, changes = CONFIGS[name]
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=layers, **changes)
+    config.architectures = [type_name(config)]
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    stated = config.to_dict() | {"dtype": "bfloat16"}
+    family = family_of(stated)
+    parts: dict[str, Shapes] = {}
+    tensors = model.state_dict()
+    for key, stored in names_on_disk(model, tensors).items():
+        layer = stored.partition("layers.")[2].split(".")[0] if "layers." in stored else "outside"
+        shape = tuple(tensors[key].shape)
+        parts.setdefault(layer, {}).update(released(family, stored, shape))
+    if model_type == "gpt_oss":
+        stated["quantization_config"] = {"quant_method": "mxfp4"}
+    return stated, parts
+
+
+def type_name(config: object) -> str:
+    """Return the class of vLLM and transformers for a configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+
+
+def released(family: Family, name: str, shape: tuple[int, ...]) -> Shapes:
+    """Return the tensors that a release has for one of transformers, which fuses experts."""
+    path, _, kind = name.rpartition(".")
+    if not path.endswith("experts") or kind not in ("gate_up_proj", "down_proj"):
+        return {name: (shape, torch.bfloat16)}
+    if family.interleaved:  # gpt-oss: transposed in transformers, in MXFP4 as released
+        experts, columns, rows = shape
+        groups = (experts, rows, columns // 32)
+        return {
+            f"{name}_blocks": ((*groups, 16), torch.uint8),
+            f"{name}_scales": (groups, torch.uint8),
+        }
+    container = path.removesuffix("experts") + family.experts.rpartition(".")[2]
+    experts, rows, columns = shape
+    matrices = (family.gate, family.up) if kind == "gate_up_proj" else (family.down,)
+    return {
+        f"{container}.{expert}.{matrix}.weight": ((rows // len(matrices), columns), torch.bfloat16)
+        for expert in range(experts)
+        for matrix in matrices
+    }
+
+
+def write_checkpoint(name: str, layers: int, folder: Path) -> int:
+    """Write a checkpoint, a file for each layer; return its bytes."""
+    config, parts = parts_of(name, layers)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(RANDOM_WEIGHTS, generator=generator).mul_(0.02).bfloat16()
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shapes in enumerate(parts.values(), start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        tensors = {key: filled(key, *described, weights) for key, described in shapes.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def filled(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return a tensor of weights, which begin somewhere else for each name."""
+    if name.endswith("_scales"):
+        return torch.full(shape, MXFP4_SCALE, dtype=dtype)
+    if "norm" in name:
+        return torch.ones(shape, dtype=dtype)
+    source = weights.view(dtype)
+    start = hash_of(name) % len(source)
+    repeats = torch.cat([source[start:], source])
+    count = torch.Size(shape).numel()
+    while len(repeats) < count:
+        repeats = torch.cat([repeats, source])
+    return repeats[:count].view(shape).clone()
+
+
+def hash_of(name: str) -> int:
+    """Return a number of a name that is the same in every process."""
+    return int.from_bytes(name.encode()[-8:], "little")
+
+
+def run(*command: object) -> Measured:
+    """Run a command to its end and watch its memory.
+
+    Raises:
+        RuntimeError: It failed; shows what it said.
+    """
+    started, private = time.perf_counter(), 0
+    words = [str(word) for word in command]
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        watched = psutil.Process(process.pid)
+        memory = 0
+        times = watched.cpu_times()
+        while process.poll() is None:
+            try:
+                info = watched.memory_info()
+                memory = max(memory, info.rss)
+                private = max(private, info.rss - info.shared)
+                times = watched.cpu_times()
+            except psutil.Error:  # it has just ended
+                break
+            time.sleep(0.02)
+        said = process.stderr.read() if process.stderr else ""
+        if process.wait() != 0:
+            raise RuntimeError(f"{' '.join(words)} failed:\n{said}")
+    seconds = time.perf_counter() - started
+    return Measured(seconds, (times.user + times.system) / seconds, memory, private)
+
+
+def forget(folder: Path) -> None:
+    """Drop files from the page cache."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(source: Path, work: Path, bits: str) -> Iterator[tuple[str, Measured]]:
+    """Yield every command, without paths, with what it took."""
+    forget(source)
+    plan = ("--calib", "none", "--bits", bits)
+    yield "plan", run("moeq", "plan", source, "-o", work / "plan.json", *plan)
+    for method in ("rtn", "hqq"):
+        packed = work / method
+        forget(source)
+        yield (
+            f"quantize, {method}",
+            run("moeq", "quantize", source, "-o", packed, *plan, "--method", method),
+        )
+        if method == "rtn":
+            forget(packed)
+            yield "verify", run("moeq", "verify", packed)
+        shutil.rmtree(packed)
+    (work / "plan.json").unlink()
+
+
+def main() -> None:
+    """Write, measure, and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=CONFIGS)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="default 2 4")
+    parser.add_argument("--bits", default="2.5", help="default 2.5")
+    parser.add_argument("--work", type=Path, default=Path("build/large_checkpoint"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = []
+    for layers in options.layers:
+        shutil.rmtree(options.work, ignore_errors=True)
+        source = options.work / "source"
+        size = write_checkpoint(options.model, layers, source)
+        for name, took in measure(source, options.work, options.bits):
+            rows.append(
+                [
+                    f"{layers} layers, {size / 1e9:.1f} GB: {name}",
+                    f"{took.seconds:.1f}",
+                    f"{60 * size / 1e9 / took.seconds:.2f}",
+                    f"{took.cores:.2f}",
+                    f"{took.memory / 1e9:.2f}",
+                    f"{took.private / 1e9:.2f}",
+                ]
+            )
+            print(*rows[-1], sep=" | ", flush=True)
+    shutil.rmtree(options.work)
+    header = [
+        "command", "seconds", "GB of the source a minute", "cores busy", "peak resident, GB",
+        "of it no file's, GB",
+    ]  # fmt: skip
+    write_section(
+        options.results, "Large checkpoints", f"large checkpoint: {options.model}",
+        (
+            f"Random weights in the shape of {options.model}, with fewer layers, read from the "
+            "disk; every command once.",
+            table(header, rows),
+        ),
+        ("torch", "safetensors", "vllm-moeq"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The environment that is tested is the one that ``examples/constraints.txt`` describes."""
+
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+CONSTRAINTS = Path(__file__).parents[2] / "examples" / "constraints.txt"
+UNPINNED = {"pip", "setuptools", "uv", "vllm-moeq"}
+"""What makes the environment, and what is made in it."""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="pins are those of a CPU")
+def test_everything_that_is_installed_is_pinned() -> None:
+    lines = CONSTRAINTS.read_text().splitlines()
+    pins = {
+        canonicalize_name(requirement.name): next(iter(requirement.specifier)).version
+        for requirement in (Requirement(line) for line in lines if line and line[0] != "#")
+    }
+    wrong = []
+    for found in distributions():
+        name = canonicalize_name(found.metadata["Name"])
+        public = Version(found.version).public  # torch's is 2.13.0+cpu
+        if name not in UNPINNED and pins.get(name) != public:
+            wrong.append(f"{name} {public}, pinned: {pins.get(name)}")
+    assert not wrong
