@@ -1,4 +1,4 @@
-"""What GPTQ does group after group: in C++ on a CPU, else in torch.
+"""What rounding does group after group: in C++ on a CPU, else in torch.
 
 Grids are searched before any code is chosen, and refined in turns with the codes afterwards. What
 is refined is transposed, [B, K, N], all float32. Rows do not depend on each other, nor on the
@@ -44,6 +44,24 @@ def search_grids(
         if not found:
             raise ValueError(IMPOSSIBLE)
     return scale, zero
+
+
+def search_alone(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the grid of least squared error for each of groups that are rows of no matrix.
+
+    Args:
+        groups: float32 [n, G].
+        bits: Width.
+
+    Returns:
+        Scales and zero points in codes, [n, 1].
+
+    Raises:
+        ValueError: As :func:`search_grids`.
+    """
+    size = groups.shape[1]
+    scale, zero = search_grids(groups[None], groups.new_ones(1, size), bits, size)
+    return scale.view(-1, 1), zero.view(-1, 1)
 
 
 def refine_block(

@@ -7,7 +7,8 @@ shrinkage of the errors and a closed-form zero point. The scale stays.
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, nearest_codes, round_groups, storable
+from moeq.rounding.grid import QuantizedWeight, nearest_codes, round_groups, storable
+from moeq.rounding.groups import search_alone
 
 _POWER = 0.7
 _BETA, _BETA_GROWTH = 10.0, 1.01
@@ -27,8 +28,7 @@ def quantize_hqq(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     """
 
     def choose(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grid = Grid.searched(groups, bits)
-        scale, zero = grid.scale, grid.zero
+        scale, zero = search_alone(groups, bits)
         steps = groups / scale
         beta, best = _BETA, _error(steps, zero, bits)
         for _ in range(_ROUNDS):

@@ -2,7 +2,8 @@
 
 import torch
 
-from moeq.rounding.grid import Grid, QuantizedWeight, round_groups
+from moeq.rounding.grid import QuantizedWeight, nearest_codes, round_groups
+from moeq.rounding.groups import search_alone
 
 
 def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
@@ -23,7 +24,7 @@ def quantize_rtn(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedW
     """
 
     def choose(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grid = Grid.searched(groups, bits)
-        return grid.codes(groups, bits), grid.scale, grid.zero
+        scale, zero = search_alone(groups, bits)
+        return nearest_codes(groups, scale, zero, bits), scale, zero
 
     return round_groups(weight, bits, group_size, choose)
