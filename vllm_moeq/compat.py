@@ -26,12 +26,14 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
+    QuantizeMethodBase,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
@@ -43,6 +45,7 @@ __all__ = [
     "LinearBase",
     "ParallelLMHead",
     "QuantizationConfig",
+    "QuantizeMethodBase",
     "RoutedExperts",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
@@ -60,6 +63,7 @@ __all__ = [
     "num_hidden_layers",
     "register_quantization_config",
     "run_linear_layers_on_cpus",
+    "set_embedding_method",
     "set_weight_attrs",
     "weights_are_dummies",
 ]
@@ -70,6 +74,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
     r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
+Prepare = Callable[[Any, torch.nn.Module], None]
 Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 Watch = Callable[[torch.nn.Module, Tensors], Iterator[tuple[str, torch.Tensor]]]
@@ -147,8 +152,8 @@ def lora_is_enabled() -> bool:
 def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
     """Let vLLM put LoRA on every layer of a model but some.
 
-    vLLM wraps all fused experts and output heads as soon as LoRA is enabled, whatever an adapter
-    holds, and only its own kernels of experts and heads with a plain weight can be wrapped. Modules
+    vLLM wraps all fused experts and embeddings as soon as LoRA is enabled, whatever an adapter
+    holds, and only its own kernels of experts and a plain weight can be wrapped. Modules
     left out of its list stay as they are, and it refuses an adapter that has weights for them
     before it takes anything from it.
 
@@ -171,7 +176,7 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
             if targets:
                 raise ValueError(
                     f"lora_target_modules names {sorted(targets)}, but LoRA on moeq experts is not "
-                    "supported, nor on a packed output head; name only other layers"
+                    "supported, nor on packed embeddings; name only other layers"
                 )
             self.supported_lora_modules = [
                 name for name in self.supported_lora_modules if name not in excluded
@@ -181,7 +186,25 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
     LRUCacheWorkerLoRAManager._manager_cls = Manager
 
 
-def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
+def set_embedding_method(layer: VocabParallelEmbedding, method: Any) -> None:
+    """Give embeddings, or an output head, that are built but not loaded, another method."""
+    weight = layer.weight
+    del layer.weight
+    layer.quant_method = method
+    with weight.device:
+        method.create_weights(
+            layer,
+            layer.embedding_dim,
+            [len(weight)],
+            layer.embedding_dim,
+            layer.num_embeddings_padded,
+            params_dtype=weight.dtype,
+            weight_loader=layer.weight_loader,
+        )
+    layer.update_param_tp_status()
+
+
+def guard_loading(quantization: str, prepare: Prepare, guard: Guard, watch: Watch) -> None:
     """Let vLLM load checkpoints of one ``--quantization`` only under guard.
 
     Weights that come otherwise are left alone: dummies, states that vLLM saved and checks itself,
@@ -189,14 +212,30 @@ def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
 
     Args:
         quantization: Models of any other are left alone.
+        prepare: Gets the quantization config and the model before anything is loaded.
         guard: Makes the context for a model that is built but not loaded, given whether it is the
             prediction layer of another.
         watch: Passes on the tensors of a checkpoint, those of a later reload too.
     """
-    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
+    loaders = (DefaultModelLoader, RunaiModelStreamerLoader)
+    for loader in loaders:
         loader.load_weights = _guarded(loader.load_weights, quantization, guard)
         if hasattr(loader, "get_all_weights"):  # in older releases one of them has none
             loader.get_all_weights = _watched(loader.get_all_weights, quantization, watch)
+    for loader in (*loaders, DummyModelLoader):
+        loader.load_weights = _prepared(loader.load_weights, quantization, prepare)
+
+
+def _prepared(
+    load: Callable[..., None], quantization: str, prepare: Prepare
+) -> Callable[..., None]:
+    @wraps(load)
+    def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config.quantization == quantization:
+            prepare(get_current_vllm_config().quant_config, model)
+        load(self, model, model_config)
+
+    return load_weights
 
 
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from vllm_moeq.compat import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
+    VocabParallelEmbedding,
     compressed_tensors_method,
     extract_layer_index,
     guard_loading,
@@ -22,8 +23,10 @@ from vllm_moeq.compat import (
     num_hidden_layers,
     register_quantization_config,
     run_linear_layers_on_cpus,
+    set_embedding_method,
     weights_are_dummies,
 )
+from vllm_moeq.embedding import MoeqEmbeddingMethod
 from vllm_moeq.format import (
     MANIFEST_NAME,
     QUANT_METHOD,
@@ -46,7 +49,7 @@ _LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
-        guard_loading(QUANT_METHOD, must_fill, must_bring_all)
+        guard_loading(QUANT_METHOD, MoeqConfig.pack_embeddings, must_fill, must_bring_all)
         register_quantization_config(QUANT_METHOD)(MoeqConfig)
 
 
@@ -137,9 +140,20 @@ class MoeqConfig(QuantizationConfig):
             return MoeqMoEMethod(layer.moe_config, self._by_layer[index], self.plan.group_size)
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, VocabParallelEmbedding):
             return self._linear_method(layer, prefix)
         return None
+
+    def pack_embeddings(self, model: torch.nn.Module) -> None:
+        """Give the embeddings and the output head of a model that is built their methods.
+
+        Several models of vLLM do not ask for them, or do not say which layer they ask for.
+        """
+        for name, layer in model.named_modules():
+            if isinstance(layer, VocabParallelEmbedding) and not hasattr(layer, PACKED_COLUMNS):
+                method = self._linear_method(layer, name)
+                if method is not None:
+                    set_embedding_method(layer, method)
 
     def _linear_method(self, layer: Any, prefix: str) -> Any:
         """Return the method of a dense layer that the plan names, None for another."""
@@ -155,12 +169,15 @@ class MoeqConfig(QuantizationConfig):
                 f"different bits: {widths}. Convert the model with one width for them"
             )
         self._check_files()
-        columns = layer.embedding_dim if isinstance(layer, ParallelLMHead) else layer.input_size
+        embeds = isinstance(layer, VocabParallelEmbedding)
+        columns = layer.embedding_dim if embeds else layer.input_size
         try:
             (_, _, shape), *_ = linear_tensors(1, columns, bits, self.plan.group_size)
         except FormatError as error:
             raise FormatError(f"{prefix}: {error}. The plan belongs to another model") from error
         setattr(layer, PACKED_COLUMNS, {f"{name}.weight_packed": shape[1] for name, _ in named})
+        if embeds and not isinstance(layer, ParallelLMHead):
+            return MoeqEmbeddingMethod(bits, self.plan.group_size)
         run_linear_layers_on_cpus(QUANT_METHOD, prepare, run)
         config = to_compressed_tensors({prefix: bits}, self.plan.group_size)
         assert config is not None

@@ -9,8 +9,8 @@ from torch.nn import Parameter
 
 from vllm_moeq.compat import (
     FusedMoEMethodBase,
-    ParallelLMHead,
     RoutedExperts,
+    VocabParallelEmbedding,
     init_logger,
     keep_out_of_lora,
     let_gpt_oss_load_packed_experts,
@@ -241,7 +241,7 @@ def _swiglu(layer: RoutedExperts) -> list[float | None]:
 
 
 def _takes_no_adapter(module: torch.nn.Module) -> bool:
-    if isinstance(module, ParallelLMHead):  # vLLM looks for its `weight`
+    if isinstance(module, VocabParallelEmbedding):  # vLLM looks for its `weight`
         return hasattr(module, PACKED_COLUMNS)
     experts = getattr(module, "routed_experts", None)
     return isinstance(getattr(experts, "quant_method", None), MoeqMoEMethod)

@@ -33,6 +33,7 @@ def quantize(
     bits_per_weight: float | None = None,
     target_size: str | int | None = None,
     dense_bits: str | int = "auto",
+    quantize_embeddings: bool = False,
     plan: "AnyPath | BitPlan | None" = None,
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
@@ -72,6 +73,7 @@ def quantize(
         target_size: Instead of ``bits``: size of all tensors, in bytes or as in ``"14GB"``.
         dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
             ``"auto"``, with which a measured plan chooses for each and any other leaves them.
+        quantize_embeddings: Count the token embeddings and the output head among the dense layers.
         plan: What :func:`plan` returned, or a ``plan.json``, to use instead of making a plan.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`moeq.requests.STRATEGIES`; None takes ``auto`` with text, else
@@ -115,6 +117,7 @@ def quantize(
         bits_per_weight=bits_per_weight,
         target_size=target_size,
         dense_bits=dense_bits,
+        quantize_embeddings=quantize_embeddings,
         plan=Path(plan) if isinstance(plan, str | PathLike) else plan,
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
@@ -149,6 +152,7 @@ def plan(
     bits_per_weight: float | None = None,
     target_size: str | int | None = None,
     dense_bits: str | int = "auto",
+    quantize_embeddings: bool = False,
     levels: Sequence[int] | None = None,
     strategy: str | None = None,
     base_router: AnyPath | None = None,
@@ -179,6 +183,7 @@ def plan(
         bits_per_weight: Instead of ``bits``: the same with scales and zero points.
         target_size: Instead of ``bits``: size of all tensors.
         dense_bits: As in :func:`quantize`.
+        quantize_embeddings: Count the token embeddings and the output head among the dense layers.
         levels: Widths to use, highest first.
         strategy: One of :data:`moeq.requests.STRATEGIES`.
         base_router: The router before training.
@@ -210,6 +215,7 @@ def plan(
         bits_per_weight=bits_per_weight,
         target_size=target_size,
         dense_bits=dense_bits,
+        quantize_embeddings=quantize_embeddings,
         levels=None if levels is None else tuple(levels),
         strategy=strategy,
         base_router=None if base_router is None else str(base_router),

@@ -121,7 +121,8 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     output = request.output.absolute()
     check_output_is_free(output)
     given = _given_plan(request)
-    source = _opened(request.model)
+    source = _opened(request.model, request.quantize_embeddings or given is not None)
+    _check_embeddings(request, source)
     in_vllm = not source.layers[0].family.encodes
     if not in_vllm:
         logger.warning(
@@ -177,7 +178,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = _opened(request.model)
+    source = _opened(request.model, request.quantize_embeddings)
+    _check_embeddings(request, source)
     request = _with_group_size(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
@@ -194,7 +196,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = silent) -> Evaluatio
     Raises:
         MoeqError: It does not come from the original, or the backend cannot run it.
     """
-    original = _opened(request.against)
+    original = _opened(request.against, embeddings=True)
     device = torch_device(request.device)
     packed = PackedModel.open(request.packed, original)
     sequences = evaluation_sequences(
@@ -244,15 +246,15 @@ def verify(folder: Path) -> list[str]:
     reader = PackedReader(folder)
     layers = packed_layers(reader)
     try:
-        group_widths(reader.plan, linear_groups(reader, layers))
+        group_widths(reader.plan, linear_groups(reader, layers, embeddings=True))
     except MoeqError as error:
         return [str(error)]
     return structure_problems(reader, layers)
 
 
-def _opened(model: str) -> SourceModel:
-    """Open a source and check that it is whole."""
-    source = SourceModel.open(model)
+def _opened(model: str, embeddings: bool = False) -> SourceModel:
+    """Open a source and check that it is whole; see :meth:`SourceModel.open`."""
+    source = SourceModel.open(model, embeddings)
     check_structure(source.reader, source.layers)
     if source.left_out:
         logger.warning(
@@ -263,6 +265,15 @@ def _opened(model: str) -> SourceModel:
             source.left_out[0],
         )
     return source
+
+
+def _check_embeddings(request: PlanRequest, source: SourceModel) -> None:
+    if request.quantize_embeddings and not any(group.embeds for group in source.linear):
+        raise MoeqError(
+            f"{source.folder}: embeddings of this model stay in 16 bits: tokens and the output "
+            "head share one matrix, prediction layers use them, too, or their rows are no "
+            "multiple of 32. Leave `quantize_embeddings` out"
+        )
 
 
 def _with_group_size(request: AnyPlanRequest, source: SourceModel) -> AnyPlanRequest:

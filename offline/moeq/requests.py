@@ -43,6 +43,7 @@ _SIZES = ("bits", "bits_per_weight", "target_size")
 _PLAN = (
     *_SIZES,
     "dense_bits",
+    "quantize_embeddings",
     "strategy",
     "group_size",
     "levels",
@@ -68,6 +69,7 @@ class PlanRequest:
         dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
             ``auto``, with which a measured plan chooses for each, and any other leaves them as they
             are.
+        quantize_embeddings: Count the token embeddings and the output head among the dense layers.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`STRATEGIES`; None takes ``auto`` with text, else ``combined``.
         base_router: Router before training: a checkpoint, or a safetensors file as written by
@@ -100,6 +102,7 @@ class PlanRequest:
     bits_per_weight: float | None = None
     target_size: str | int | None = None
     dense_bits: str | int = "auto"
+    quantize_embeddings: bool = False
     levels: tuple[int, ...] | None = None
     strategy: str | None = None
     base_router: str | None = None
@@ -205,6 +208,11 @@ class PlanRequest:
             raise MoeqError(
                 f"`group_size` {sizes} is a choice that `strategy` {strategy} cannot make; give "
                 "one of them, or `strategy` sensitivity"
+            )
+        if self.quantize_embeddings and self.chosen_dense_bits == 16:
+            raise MoeqError(
+                "`quantize_embeddings` has no effect beside dense layers of 16 bits; give "
+                "`dense_bits` 8 or 4, or a `strategy` that measures"
             )
         unused = {name for used in _USED.values() for name in used} - _USED[name]
         _refuse(self, unused, f"has no effect with `strategy` {strategy}")

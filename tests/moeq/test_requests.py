@@ -138,6 +138,8 @@ def test_defaults_go_by_the_text(
         ({"levels": ()}, "`levels` names no value"),
         ({"seed": 2**63}, "is not between 0 and 2**63"),
         ({"dry_run": True, "resume": True}, "`resume` has no effect with `dry_run`"),
+        ({"dense_bits": 16, "quantize_embeddings": True}, "beside dense layers of 16 bits"),
+        ({"plan": Path("p"), "quantize_embeddings": True}, "no effect with `plan`"),
     ],
 )
 def test_what_does_not_go_together_is_named(parameters: dict[str, Any], message: str) -> None:

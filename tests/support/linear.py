@@ -66,10 +66,14 @@ MIXED = {
     r".*layers\.\d+\.mlp\.down_proj|.*shared_experts?\.down_proj": 8,
     r".*shared_mlp\.(input|output)_linear": 4,
     "lm_head": 4,
+    r"(.*\.)?embed_tokens": 8,
 }
 """Patterns of layers, of any family, to widths: both for rows and for columns that ranks share."""
-PLAIN_HEAD = ("gpt_oss", "lfm2_moe", "qwen3_next")
-"""Families whose output head vLLM 0.32 does not quantize, or always ties to the embeddings."""
+EMBEDDINGS = ("lm_head", "embed_tokens")
+TIED = ("lfm2_moe", "gemma4", "gemma4_text")
+"""Families whose output head is the embeddings: vLLM ties it always, or all releases do."""
+PLAIN_INPUT = ("gpt_oss",)
+"""Families whose packed embeddings vLLM 0.32 would not find."""
 
 
 def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
@@ -90,13 +94,17 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
     tensors, linear_bits = load_file(file), {}
+    shared = config["model_type"] in TIED or "lm_head.weight" not in tensors
     for name in sorted(tensors):
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if kind != "weight" or (layer and int(layer[1]) >= hidden_layers):
             continue
         bits = next((bits for key, bits in widths.items() if re.fullmatch(key, module)), None)
-        if module == "lm_head" and config["model_type"] in PLAIN_HEAD:
+        kind_of_layer = module.rpartition(".")[2]
+        if kind_of_layer in EMBEDDINGS and shared:
+            continue
+        if kind_of_layer == "embed_tokens" and config["model_type"] in PLAIN_INPUT:
             continue
         if bits is not None and tensors[name].shape[-1] % group_size == 0:
             linear_bits[module] = bits

@@ -8,7 +8,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn import Linear
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
@@ -17,7 +16,13 @@ from vllm_moeq.format import TRANSFORMERS_GUARD, BitPlan, CheckpointConfig, Form
 from vllm_moeq.hf.config import MoeqConfig
 from vllm_moeq.hf.experts import FusedExperts, is_fused_experts
 from vllm_moeq.hf.files import PackedFiles
-from vllm_moeq.hf.linear import PackedLinear, dequantize, layout_of
+from vllm_moeq.hf.linear import (
+    PackedEmbedding,
+    PackedLinear,
+    dequantize,
+    layout_of,
+    packed_layer,
+)
 from vllm_moeq.hf.saving import save_pretrained
 from vllm_moeq.hf.switch import SwitchExperts, is_switch_experts
 from vllm_moeq.kernels import LinearLayout
@@ -97,12 +102,12 @@ class MoeqHfQuantizer(HfQuantizer):
                 packed = fused.packed(bits, self.plan.group_size)
                 model.set_submodule(fused.name, packed)
         for stored, (name, layout) in self._linears.items():
-            linear = model.get_submodule(name)
+            module = model.get_submodule(name)
             if self.quantization_config.dequantize:
-                linear._is_hf_initialized = True
+                module._is_hf_initialized = True
                 missing.add(f"^{re.escape(name)}\\.weight$")
             else:
-                model.set_submodule(name, PackedLinear(stored, linear, layout))
+                model.set_submodule(name, packed_layer(stored, module, layout))
         setattr(model, _UNEXPECTED, unexpected.union(self._ignored[_UNEXPECTED] or ()))
         setattr(model, _MISSING, missing.union(self._ignored[_MISSING] or ()))
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -139,17 +144,10 @@ class MoeqHfQuantizer(HfQuantizer):
         for stored, bits in self.plan.linear_bits.items():
             weight = _name_in_memory(f"{stored}.weight", renamings, model, ours)
             name = weight.removesuffix(".weight")
-            if weight not in ours or not isinstance(model.get_submodule(name), Linear):
-                raise FormatError(
-                    f"linear_bits names {stored}, and this release of transformers holds no linear "
-                    "layer there"
-                )
             if weight in tied:
                 raise FormatError(f"linear_bits names {stored}, which shares {tied[weight]}")
-            yield (
-                stored,
-                (name, layout_of(stored, model.get_submodule(name), bits, self.plan.group_size)),
-            )
+            module = model.get_submodule(name) if weight in ours else None
+            yield stored, (name, layout_of(stored, module, bits, self.plan.group_size))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -181,11 +179,11 @@ class MoeqHfQuantizer(HfQuantizer):
                     packed.prepare()
             for stored, (name, layout) in self._linears.items():
                 weight = self.files.linear_weight(stored, layout, read)
-                linear = model.get_submodule(name)
-                if isinstance(linear, PackedLinear):
-                    linear.fill(weight)
+                module = model.get_submodule(name)
+                if isinstance(module, PackedLinear | PackedEmbedding):
+                    module.fill(weight)
                 else:
-                    dequantize(stored, linear, layout, weight)
+                    dequantize(stored, module, layout, weight)
         if self.quantization_config.dequantize:
             self._forget(model)
         else:

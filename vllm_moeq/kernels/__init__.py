@@ -9,7 +9,13 @@ from vllm_moeq.kernels.dispatch import KERNELS, Kernel, select_kernel
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertSlot, ExpertWeights
 from vllm_moeq.kernels.linear import LinearCall, LinearLayout, LinearWeight
 from vllm_moeq.kernels.op import fused_experts, packed_linear
-from vllm_moeq.kernels.reference import ACTIVATIONS, activate, expert_weight, linear_weight
+from vllm_moeq.kernels.reference import (
+    ACTIVATIONS,
+    activate,
+    expert_weight,
+    linear_weight,
+    look_up,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,5 +37,6 @@ __all__ = [
     "fused_experts",
     "packed_linear",
     "linear_weight",
+    "look_up",
     "select_kernel",
 ]

@@ -137,5 +137,21 @@ def linear_weight(weight: LinearWeight, layout: LinearLayout, dtype: torch.dtype
     )
 
 
+def look_up(weight: LinearWeight, bits: int, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of embeddings, dequantized: [..., K].
+
+    Args:
+        weight: Canonical: [V, K].
+        bits: Width of a code.
+        ids: Which rows [...].
+        dtype: Of the result.
+    """
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=ids.device)
+    packed, scale = weight.packed[ids].unsqueeze(-1), weight.scale[ids].unsqueeze(-1)
+    codes = ((packed >> shifts) & (2**bits - 1)).flatten(-2)
+    centered = (codes - 2 ** (bits - 1)).float().unflatten(-1, (scale.shape[-2], -1))
+    return (centered * scale).flatten(-2).to(dtype)
+
+
 def _bias(bias: torch.Tensor | None, slot: int, dtype: torch.dtype) -> torch.Tensor | None:
     return None if bias is None else bias[slot].to(dtype)

@@ -23,7 +23,7 @@ def round_linear_layers(
     Args:
         config: What to round, and how.
         model: Runs the layer.
-        index: Which decoder layer.
+        index: Which decoder layer; or what a group of embeddings has in its place.
         widths: Of the dense layers of all decoder layers that are to be rounded.
         hidden: float32 [n, L, hidden_size]: its input, which stays as it is.
 
@@ -39,7 +39,8 @@ def round_linear_layers(
     for _, stage in groupby(sorted(planned, key=lambda g: g.stage), key=lambda g: g.stage):
         groups = list(stage)
         inputs = LinearInputs(model, groups)
-        model.watch(index, hidden, weights, inputs.watch)
+        if inputs.watch:
+            model.watch(index, hidden, weights, inputs.watch)
         for group in groups:
             sizes = [config.plan.group_size]
             for name, bits, _, rounded in inputs.rounded(group, [widths[group]], sizes):

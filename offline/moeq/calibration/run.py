@@ -16,6 +16,7 @@ from moeq.calibration.layer import round_layer
 from moeq.calibration.linear import round_linear_layers
 from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.snapshots import Snapshots
+from moeq.checkpoint.linear import INPUT
 from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
 from moeq.model.activations import mapped
@@ -70,18 +71,28 @@ def _calibrate(
     sums, original_sums = (
         stream if model.adds_up else memory(f"{name}-sums") for name, stream in streams.items()
     )
+    linear = config.linear
     done, saved = snapshots.restore(streams) if resume else (0, {})
     coverage = {container: Coverage(*values) for container, values in saved.items()}
     if done == 0:
-        model.embed(config.tokens, hidden)
-        original.copy_(hidden)
+        weights, tensors = round_linear_layers(config, model, INPUT, linear, hidden)
+        snapshots.save_layer(INPUT, tensors)
+        model.embed(config.tokens, hidden, weights)
+        if weights:
+            model.embed(config.tokens, original)
+        else:
+            original.copy_(hidden)
     else:
         model.embed(config.tokens, x)  # for what layers get beside hidden states
-    linear = config.linear
     last = max([layer.index for layer in source.layers] + [group.layer for group in linear])
     experts = sum(layer.num_experts for layer in source.layers if layer.index >= done)
     with stage(progress, "round", experts, "expert") as advance:
         for index in range(done, last + 1):
+            if index == len(model):
+                snapshots.save_layer(
+                    index, round_linear_layers(config, model, index, linear, hidden)[1]
+                )
+                break
             run_layer(model, index, original, x, own, original_sums)
             model.check_finite(index, original)
             weights, tensors = round_linear_layers(config, model, index, linear, hidden)
@@ -99,7 +110,7 @@ def _calibrate(
                 model.complete(index, hidden, sums, weights)
             snapshots.save_layer(index, tensors)
             snapshots.save(index + 1, streams, coverage)
-    read = snapshots.stored(range(last + 1))
+    read = snapshots.stored(range(INPUT, last + 1))
     report = CalibrationReport(
         config.tokens.numel(), config.fewest_tokens, config.route_all, coverage
     )

@@ -1,4 +1,4 @@
-"""The dense linear layers of a model: those in front of and beside its routed experts."""
+"""The dense layers of a model: those in front of and beside its routed experts, and embeddings."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
-from moeq.checkpoint.servable import drafts_tokens
+from moeq.checkpoint.servable import drafts_tokens, text_config
 from moeq.errors import MoeqError
 from vllm_moeq.format import BitPlan, linear_bytes
 
@@ -18,11 +18,18 @@ _STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("o_proj",),),
     (("gate_proj", "up_proj"), ("input_linear",)),
     (("down_proj",), ("output_linear",)),
+    (("embed_tokens",), ("lm_head",)),
 )
 """Dense layers in the order in which they run; those in a tuple are one layer in vLLM, and so have
 one width. Routers, norms, projections of linear attention and of state spaces, and what MLA
-multiplies into attention itself (``kv_b_proj``) are none of them: they keep their 16 bits."""
+multiplies into attention itself (``kv_b_proj``) are none of them: they keep their 16 bits. The
+embeddings come last: each is alone, before and after all decoder layers."""
 _NAMES = {name: group for stage in _STAGES for group in stage for name in group}
+_EMBEDDINGS = re.compile(r"(?:(?:model|language_model)\.)*(embed_tokens|lm_head)\.weight")
+_PLAIN_INPUT = {"gpt_oss"}
+"""Models whose class in vLLM has another name for the embeddings of tokens, if not packed."""
+INPUT = -1
+"""In the place of a decoder layer: the embeddings of tokens, in front of all."""
 _ROWS = 32
 """Of which the kernels of vLLM take whole multiples."""
 
@@ -31,7 +38,8 @@ class LinearGroup(NamedTuple):
     """Dense layers that have one width, and get the same inputs.
 
     Attributes:
-        layer: Number of the decoder layer.
+        layer: Number of the decoder layer; :data:`INPUT` for the embeddings of tokens, and the
+            number of layers for the output head.
         weights: Names of their weights on disk.
         shapes: (rows, columns) of each.
         stored_bytes: Of all weights as they are in the source.
@@ -53,6 +61,16 @@ class LinearGroup(NamedTuple):
         return self.shapes[0][1]
 
     @property
+    def looks_up(self) -> bool:
+        """Whether it is no linear layer: tokens choose rows."""
+        return self.layer == INPUT
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its rows are of tokens: the embeddings, or the output head."""
+        return bool(_EMBEDDINGS.fullmatch(self.weights[0]))
+
+    @property
     def stage(self) -> int:
         """Place in the order in which the dense layers of a decoder layer run."""
         name = self.weights[0].split(".")[-2]
@@ -69,12 +87,15 @@ class LinearGroup(NamedTuple):
         return all(columns % group_size == 0 for _, columns in self.shapes)
 
 
-def linear_groups(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[LinearGroup]:
+def linear_groups(
+    reader: CheckpointReader, layers: Sequence[MoELayer], embeddings: bool = False
+) -> list[LinearGroup]:
     """Return the dense layers that can be quantized, in the order of decoder layers and files.
 
     Args:
         reader: Of a source.
         layers: Its MoE layers.
+        embeddings: Whether those of tokens and the output head are among them.
     """
     root = re.match(r"(.*\blayers\.)\d+\.", layers[0].container)
     if root is None:
@@ -105,7 +126,38 @@ def linear_groups(reader: CheckpointReader, layers: Sequence[MoELayer]) -> list[
         for key, group in found.items()
         if key not in refused and not _shares_keys(group.weights)
     ]
+    if embeddings and not layers[0].family.encodes:
+        groups += _embeddings(reader)
     return sorted(groups, key=lambda group: group.layer)
+
+
+def _embeddings(reader: CheckpointReader) -> list[LinearGroup]:
+    """Return the embeddings of tokens and the output head, but for those of two uses.
+
+    One matrix may be both, and layers that predict tokens share them with the model.
+    """
+    text = text_config(reader.config)
+    num_layers = text.get("num_hidden_layers")
+    tied = text.get("tie_word_embeddings", reader.config.get("tie_word_embeddings", False))
+    stored = {match[1]: match[0] for match in map(_EMBEDDINGS.fullmatch, reader.tensors) if match}
+    if tied or num_layers is None or len(stored) < 2 or _has_prediction_layers(reader):
+        return []
+    groups = []
+    for name, layer in (("embed_tokens", INPUT), ("lm_head", int(num_layers))):
+        info = reader.tensors[stored[name]]
+        rows, columns = info.shape
+        is_plain = layer == INPUT and text.get("model_type") in _PLAIN_INPUT
+        if rows % _ROWS == 0 and info.dtype in FLOATS and not is_plain:
+            groups.append(LinearGroup(layer, (stored[name],), ((rows, columns),), info.num_bytes))
+    return groups
+
+
+def _has_prediction_layers(reader: CheckpointReader) -> bool:
+    numbered = ((name, re.match(r"(?:.*\.)?layers\.(\d+)\.", name)) for name in reader.tensors)
+    return any(
+        drafts_tokens(reader.config, name, int(match[1]) if match else 0)
+        for name, match in numbered
+    )
 
 
 def _shares_keys(weights: tuple[str, ...]) -> bool:

@@ -35,8 +35,12 @@ class SourceModel:
     linear: tuple[LinearGroup, ...] = ()
 
     @classmethod
-    def open(cls, name: str | Path) -> "SourceModel":
+    def open(cls, name: str | Path, embeddings: bool = False) -> "SourceModel":
         """Open a folder or hub id.
+
+        Args:
+            name: Folder or hub id.
+            embeddings: Whether :attr:`linear` has those of tokens and the output head.
 
         Raises:
             MoeqError: No supported MoE model, one that cannot be served, or an expert weight is
@@ -44,7 +48,7 @@ class SourceModel:
         """
         reader = CanonicalReader(resolve_model(str(name)))
         layers = moe_layers(reader)
-        groups = linear_groups(reader, layers)
+        groups = linear_groups(reader, layers, embeddings)
         return cls(str(name), reader, layers, tuple(reader.left_out), tuple(groups))
 
     @property

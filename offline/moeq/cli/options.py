@@ -147,6 +147,11 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         "(default: a measured plan chooses for each; others leave them as they are)",
     )
     group.add_argument(
+        "--quantize-embeddings",
+        action="store_true",
+        help="count the token embeddings and the output head among the dense layers",
+    )
+    group.add_argument(
         "--levels",
         type=_list_of(int, "widths such as 3,2"),
         help="widths to use, as in 3,2 (default: those next to --bits)",

@@ -1,11 +1,13 @@
 """Runs models layer by layer from disk: several sets of experts cost little more than one."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 
+from moeq.checkpoint.linear import INPUT
 from moeq.evaluation.scores import Output
-from moeq.model import ExpertSource, LayerwiseModel, run_layer
+from moeq.model import ExpertSource, LayerwiseModel, Weights, run_layer
 from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
 
@@ -26,8 +28,12 @@ def outputs(
         progress: Hears of every layer.
     """
     hidden = torch.empty(len(sources), *tokens.shape, model.hidden_size)
-    model.embed(tokens, hidden[0])
-    hidden[1:] = hidden[0]
+    heads: list[Weights] = []
+    for _, alike in groupby(sources, key=lambda source: source.linear):
+        first, (source, *others) = len(heads), alike
+        model.embed(tokens, hidden[first], source.linear_weights(INPUT))
+        hidden[first + 1 : first + 1 + len(others)] = hidden[first]
+        heads += [source.linear_weights(len(model))] * (1 + len(others))
     flat, x = hidden.flatten(0, 1), torch.empty_like(hidden).flatten(0, 1)
     chosen: dict[str, torch.Tensor] = {}
     with stage(progress, "evaluate", len(model), "layer") as advance:
@@ -40,8 +46,8 @@ def outputs(
     for i in range(len(tokens)):
         yield [
             Output.of(
-                model.logits(stream[i, answered(model.source.reader.config, tokens[i])]),
+                model.logits(stream[i, answered(model.source.reader.config, tokens[i])], head),
                 {container: ids[number, i] for container, ids in chosen.items()},
             )
-            for number, stream in enumerate(hidden)
+            for number, (stream, head) in enumerate(zip(hidden, heads, strict=True))
         ]

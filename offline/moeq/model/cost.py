@@ -114,6 +114,7 @@ def linear_operations(groups: Iterable[LinearGroup], widths: int, tokens: int) -
     return sum(
         _rounding(group.rows, group.columns, widths) + tokens * _hessian(group.columns)
         for group in groups
+        if not group.looks_up
     )
 
 

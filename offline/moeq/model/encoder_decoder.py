@@ -16,8 +16,8 @@ from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel
 from moeq.model.layerwise import LayerwiseModel
 from moeq.model.sequences import SourceAndTarget
-from moeq.model.stand_ins import BlockEntrance, BlockExit, Routed, SwitchExperts
-from moeq.model.stored import ExpertMatrices
+from moeq.model.stand_ins import BlockEntrance, BlockExit, Entrance, Routed, SwitchExperts
+from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
 
 
 def layerwise_model(source: SourceModel, device: torch.device) -> LayerwiseModel:
@@ -56,7 +56,9 @@ class EncoderDecoderModel(LayerwiseModel):
         return [BlockEntrance(layer) for layer in self._layers]
 
     @torch.no_grad()
-    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+    def embed(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, weights: Weights = NO_WEIGHTS
+    ) -> None:
         """Start with sequences, as :class:`SourceAndTarget` makes them; see the base class."""
         tokens = tokens.to(self.device)
         places = self._sequences.source_length(tokens.shape[1])
@@ -71,7 +73,7 @@ class EncoderDecoderModel(LayerwiseModel):
         ):
             for name, module in stack.named_children():
                 if name != "block":
-                    self._fill(module, f"{self._names[stack]}{name}.")
+                    self._fill(module, f"{self._names[stack]}{name}.", weights)
             entrances = self._entrances[layers]
             bias = self._position_bias(layers.start, tokens[:, span].shape[1])
             for entrance in entrances:
@@ -145,22 +147,16 @@ class EncoderDecoderModel(LayerwiseModel):
 
         return run
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the last layer's output at places of the target [P, hidden_size] says."""
+    def _leave(self) -> Entrance:
+        end = BlockExit(self._layers[-1])
+        self._decoder.block = nn.ModuleList([end])
+        return end
+
+    @staticmethod
+    def _last_inputs(hidden: torch.Tensor) -> dict[str, Any]:
         from transformers.modeling_outputs import MoEModelOutput  # takes seconds to import
 
-        if self._exit is None:
-            self._exit = BlockExit(self._layers[-1])
-            self._decoder.block = nn.ModuleList([self._exit])
-            self._fill(self._head, self._head_prefix)
-        self._exit.hidden = hidden.to(self.device)[None]
-        output = self._model(
-            encoder_outputs=MoEModelOutput(self._exit.hidden),  # no block is left that looks at it
-            decoder_inputs_embeds=self._exit.hidden,
-            use_cache=False,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return {"encoder_outputs": MoEModelOutput(hidden), "decoder_inputs_embeds": hidden}
 
     def _norm(self, layer: MoELayer) -> nn.Module:
         norm: nn.Module = self._layers[layer.index].layer[-1].get_submodule(layer.family.norm)

@@ -1,7 +1,7 @@
 """Where weights of experts and dense layers come from; what experts add to hidden states."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -10,7 +10,7 @@ from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
 from moeq.model.layerwise import LayerwiseModel
 from moeq.model.stand_ins import Routed
-from moeq.model.stored import ExpertMatrices, Weights
+from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
 from moeq.rounding import QuantizedWeight
 from vllm_moeq.format import BitPlan
 
@@ -22,14 +22,15 @@ class ExpertSource:
     Attributes:
         matrices: Takes a layer and an expert's number; returns its weights.
         key: Takes the same; sources with equal keys give equal weights, which are then read once.
-        linear: Widths of dense layers that are not those of the checkpoint, by names of weights.
-        linear_weights: Returns them of one decoder layer, float32, by names.
+        linear: What sources with the same dense layers have in common; None if those are the
+            checkpoint's.
+        linear_weights: Returns those of one decoder layer that are not, float32, by names.
     """
 
     matrices: Callable[[MoELayer, int], ExpertMatrices]
     key: Callable[[MoELayer, int], Hashable]
-    linear: Mapping[str, int] = field(default_factory=dict)
-    linear_weights: Callable[[int], Weights] = lambda index: {}
+    linear: Hashable = None
+    linear_weights: Callable[[int], Weights] = lambda index: NO_WEIGHTS
 
     @classmethod
     def original(cls, model: LayerwiseModel) -> "ExpertSource":

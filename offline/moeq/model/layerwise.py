@@ -5,7 +5,7 @@ another, so that the caller decides which weights they have and sees what reache
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,10 +18,10 @@ from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
-from moeq.model.stored import ExpertMatrices, StoredModel, Weights
+from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, StoredModel, Weights
 from moeq.model.watch import Watch, telling
 
-_NONE: Mapping[str, Any] = {}
+_NO_WATCH: Watch = {}
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 
@@ -75,6 +75,7 @@ class LayerwiseModel(StoredModel):
             attention.indexer = AllTokens()
         self._entrances = self._stand_ins()
         self._exit: Entrance | None = None
+        self._of_head: Weights | None = None
 
     def _bodies(self) -> list[Any]:
         """Return what holds layers, in the order in which they run."""
@@ -89,12 +90,15 @@ class LayerwiseModel(StoredModel):
         return len(self._layers)
 
     @torch.no_grad()
-    def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+    def embed(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, weights: Weights = NO_WEIGHTS
+    ) -> None:
         """Start with sequences: write their embeddings to ``hidden``.
 
         Args:
             tokens: int64 [n, L]; all sequences are full, none is padded.
             hidden: float32 [n, L, hidden_size].
+            weights: Of embeddings, for those of the checkpoint.
 
         Raises:
             MoeqError: Attention chooses tokens of such long sequences, and layers share the choice.
@@ -108,7 +112,7 @@ class LayerwiseModel(StoredModel):
         self._body.layers = nn.ModuleList(self._entrances)
         for name, module in self._body.named_children():
             if name != "layers":
-                self._fill(module, f"{self._prefix}{name}.")
+                self._fill(module, f"{self._prefix}{name}.", weights)
         for sequence, target in zip(tokens, hidden, strict=True):
             self._body(input_ids=sequence[None].to(self.device), use_cache=False)
             target.copy_(self._entrances[0].hidden[0])
@@ -125,7 +129,7 @@ class LayerwiseModel(StoredModel):
         hidden: torch.Tensor,
         x: torch.Tensor,
         sums: torch.Tensor,
-        weights: Weights = _NONE,
+        weights: Weights = NO_WEIGHTS,
     ) -> Routed | None:
         """Run one layer, all but its routed experts; if it has any, :meth:`complete` has to follow.
 
@@ -167,18 +171,22 @@ class LayerwiseModel(StoredModel):
         """Run one layer without its routed experts, only to see what dense layers get.
 
         Args:
-            index: Which layer.
+            index: Which layer; their number is the end of the model, with its head.
             hidden: float32 [n, L, hidden_size]: input, which stays as it is.
             weights: As in :meth:`run`.
             watch: Gets inputs and outputs, of some sequences at a time.
         """
+        if index == len(self):
+            for sequence in hidden:
+                self.logits(sequence, weights, watch)
+            return
         with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
             for sequences in torch.split(hidden, self._batch_size(hidden)):
                 run(sequences.to(self.device))
 
     @torch.no_grad()
     def complete(
-        self, index: int, hidden: torch.Tensor, sums: torch.Tensor, weights: Weights = _NONE
+        self, index: int, hidden: torch.Tensor, sums: torch.Tensor, weights: Weights = NO_WEIGHTS
     ) -> None:
         """Turn ``hidden``, in place, into the output of a layer with experts.
 
@@ -206,7 +214,7 @@ class LayerwiseModel(StoredModel):
         hidden: torch.Tensor,
         gradient: torch.Tensor,
         of_sums: torch.Tensor,
-        watch: Watch = _NONE,
+        watch: Watch = _NO_WATCH,
     ) -> None:
         """Turn the gradient of a layer's output, in place, into that of its input.
 
@@ -250,8 +258,8 @@ class LayerwiseModel(StoredModel):
         self,
         index: int,
         give: Callable[[Routed], torch.Tensor],
-        weights: Weights = _NONE,
-        watch: Watch = _NONE,
+        weights: Weights = NO_WEIGHTS,
+        watch: Watch = _NO_WATCH,
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Give a layer its tensors, and what stands for its experts, to run it on sequences."""
         layer, moe = self._layers[index], self.moe_layers.get(index)
@@ -260,18 +268,26 @@ class LayerwiseModel(StoredModel):
             layer.set_submodule(experts, self._stand_in(moe, give))
         prefix = self._names[layer]
         self._fill(layer, prefix, weights)
-        hooks = [
-            module.register_forward_hook(telling([watch.get(part) for part in parts]))
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-            and not watch.keys().isdisjoint(parts := self._stored_parts(f"{prefix}{name}.weight"))
-        ]
-        yield self._runner(index)
-        for hook in hooks:
-            hook.remove()
+        with self._watched(layer, watch):
+            yield self._runner(index)
         if moe is not None:
             layer.set_submodule(experts, nn.Module())  # what stood there may hold memory
         layer.to("meta")
+
+    @contextmanager
+    def _watched(self, module: nn.Module, watch: Watch) -> Iterator[None]:
+        """Let linear layers in a module tell what they get and give."""
+        hooks = [
+            part.register_forward_hook(telling([watch.get(stored) for stored in names]))
+            for name, part in module.named_modules()
+            if isinstance(part, nn.Linear)
+            and not watch.keys().isdisjoint(
+                names := self._stored_parts(f"{self._names[part]}weight")
+            )
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
 
     def _stand_in(self, moe: MoELayer, give: Callable[[Routed], torch.Tensor]) -> nn.Module:
         """Return what stands for the experts of a layer."""
@@ -304,17 +320,38 @@ class LayerwiseModel(StoredModel):
                 "text; are its weights finite?"
             )
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the last layer's output [L, hidden_size] says: logits [L, V]."""
+    def logits(
+        self, hidden: torch.Tensor, weights: Weights = NO_WEIGHTS, watch: Watch = _NO_WATCH
+    ) -> torch.Tensor:
+        """Return what the last layer's output [L, hidden_size] says: logits [L, V].
+
+        Args:
+            hidden: That output.
+            weights: Of the head, for that of the checkpoint; the same object is not read again.
+            watch: Gets inputs and outputs of the head.
+        """
         if self._exit is None:
-            self._exit = Exit(self._layers[-1], self._in_tuple)
-            self._body.layers = nn.ModuleList([self._exit])
-            self._fill(self._head, self._head_prefix)
+            self._exit, self._of_head = self._leave(), None
+        if self._of_head is not weights:
+            self._fill(self._head, self._head_prefix, weights)
+            self._of_head = weights
         self._exit.hidden = hidden.to(self.device)[None]
-        # transformers' own end of the model: some scale the logits, or cap them.
-        output = self._model(inputs_embeds=self._exit.hidden, use_cache=False)
+        with self._watched(self._head, watch):
+            # transformers' own end of the model: some scale the logits, or cap them.
+            output = self._model(**self._last_inputs(self._exit.hidden), use_cache=False)
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _leave(self) -> Entrance:
+        """Return what stands for all layers in the model from now on."""
+        end = Exit(self._layers[-1], self._in_tuple)
+        self._body.layers = nn.ModuleList([end])
+        return end
+
+    @staticmethod
+    def _last_inputs(hidden: torch.Tensor) -> dict[str, Any]:
+        """Return what the model gets, once nothing but its end looks at it."""
+        return {"inputs_embeds": hidden}
 
     @torch.no_grad()
     def normalized(self, layer: MoELayer, x: torch.Tensor) -> torch.Tensor:

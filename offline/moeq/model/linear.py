@@ -33,7 +33,9 @@ class LinearInputs:
         self._model = model
         self._sums: dict[LinearGroup, torch.Tensor] = {}
         self._tokens: dict[LinearGroup, int] = {}
-        self.watch: Watch = {group.weights[0]: self._add(group) for group in groups}
+        self.watch: Watch = {
+            group.weights[0]: self._add(group) for group in groups if not group.looks_up
+        }
 
     def _add(self, group: LinearGroup) -> Callable[[torch.Tensor, torch.Tensor], None]:
         def add(x: torch.Tensor, _: torch.Tensor) -> None:
@@ -57,7 +59,8 @@ class LinearInputs:
             group: Which.
             widths: At each of which.
             group_sizes: With each of which.
-            method: Of :data:`moeq.rounding.METHODS`; without calibration, to nearest.
+            method: Of :data:`moeq.rounding.METHODS`; without calibration, to nearest. So are rows
+                that tokens choose: they get nothing whose errors could make up for each other.
 
         Yields:
             Name of a weight, width, group size, and the weight with these.
@@ -66,13 +69,14 @@ class LinearInputs:
             MoeqError: Weights or inputs are not finite, or nothing came to the group; names it.
         """
         source, hessian = self._model.source, None
-        if method not in DATA_FREE and group not in self._sums:
+        by_inputs = method not in DATA_FREE and not group.looks_up
+        if by_inputs and group not in self._sums:
             raise MoeqError(
                 f"{source.folder}: {group.weights[0]} is no linear layer of the model in "
                 "transformers; give `dense_bits` 16"
             )
         try:
-            if method not in DATA_FREE:
+            if by_inputs:
                 hessian = Hessian.of(self._sums.pop(group)[None], [self._tokens[group]])
             for name in group.weights:
                 weight = source.tensor(name).to(self._model.device)

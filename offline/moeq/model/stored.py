@@ -13,7 +13,8 @@ from moeq.model.architecture import auto_class, parts_on_disk, stored_names
 
 Weights = Mapping[str, torch.Tensor]
 """Name on disk to float32 weights that stand for those of the checkpoint."""
-_NONE: Weights = {}
+NO_WEIGHTS: Weights = {}
+"""All are those of the checkpoint."""
 
 
 class ExpertMatrices(NamedTuple):
@@ -88,7 +89,7 @@ class StoredModel:
             )
         return tensor
 
-    def _fill(self, module: nn.Module, prefix: str, weights: Weights = _NONE) -> None:
+    def _fill(self, module: nn.Module, prefix: str, weights: Weights = NO_WEIGHTS) -> None:
         """Give a module of the model its tensors from the checkpoint, but for some weights.
 
         Raises:

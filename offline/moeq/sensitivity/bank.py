@@ -69,7 +69,8 @@ class Bank:
 
         if linear is None:
             return ExpertSource(matrices, widths)
-        return ExpertSource(matrices, widths, plan.linear_bits, linear.weights(plan, device))
+        key = plan.group_size, tuple(sorted(plan.linear_bits.items()))
+        return ExpertSource(matrices, widths, key, linear.weights(plan, device))
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from moeq.model import ExpertSource, LayerwiseModel, run_layer
+from moeq.checkpoint.linear import INPUT
+from moeq.model import ExpertSource, LayerwiseModel, Watch, run_layer
 from moeq.model.activations import mapped
 from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
@@ -49,6 +50,8 @@ def gradients(
     with stage(progress, "gradients", 2 * len(model), "layer") as advance:
         with torch.no_grad():
             model.embed(tokens, hidden)
+            if linear is not None:
+                linear.round(INPUT, hidden)
             for index in range(len(model)):
                 states[index].copy_(hidden)
                 if linear is not None:
@@ -56,7 +59,10 @@ def gradients(
                 run_layer(model, index, hidden, x, sources)
                 model.check_finite(index, hidden)
                 advance(1)
-        gradient = _of_head(model, tokens, hidden, seed)
+            if linear is not None:
+                linear.round(len(model), hidden)
+        watch = {} if linear is None else linear.watch(len(model))
+        gradient = _of_head(model, tokens, hidden, seed, watch)
         results = []
         for index in reversed(range(len(model))):
             results.append(mapped(folder / f"gradient-{index}.bin", shape))
@@ -64,11 +70,13 @@ def gradients(
             model.backward(index, states.pop(), gradient, results[-1], watch)
             paths[index].unlink()
             advance(1)
+        if linear is not None:
+            linear.measure_embeddings(tokens, gradient)
     return results[::-1]
 
 
 def _of_head(
-    model: LayerwiseModel, tokens: torch.Tensor, hidden: torch.Tensor, seed: int
+    model: LayerwiseModel, tokens: torch.Tensor, hidden: torch.Tensor, seed: int, watch: Watch
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.zeros_like(hidden)
@@ -76,7 +84,7 @@ def _of_head(
         places = answered(model.source.reader.config, sequence)
         with torch.enable_grad():
             inputs = state[places].clone().requires_grad_()
-            log_probabilities = model.logits(inputs).log_softmax(-1)
+            log_probabilities = model.logits(inputs, watch=watch).log_softmax(-1)
             drawn = torch.multinomial(
                 log_probabilities.detach().exp().cpu(), 1, generator=generator
             )

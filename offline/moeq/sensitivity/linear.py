@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, linear_widths
+from moeq.checkpoint.linear import FULL_WIDTH, INPUT, LinearGroup, linear_widths
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import replace_file
-from moeq.model import LayerwiseModel, LinearInputs, Watch, Weights
+from moeq.model import NO_WEIGHTS, LayerwiseModel, LinearInputs, Watch, Weights
 from moeq.rounding import DATA_FREE, LinearWeight
 from vllm_moeq.format import BitPlan
 
@@ -64,11 +64,12 @@ class LinearBank:
 
         def of_layer(index: int) -> Weights:
             names = (name for group in self._of(index) for name in group.weights)
-            return {
+            weights = {
                 name: self._read(index, name, plan.group_size, widths[name]).to(device)
                 for name in names
                 if name in widths
             }
+            return weights or NO_WEIGHTS
 
         return of_layer
 
@@ -76,7 +77,7 @@ class LinearBank:
         """Round the dense layers of a decoder layer by what they get in the original model.
 
         Args:
-            index: Which decoder layer.
+            index: Which decoder layer; or what a group of embeddings has in its place.
             hidden: float32 [n, L, hidden_size]: its input, which stays as it is.
 
         Raises:
@@ -86,7 +87,7 @@ class LinearBank:
         if not groups or self._file(index).exists():
             return
         inputs = LinearInputs(self._model, groups)
-        if self._method not in DATA_FREE:
+        if self._method not in DATA_FREE and inputs.watch:
             self._model.watch(index, hidden, {}, inputs.watch)
         tensors: dict[str, torch.Tensor] = {}
         for group in groups:
@@ -101,6 +102,24 @@ class LinearBank:
         return {
             name: self._measure(group, name) for group in self._of(index) for name in group.weights
         }
+
+    def measure_embeddings(self, tokens: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Measure embeddings, once the way back has come to them.
+
+        Args:
+            tokens: int64 [n, L].
+            gradient: float32 [n, L, hidden_size], of the first layer's input.
+        """
+        for group in self._of(INPUT):
+            (name,) = group.weights
+            own, rounded = torch.empty(2, *gradient.shape)
+            self._model.embed(tokens, own)
+            for group_size in self._group_sizes:
+                for bits in self._widths:
+                    weight = self._read(INPUT, name, group_size, bits).to(self._model.device)
+                    self._model.embed(tokens, rounded, {name: weight})
+                    increase = ((rounded - own) * gradient).sum(-1)
+                    self._squares[group, group_size, bits] = float(increase.square().sum())
 
     def _measure(
         self, group: LinearGroup, name: str

@@ -93,7 +93,7 @@ def test_dense_layers_keep_their_outputs_behind_rounded_ones(
     source = tiny_model("deepseek_v3")  # its first layer has no experts
     out, twin = tmp_path / "out", tmp_path / "float"
     options = ("--calib", text, *OPTIONS[:6], "--nsamples=48", "--seqlen=64", "--dense-bits=4")
-    done = run_moeq("quantize", source, "-o", out, *options)
+    done = run_moeq("quantize", source, "-o", out, *options, "--quantize-embeddings")
     assert done.returncode == 0, done.stderr
     assert run_moeq("verify", out).returncode == 0
     dequantize_checkpoint(out, twin)
@@ -105,6 +105,8 @@ def test_dense_layers_keep_their_outputs_behind_rounded_ones(
     ]
     modules = [dict(model.named_modules()) for model in models]
     inputs: dict[str, torch.Tensor] = {}
+    looked_up = "model.embed_tokens"
+    targets.remove(looked_up)
     for name in targets:
         modules[1][name].register_forward_pre_hook(
             lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2).double())
@@ -118,7 +120,10 @@ def test_dense_layers_keep_their_outputs_behind_rounded_ones(
         nearest = round_linear(original.float(), 4, 32).dequantize(4).double()
         errors = [((w - original) @ inputs[name].T).norm() for w in (rounded, nearest)]
         better += bool(errors[0] < 0.9 * errors[1])
-    assert len(targets) == 14 and better >= 12, (better, len(targets))
+    assert len(targets) == 15 and better >= 13, (better, len(targets))
+    assert "lm_head" in targets
+    rows, rounded = (model[looked_up].weight.detach() for model in modules)
+    torch.testing.assert_close(rounded, round_linear(rows, 4, 32).dequantize(4))
 
 
 def _check_coverage(summary: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeq import verify
+from moeq import quantize, verify
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.linear import group_widths, linear_groups, uniform_linear_bits
 from moeq.errors import MoeqError
 from moeq.model.architecture import stored_names
 from moeq.rounding import round_linear
-from support.models import load_model
+from support.models import add_prediction_layer, load_model
 from support.packed import mixed_plan, write_packed
 from vllm_moeq.format import CheckpointConfig, write_manifest
 
@@ -97,6 +98,26 @@ def test_layers_that_share_keys_and_values_keep_their_width(
     after = linear_groups(source.reader, source.layers)
     (lost,) = set(before) - set(after)
     assert lost.layer == 1 and lost.stage == 0 and len(after) == len(before) - 1
+
+
+def test_embeddings_are_among_them_unless_they_have_two_uses(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def of(folder: Path) -> list[tuple[int, tuple[str, ...]]]:
+        groups = SourceModel.open(folder, embeddings=True).linear
+        return [(group.layer, group.weights) for group in groups if group.embeds]
+
+    both = [(-1, ("model.embed_tokens.weight",)), (2, ("lm_head.weight",))]
+    assert of(tiny_model("mixtral")) == both
+    assert not [group for group in SourceModel.open(tiny_model("mixtral")).linear if group.embeds]
+    tied = shutil.copytree(tiny_model("mixtral"), tmp_path / "tied")
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert of(tied) == []
+    model = add_prediction_layer(tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.")
+    assert of(tiny_model("deepseek_v3")) == both and of(model) == []
+    with pytest.raises(MoeqError, match="embeddings of this model stay in 16 bits"):
+        quantize(model, tmp_path / "out", calib=None, dense_bits=8, quantize_embeddings=True)
 
 
 def test_a_packed_checkpoint_with_parts_of_two_widths_is_told(

@@ -455,16 +455,21 @@ def test_measured_plans_use_up_their_budget(
         assert allowed - EXPERT_WEIGHTS / 8 < size <= allowed
 
 
+@pytest.mark.parametrize(("more", "layers"), [((), 8), (("--quantize-embeddings",), 10)])
 @pytest.mark.parametrize("strategy", ["auto", "sensitivity"])
 def test_measured_plans_keep_to_one_width_of_dense_layers(
-    strategy: str, tiny_model: Callable[[str], Path], text: Path
+    strategy: str,
+    more: tuple[str, ...],
+    layers: int,
+    tiny_model: Callable[[str], Path],
+    text: Path,
 ) -> None:
     source = tiny_model("mixtral")
     plan = _plan(
         source, "--target-size", "800kB", "--dense-bits", 4, "--group-size", "32,64", "--calib",
-        text, *CALIBRATION, "--method", "rtn", "--strategy", strategy,
+        text, *CALIBRATION, "--method", "rtn", "--strategy", strategy, *more,
     )  # fmt: skip
-    assert set(plan["linear_bits"].values()) == {4} and len(plan["linear_bits"]) == 2 * 4
+    assert set(plan["linear_bits"].values()) == {4} and len(plan["linear_bits"]) == layers
     sizes = [plan["provenance"]["total_bytes"]]
     sizes += [tried["total_bytes"] for tried in plan["provenance"]["details"].get("tried", ())]
     assert all(800_000 - EXPERT_WEIGHTS / 8 < size <= 800_000 for size in sizes)
