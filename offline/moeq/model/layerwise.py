@@ -4,9 +4,11 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.source import SourceModel
+from moeq.checkpoint.source import SourceModel, opened
 from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
@@ -87,6 +89,17 @@ class LayerwiseModel(StoredModel):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes as the checkpoint that it was made from."""
+        folder, name = str(self.source.folder.absolute()), self.source.name
+        return _made, (type(self), folder, name, str(self.device))
+
+    def on(self, device: torch.device) -> "LayerwiseModel":
+        """Return the same model with its experts on another device; only they can run there."""
+        result = copy.copy(self) if device != self.device else self
+        result.device = device
+        return result
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -360,6 +373,12 @@ class LayerwiseModel(StoredModel):
         if name == f"{self._head_prefix}weight" and name not in self._stored:  # tied
             name = f"{self._prefix}embed_tokens.weight"
         return super()._stored_name(name)
+
+
+@lru_cache(maxsize=1)
+def _made(kind: type[LayerwiseModel], folder: str, name: str, device: str) -> LayerwiseModel:
+    """Return a model that another process has made, the same for equal calls."""
+    return kind(opened(folder, name), torch.device(device))
 
 
 def _layers(body: Any) -> Any:
