@@ -147,7 +147,7 @@ class Cluster:
                 ray.cancel(unfinished)
 
     @property
-    def _resources(self) -> dict[str, float]:
+    def _resources(self) -> dict[str, int]:
         if self.kind == "cuda":
             return {"num_cpus": 1, "num_gpus": 1}
         return {"num_cpus": self.cores} | ({"memory": self.memory} if self.memory else {})
@@ -274,6 +274,8 @@ def _nodes(folder: Path) -> dict[str, "Node | str"]:
     for name, answer in answers.items():
         try:
             found[name] = ray.get(answer, timeout=_SECONDS_TO_ANSWER)
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            logger.warning("node %s of the Ray cluster was lost a moment ago", name)
         except ray.exceptions.RayError as error:
             raise MoeqError(f"node {name} of the Ray cluster does not answer: {error}") from error
     return found
