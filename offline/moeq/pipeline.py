@@ -164,7 +164,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         experts: PackedSource
         if calibration is None:
             experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
-            writers = Cluster("cpu") if request.ray else None
+            writers = Cluster("cpu") if request.ray is not None else None
         else:
             experts = calibrated = calibrate(
                 calibration, workspace.calibration, request.resume, progress, workers

@@ -4,7 +4,6 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,8 +96,10 @@ class LayerwiseModel(StoredModel):
 
     def on(self, device: torch.device) -> "LayerwiseModel":
         """Return the same model with its experts on another device; only they can run there."""
-        result = copy.copy(self) if device != self.device else self
-        result.device = device
+        if device == self.device:
+            return self
+        result: LayerwiseModel = object.__new__(type(self))  # copy.copy makes it anew, as pickle
+        result.__dict__.update(self.__dict__, device=device)
         return result
 
     @torch.no_grad()

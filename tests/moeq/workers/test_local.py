@@ -10,6 +10,7 @@ import torch
 from moeq.calibration import CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.model.device import all_devices
+from moeq.model.layerwise import LayerwiseModel
 from moeq.workers import OneByOne, Threads, Workers, on_devices
 from support.models import NUM_EXPERTS, VOCABULARY
 from vllm_moeq.format import BitPlan, LayerBits
@@ -59,6 +60,13 @@ def test_cuda_stands_for_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_devices([CPU, CPU]) == Threads([CPU, CPU])
 
 
+def test_a_model_on_another_device_is_the_same_model(tiny_model: Callable[[str], Path]) -> None:
+    model = LayerwiseModel(SourceModel.open(tiny_model("mixtral")), CPU)
+    other = model.on(torch.device("cpu:0"))
+    assert (model.on(CPU), model.device, other.device) == (model, CPU, torch.device("cpu:0"))
+    assert other.source is model.source and other.on(CPU) is not model
+
+
 @pytest.mark.slow
 def test_two_devices_calibrate_to_the_bytes_of_one(
     tiny_model: Callable[[str], Path], tmp_path: Path
@@ -68,7 +76,7 @@ def test_two_devices_calibrate_to_the_bytes_of_one(
     plan = BitPlan(32, {layer.container: bits for layer in source.layers})
     tokens = torch.randint(VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(0))
     config = CalibrationConfig(source, plan, tokens)
-    for name, workers in (("one", OneByOne(CPU)), ("two", Threads([CPU, CPU]))):
+    for name, workers in (("one", OneByOne(CPU)), ("two", Threads([CPU, torch.device("cpu:0")]))):
         calibrate(config, tmp_path / name, resume=False, workers=workers)
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
