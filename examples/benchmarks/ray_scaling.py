@@ -109,13 +109,14 @@ def main() -> None:
         "Cost of calibration",
         "scaling on a Ray cluster",
         [
-            f"`moeq quantize --ray`: {options.layers} layer(s) of {options.experts} experts of "
-            f"{options.hidden_size} / {options.intermediate_size}, {options.nsamples} × 512 "
-            "tokens; node processes of one core each on one machine. All outputs have the bytes of "
-            f"the single process. The mean load of the machine was {load:.1f} on "
-            f"{os.cpu_count()} cores, all runs included: seconds by the clock say little above "
-            "their number. Speed-ups are not measured but modelled from processor time: what the "
-            "command itself takes with 2 workers stays, the rest of what it takes alone is shared.",
+            f"`moeq quantize --ray`: layers × experts {options.layers} × {options.experts}, "
+            f"hidden / intermediate size {options.hidden_size} / {options.intermediate_size}, "
+            f"{options.nsamples} × 512 tokens; node processes of one core each on one machine. "
+            f"All outputs have the bytes of the single process. The mean load was {load:.1f} on "
+            f"{os.cpu_count()} cores, all runs included, so seconds by the clock are rough. "
+            "Speed-ups are not measured but modelled from processor time: what the command itself "
+            "takes with 2 workers stays, the rest of what it takes alone is shared. Of a small "
+            "model most of what stays is the start of Python and torch.",
             table(
                 [
                     "", "no cluster, s", "1 worker, s", "2 workers, s", "processor alone, s",
