@@ -77,6 +77,12 @@ def _doubled(device: torch.device, shared: Path, item: int) -> Iterator[torch.Te
     yield torch.full((3,), 2 * item, dtype=torch.bfloat16)
 
 
+def _failing(device: torch.device, shared: None, item: int) -> Iterator[int]:
+    if item == 3:
+        raise MoeqError("tensor x is not finite")
+    yield item
+
+
 @pytest.mark.slow
 def test_the_work_of_a_killed_node_is_done_again(
     nodes: "Nodes", tiny_model: Callable[[str], Path], tmp_path: Path
@@ -91,6 +97,10 @@ def test_the_work_of_a_killed_node_is_done_again(
         nodes.kill(lost[0][1])
         (tmp_path / "go").touch()
         found += results
+        with pytest.raises(MoeqError, match=r"^tensor x is not finite$"):
+            list(Cluster("cpu").flat_map(_failing, None, range(9)))
+        with pytest.raises(MoeqError, match="no node of the Ray cluster has 64 cores"):
+            Cluster("cpu", 64)
     assert torch.equal(torch.stack(found).float(), 2 * torch.arange(9.0)[:, None].expand(9, 3))
     assert len(list(tmp_path.glob(f"{lost[0][0]} *"))) == 2  # on another node again
 
