@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from vllm_moeq.compat import QuantizeMethodBase, set_weight_attrs
 from vllm_moeq.format import linear_tensors
@@ -26,7 +26,7 @@ class MoeqEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -46,12 +46,12 @@ class MoeqEmbeddingMethod(QuantizeMethodBase):
             set_weight_attrs(parameter, {"weight_loader": weight_loader, **split})
             layer.register_parameter(name, parameter)
 
-    def embedding(self, layer: Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Return the rows of tokens [...]: [..., hidden_size]."""
         weight = LinearWeight(layer.weight_packed, layer.weight_scale)
         return look_up(weight, self.bits, input_, layer.moeq_dtype)
 
-    def apply(self, layer: Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def apply(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Refuse: an output head has a method of linear layers.
 
         Raises:

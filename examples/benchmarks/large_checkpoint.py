@@ -26,7 +26,7 @@ from moeq.checkpoint.families import Family, family_of
 from moeq.checkpoint.reader import INDEX_NAME
 from moeq.model.architecture import names_on_disk
 
-CONFIGS = {
+CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral-8x7b": ("mixtral", {}),
     "qwen3-30b-a3b": (
         "qwen3_moe",

@@ -56,6 +56,7 @@ def quantize(
     max_shard_size: str | int = "2GB",
     resume: bool = False,
     dry_run: bool = False,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> "QuantizedModel":
     """Quantize a Mixture-of-Experts model, each expert to its own bit-width.
@@ -103,6 +104,8 @@ def quantize(
             memory.
         resume: Go on with what an interrupted call has finished; the bytes are the same.
         dry_run: Estimate sizes, memory and time; write nothing.
+        ray: Address of a Ray cluster whose machines do the work, as of ``ray.init``: ``"auto"`` is
+            that of this machine; None works on this machine alone. The bytes are the same.
         progress: Hears of what is done.
 
     Raises:
@@ -140,6 +143,7 @@ def quantize(
         max_shard_size=max_shard_size,
         resume=resume,
         dry_run=dry_run,
+        ray=ray,
     )
     return pipeline.quantize(request, progress)
 

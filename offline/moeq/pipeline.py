@@ -23,7 +23,7 @@ from moeq.comparison import Findings, Study, check_strategies, write_comparison
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation, PackedModel
 from moeq.model.cost import Cost
-from moeq.model.device import torch_device
+from moeq.model.device import all_devices, torch_device
 from moeq.model.structure import check_structure, structure_problems
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from moeq.planning import (
@@ -38,6 +38,7 @@ from moeq.planning import (
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.units import duration, parse_size, public_name
+from moeq.workers import Cluster, Workers, connected, on_devices
 from vllm_moeq.format import GROUP_SIZES, BitPlan
 
 logger = logging.getLogger(__name__)
@@ -144,13 +145,18 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
         return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
-    with Workspace.open(output, request.resume) as workspace, disk_errors(f"cannot write {output}"):
+    with (
+        connected(request.ray, source.folder),
+        Workspace.open(output, request.resume) as workspace,
+        disk_errors(f"cannot write {output}"),
+    ):
         workspace.check_space(estimate.disk_bytes)
+        workers, writers = _workers(text, request.ray, estimate), None
         _announce(request, text, estimate.measuring, estimate.rounding)
         reports: dict[str, Any] = {}
         if measurement is not None:
             plan, reports[MEASUREMENT_NAME] = decide(
-                source, request, measurement, workspace.plan, progress
+                source, request, measurement, workspace.plan, progress, workers
             )
             conversion = _conversion(request, source, plan, text)
         logger.info("%s", _in_short(conversion.plan))
@@ -159,13 +165,14 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         experts: PackedSource
         if calibration is None:
             experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
+            writers = Cluster("cpu") if request.ray is not None else None
         else:
             experts = calibrated = calibrate(
-                calibration, workspace.calibration, request.resume, progress
+                calibration, workspace.calibration, request.resume, progress, workers
             )
             report = calibrated.report
             reports[REPORT_NAME] = report.to_dict()
-        conversion.write(workspace.partial, experts, reports, progress)
+        conversion.write(workspace.partial, experts, reports, progress, writers)
         workspace.publish()
     return QuantizedModel(request.output, True, conversion.plan, estimate, report, in_vllm)
 
@@ -184,7 +191,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     _announce(request, text, None if measurement is None else measurement.cost(), None)
-    result = decide(source, request, measurement, None, progress).plan
+    result = decide(source, request, measurement, None, progress, _workers(text)).plan
     if request.output is not None:
         write_plan(result, request.output)
     return result
@@ -304,6 +311,19 @@ def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None
         source.folder, request.text, request.nsamples, request.seqlen, request.seed
     )
     return _Text(tokens, device)
+
+
+def _workers(
+    text: _Text | None, ray: str | None = None, estimate: Estimate | None = None
+) -> Workers | None:
+    """Return who runs and rounds experts with text: all GPUs that are asked for, or a cluster."""
+    if text is None:
+        return None
+    if ray is None:
+        return on_devices(all_devices(text.device))
+    costs = (estimate.measuring, estimate.rounding) if estimate else ()
+    memory = max((cost.memory_bytes for cost in costs if cost), default=0)
+    return Cluster(text.device.type, torch.get_num_threads(), memory)
 
 
 def _measurement(

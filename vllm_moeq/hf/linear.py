@@ -59,6 +59,9 @@ class _Packed(Module):
     is called ``qweight``: peft looks for that name where there is no weight.
     """
 
+    qweight: torch.Tensor
+    scale: torch.Tensor
+
     def _hold(self, name: str, layout: LinearLayout) -> None:
         self.name, self.sizes = name, layout
         # On the meta device: transformers moves them to where its device map says.
@@ -145,7 +148,7 @@ class PackedEmbedding(_Packed):
         self.register_buffer("like", torch.empty(0, dtype=embedding.weight.dtype), persistent=False)
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """No weight, but on its device and of its type, which is all that models ask of it."""
         return self.qweight.new_empty(0, dtype=self.get_buffer("like").dtype)
 

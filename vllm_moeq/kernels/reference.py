@@ -150,7 +150,8 @@ def look_up(weight: LinearWeight, bits: int, ids: torch.Tensor, dtype: torch.dty
     packed, scale = weight.packed[ids].unsqueeze(-1), weight.scale[ids].unsqueeze(-1)
     codes = ((packed >> shifts) & (2**bits - 1)).flatten(-2)
     centered = (codes - 2 ** (bits - 1)).float().unflatten(-1, (scale.shape[-2], -1))
-    return (centered * scale).flatten(-2).to(dtype)
+    rows: torch.Tensor = (centered * scale).flatten(-2).to(dtype)
+    return rows
 
 
 def _bias(bias: torch.Tensor | None, slot: int, dtype: torch.dtype) -> torch.Tensor | None:

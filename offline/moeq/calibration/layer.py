@@ -12,6 +12,7 @@ from moeq.checkpoint import MoELayer
 from moeq.errors import MoeqError
 from moeq.model import ExpertMatrices, LayerwiseModel, Routed
 from moeq.rounding import quantize_by_inputs
+from moeq.workers import Workers
 from vllm_moeq.format import Projection
 
 
@@ -22,6 +23,7 @@ def round_layer(
     routed: Routed,
     sums: torch.Tensor,
     lacks: torch.Tensor,
+    workers: Workers,
 ) -> Iterator[Tensors]:
     """Round the experts of a layer, and add up their shares.
 
@@ -33,6 +35,7 @@ def round_layer(
         sums: float32 [n, L, hidden_size]: what their shares are added to, in place.
         lacks: Of the same shape: what the sums would lack, compared with the original model, if
             the experts were not rounded. Changed in place.
+        workers: Each round some of the experts.
 
     Yields:
         The packed tensors of an expert, by name.
@@ -44,80 +47,91 @@ def round_layer(
     totals = routed.weights.sum(1, keepdim=True)
     missing = lacks.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
     flat = sums.view(routed.x.shape)
-    for experts in _batches(config, layer, routed):
-        batch = _Batch.of(config, model, layer, experts, routed, missing)
-        for stored, share, output in batch.rounded():
-            flat.index_add_(0, share.places, output.to(flat.device) * share.weights)
-            yield stored
+    task = _Layer(config, model, layer, routed, missing)
+    for expert, stored, output in workers.flat_map(_round, task, _batches(task)):
+        places, weights = routed.of_expert(expert)
+        flat.index_add_(0, places, output * weights)
+        yield stored
 
 
-def _batches(config: CalibrationConfig, layer: MoELayer, routed: Routed) -> Iterator[list[int]]:
+class _Layer(NamedTuple):
+    """A layer whose experts are rounded.
+
+    Attributes:
+        config: What to round, and how.
+        model: Runs the experts.
+        layer: Where they are.
+        routed: What they get.
+        missing: What the sums lack [T, hidden_size], divided by the router weights of a token.
+    """
+
+    config: CalibrationConfig
+    model: LayerwiseModel
+    layer: MoELayer
+    routed: Routed
+    missing: torch.Tensor
+
+
+def _batches(task: _Layer) -> Iterator[list[int]]:
     """Yield experts to be rounded at once: of equal widths, all with calibration or none."""
+    config, layer = task.config, task.layer
     size = config.batch_size(layer)
     bits = config.plan.expert_bits[layer.container]
     alike: dict[tuple[int, int, bool], list[int]] = {}
     for expert in range(layer.num_experts):
-        count = len(routed.of_expert(expert)[0])
+        count = len(task.routed.of_expert(expert)[0])
         key = bits.w13[expert], bits.w2[expert], config.is_calibrated(count)
         alike.setdefault(key, []).append(expert)
     for experts in alike.values():
         yield from (experts[i : i + size] for i in range(0, len(experts), size))
 
 
-class _Share(NamedTuple):
-    """The tokens that the router gives to an expert: their places [n] and router weights [n, 1]."""
-
-    places: torch.Tensor
-    weights: torch.Tensor
+@torch.inference_mode()
+def _round(
+    device: torch.device, task: _Layer, experts: list[int]
+) -> Iterator[tuple[int, Tensors, torch.Tensor]]:
+    """Yield of each expert its number, its packed tensors, and what it gives for its tokens."""
+    yield from _Batch.of(task, device, experts).rounded()
 
 
 class _Batch(NamedTuple):
     """Experts that are rounded at once, and what each of them is rounded by.
 
     Attributes:
-        config: What to round, and how.
-        model: Runs the experts.
-        layer: Where they are.
+        task: The layer.
+        model: Runs the experts, where they are rounded.
         experts: Their numbers.
         originals: Their weights.
-        shares: What the router gives to them.
-        x: Inputs [n, hidden_size] of each: of its share, or of all tokens.
+        places: Of the tokens [n] that the router gives to each.
+        x: Inputs [n, hidden_size] of each: of these tokens, or of all.
         weights: Router weights [n, 1] that go with them.
         lacks: What the sums of shares lack there [n, hidden_size], for all experts of a token.
     """
 
-    config: CalibrationConfig
+    task: _Layer
     model: LayerwiseModel
-    layer: MoELayer
     experts: list[int]
     originals: list[ExpertMatrices]
-    shares: list[_Share]
+    places: list[torch.Tensor]
     x: list[torch.Tensor]
     weights: list[torch.Tensor]
     lacks: list[torch.Tensor]
 
     @classmethod
-    def of(
-        cls,
-        config: CalibrationConfig,
-        model: LayerwiseModel,
-        layer: MoELayer,
-        experts: list[int],
-        routed: Routed,
-        missing: torch.Tensor,
-    ) -> "_Batch":
+    def of(cls, task: _Layer, device: torch.device, experts: list[int]) -> "_Batch":
         """Read experts and pick what they get."""
-        originals = [model.matrices(layer, expert) for expert in experts]
-        shares = [_Share(*routed.of_expert(expert)) for expert in experts]
-        if config.route_all:
+        model, routed, missing = task.model.on(device), task.routed, task.missing
+        originals = [model.matrices(task.layer, expert) for expert in experts]
+        shares = [routed.of_expert(expert) for expert in experts]
+        if task.config.route_all:
             inputs = [(routed.x, torch.ones(len(routed.x), 1), missing)] * len(experts)
         else:
             inputs = [(routed.x[places], weights, missing[places]) for places, weights in shares]
-        moved = ([part.to(model.device) for part in parts] for parts in zip(*inputs, strict=True))
-        return cls(config, model, layer, experts, originals, shares, *moved)
+        moved = ([part.to(device) for part in parts] for parts in zip(*inputs, strict=True))
+        return cls(task, model, experts, originals, [places for places, _ in shares], *moved)
 
-    def rounded(self) -> Iterator[tuple[Tensors, _Share, torch.Tensor]]:
-        """Yield of each expert its packed tensors, its share, and what it gives for that."""
+    def rounded(self) -> Iterator[tuple[int, Tensors, torch.Tensor]]:
+        """Yield of each expert its number, its packed tensors, and what it gives."""
         model = self.model
         stored: list[Tensors] = [{} for _ in self.experts]
         hidden = [
@@ -131,13 +145,13 @@ class _Batch(NamedTuple):
             for original, tokens, lack in zip(self.originals, self.x, self.lacks, strict=True)
         )
         downs = self._round("w2", hidden, stored, wanted)
-        if self.config.route_all:
-            hidden = [every[share.places] for every, share in zip(hidden, self.shares, strict=True)]
+        if self.task.config.route_all:
+            hidden = [every[places] for every, places in zip(hidden, self.places, strict=True)]
         outputs = (
-            F.linear(tokens, down, original.w2_bias)
+            F.linear(tokens, down, original.w2_bias).cpu()
             for original, tokens, down in zip(self.originals, hidden, downs, strict=True)
         )
-        yield from zip(stored, self.shares, outputs, strict=True)
+        yield from zip(self.experts, stored, outputs, strict=True)
 
     def _round(
         self,
@@ -147,8 +161,9 @@ class _Batch(NamedTuple):
         wanted: Iterable[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Round a projection of all experts; keep what is stored, return the weights."""
-        names, plan = self.layer.projections[projection], self.config.plan
-        bits = plan.expert_bits[self.layer.container].width(projection, self.experts[0])
+        config, layer = self.task.config, self.task.layer
+        names, plan = layer.projections[projection], config.plan
+        bits = plan.expert_bits[layer.container].width(projection, self.experts[0])
         matrices = [getattr(original, projection) for original in self.originals]
         try:
             quantized = quantize_by_inputs(
@@ -157,15 +172,13 @@ class _Batch(NamedTuple):
                 self.weights,
                 [bits],
                 plan.group_size,
-                fewest_tokens=self.config.fewest_tokens,
+                fewest_tokens=config.fewest_tokens,
                 wanted=wanted,
             )[bits]
         except ValueError as error:
-            where = ", ".join(self.layer.tensor_name(expert, names[0]) for expert in self.experts)
-            raise MoeqError(
-                f"{self.config.source.folder}: cannot quantize {where}: {error}"
-            ) from error
+            where = ", ".join(layer.tensor_name(expert, names[0]) for expert in self.experts)
+            raise MoeqError(f"{config.source.folder}: cannot quantize {where}: {error}") from error
         for expert, weight, tensors in zip(self.experts, quantized, stored, strict=True):
             for name, part in zip(names, weight.parts(len(names)), strict=True):
-                tensors.update(part.named(self.layer.tensor_name(expert, name)))
+                tensors.update(part.named(layer.tensor_name(expert, name)))
         return [weight.dequantize(bits, plan.group_size) for weight in quantized]

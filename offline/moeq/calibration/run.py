@@ -21,11 +21,16 @@ from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
 from moeq.model.activations import mapped
 from moeq.progress import Progress, silent, stage
+from moeq.workers import OneByOne, Workers
 
 
 @torch.inference_mode()
 def calibrate(
-    config: CalibrationConfig, folder: Path, resume: bool, progress: Progress = silent
+    config: CalibrationConfig,
+    folder: Path,
+    resume: bool,
+    progress: Progress = silent,
+    workers: Workers | None = None,
 ) -> CalibratedExperts:
     """Round all experts, and the dense layers that the plan names, with GPTQ, layer by layer.
 
@@ -38,6 +43,8 @@ def calibrate(
         folder: Gets the finished layers, which the result reads.
         resume: Go on with what is there; otherwise it is removed.
         progress: Hears of every expert.
+        workers: Run experts and round them; by default ``config.device`` does. It makes no
+            difference to the result.
 
     Raises:
         MoeqError: A weight or an activation is not finite, or what is there was made from
@@ -46,7 +53,8 @@ def calibrate(
     snapshots = Snapshots(folder)
     snapshots.start(config.fingerprint(), resume)
     try:
-        return _calibrate(config, snapshots, resume, progress)
+        workers = workers or OneByOne(torch.device(config.device))
+        return _calibrate(config, snapshots, resume, progress, workers)
     except BaseException:  # Ctrl-C, too
         if not snapshots.has_finished:
             clear(folder)
@@ -54,7 +62,11 @@ def calibrate(
 
 
 def _calibrate(
-    config: CalibrationConfig, snapshots: Snapshots, resume: bool, progress: Progress
+    config: CalibrationConfig,
+    snapshots: Snapshots,
+    resume: bool,
+    progress: Progress,
+    workers: Workers,
 ) -> CalibratedExperts:
     source, folder = config.source, snapshots.folder
     model = layerwise_model(source, torch.device(config.device))
@@ -93,7 +105,7 @@ def _calibrate(
                     index, round_linear_layers(config, model, index, linear, hidden)[1]
                 )
                 break
-            run_layer(model, index, original, x, own, original_sums)
+            run_layer(model, index, original, x, own, original_sums, workers)
             model.check_finite(index, original)
             weights, tensors = round_linear_layers(config, model, index, linear, hidden)
             routed = model.run(index, hidden, x, sums, weights)
@@ -101,10 +113,11 @@ def _calibrate(
             if routed is not None:
                 layer = model.moe_layers[index]
                 lacks.copy_(sums)
-                add_experts(model, layer, routed, lacks, own)
+                add_experts(model, layer, routed, lacks, own, workers)
                 torch.sub(original_sums, lacks, out=lacks)
                 coverage[layer.container] = _coverage(routed, layer.num_experts)
-                for stored in round_layer(config, model, layer, routed, sums, lacks):
+                rounded = round_layer(config, model, layer, routed, sums, lacks, workers)
+                for stored in rounded:
                     tensors |= stored
                     advance(1)
                 model.complete(index, hidden, sums, weights)

@@ -1,8 +1,10 @@
 """The model to be quantized: its tensors on disk, its MoE layers, and its name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +52,10 @@ class SourceModel:
         layers = moe_layers(reader)
         groups = linear_groups(reader, layers, embeddings)
         return cls(str(name), reader, layers, tuple(reader.left_out), tuple(groups))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes as a path, under which they find it, too."""
+        return opened, (str(self.folder.absolute()), self.name)
 
     @property
     def folder(self) -> Path:
@@ -99,6 +105,12 @@ class SourceModel:
             MoeqError: There is no such tensor, or its file has gone; names it.
         """
         return self.reader.tensor(name)
+
+
+@lru_cache(maxsize=1)
+def opened(folder: str, name: str) -> SourceModel:
+    """Return a model that another process has opened, the same for equal calls."""
+    return replace(SourceModel.open(folder), name=name)
 
 
 def moe_layers(reader: CheckpointReader) -> list[MoELayer]:

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -23,6 +22,7 @@ from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 from moeq.progress import Progress, silent, stage
+from moeq.workers import Threads, Workers
 from vllm_moeq.format import (
     BitPlan,
     CheckpointConfig,
@@ -40,7 +40,7 @@ _WORKERS = len(os.sched_getaffinity(0))
 
 
 class PackedSource(Protocol):
-    """Where packed weights come from. Threads call it at the same time."""
+    """Where packed weights come from. Threads, or other processes, call it at the same time."""
 
     def packed(self, weight: str, bits: int) -> dict[str, torch.Tensor]:
         """Return the packed tensors of an expert's weight by name.
@@ -149,6 +149,7 @@ class Conversion:
         weights: PackedSource,
         reports: Mapping[str, Any] | None = None,
         progress: Progress = silent,
+        workers: Workers | None = None,
     ) -> None:
         """Write the packed checkpoint into a folder, which is created.
 
@@ -157,6 +158,8 @@ class Conversion:
             weights: Packs those of experts, and of dense layers that the plan names.
             reports: What there is to know beside the weights: JSON by the name of a file.
             progress: Hears of every tensor.
+            workers: Read and pack tensors, all else is done here; by default the cores of this
+                machine do.
 
         Raises:
             MoeqError: A weight cannot be quantized; names it.
@@ -167,16 +170,15 @@ class Conversion:
             _write_json(folder / name, report)
         weight_map: dict[str, str] = {}
         reader = self.source.reader
-        with (
-            stage(progress, "write", self.source.num_bytes, "B") as advance,
-            # One tensor to a thread, torch single-threaded inside: its chunks are too small to
-            # split, and OpenMP threads that wait for a busy core cost more than they bring.
-            ThreadPoolExecutor(_WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
+        # One tensor to a thread, torch single-threaded inside: its chunks are too small to split,
+        # and OpenMP threads that wait for a busy core cost more than they bring.
+        workers = workers or Threads([torch.device("cpu")] * _WORKERS, cores=1)
+        task = _Tensors(self.source, weights)
+        with stage(progress, "write", self.source.num_bytes, "B") as advance:
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
                 tensors: dict[str, torch.Tensor] = {}
-                converted = pool.map(lambda job: self._convert(job, weights), shard)
+                converted = workers.flat_map(_converted, task, shard)
                 for job, result in zip(shard, converted, strict=True):
                     tensors |= result
                     advance(reader.tensors[job.name].num_bytes)
@@ -200,16 +202,28 @@ class Conversion:
         write_model_card(folder, self.plan, self.source.name, encodes)
         write_manifest(folder)
 
-    def _convert(self, job: _Job, weights: PackedSource) -> dict[str, torch.Tensor]:
-        if job.become == "expert":
-            return weights.packed(job.name, job.bits)
-        if job.become == "linear":
-            return weights.packed_linear(job.name, job.bits)
-        tensor = self.source.tensor(job.name)
+
+class _Tensors(NamedTuple):
+    """Where tensors come from: those that are kept, and those that are packed."""
+
+    source: SourceModel
+    weights: PackedSource
+
+
+def _converted(
+    device: torch.device, task: _Tensors, job: _Job
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what becomes of one source tensor, by name."""
+    if job.become == "expert":
+        yield task.weights.packed(job.name, job.bits)
+    elif job.become == "linear":
+        yield task.weights.packed_linear(job.name, job.bits)
+    else:
+        tensor = task.source.tensor(job.name)
         # A part at a time: the mask of an embedding would take half its memory.
         if any(part.isnan().any() for part in torch.split(tensor.flatten(), _WEIGHTS_AT_ONCE)):
-            raise MoeqError(f"{self.source.folder}: {job.name} holds NaN: get the checkpoint again")
-        return {job.name: tensor}
+            raise MoeqError(f"{task.source.folder}: {job.name} holds NaN: get the checkpoint again")
+        yield {job.name: tensor}
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -5,6 +5,13 @@ import torch
 from moeq.errors import MoeqError
 
 
+def all_devices(device: torch.device) -> list[torch.device]:
+    """Return what a device stands for: ``cuda`` without a number for every visible GPU."""
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 def torch_device(name: str) -> torch.device:
     """Return a device that torch can use; ``auto`` is a CUDA GPU where there is one.
 

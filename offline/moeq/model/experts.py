@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from moeq.model.layerwise import LayerwiseModel
 from moeq.model.stand_ins import Routed
 from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
 from moeq.rounding import QuantizedWeight
+from moeq.workers import OneByOne, Workers
 from vllm_moeq.format import BitPlan
 
 
@@ -92,6 +94,7 @@ def run_layer(
     x: torch.Tensor,
     sources: Sequence[ExpertSource],
     sums: torch.Tensor | None = None,
+    workers: Workers | None = None,
 ) -> Routed | None:
     """Run one layer in place, with its experts.
 
@@ -103,6 +106,7 @@ def run_layer(
         sources: Sets of experts.
         sums: Likewise, for what the experts' shares are added to; not needed where the model adds
             up.
+        workers: See :func:`add_experts`.
 
     Returns:
         What the experts got; None for a layer without experts.
@@ -126,7 +130,7 @@ def run_layer(
         return None
     ids, shares = (torch.cat([getattr(r, name) for r in found]) for name in ("ids", "weights"))
     together = Routed(x.view(-1, x.shape[-1]), ids, shares)
-    add_experts(model, model.moe_layers[index], together, sums, sources)
+    add_experts(model, model.moe_layers[index], together, sums, sources, workers)
     for part, weights in parts:
         model.complete(index, hidden[part], sums[part], weights)
     return together
@@ -138,6 +142,7 @@ def add_experts(
     routed: Routed,
     sums: torch.Tensor,
     sources: Sequence[ExpertSource],
+    workers: Workers | None = None,
 ) -> None:
     """Add, in place, the shares of a layer's experts.
 
@@ -147,17 +152,45 @@ def add_experts(
         routed: What they get.
         sums: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
         sources: Sets of experts.
+        workers: Run the experts; by default the model's device does.
     """
     flat = sums.view(-1, sums.shape[-1])
-    for expert in range(layer.num_experts):
-        places, weights = routed.of_expert(expert)
-        w13_bias, w2_bias = model.biases(layer, expert)  # whatever the widths of the weights
-        streams = places // (len(flat) // len(sources))
-        for part, matrices in _weights(sources, layer, expert, streams):
-            inputs = routed.x[places[part]].to(model.device)
-            matrices = matrices._replace(w13_bias=w13_bias, w2_bias=w2_bias)
-            result = model.expert_output(matrices, inputs).to(flat.device) * weights[part]
-            flat.index_add_(0, places[part], result)
+    task = _Experts(model, layer, routed, sources, len(flat) // len(sources))
+    workers = workers or OneByOne(model.device)
+    for places, output in workers.flat_map(_shares, task, range(layer.num_experts)):
+        flat.index_add_(0, places, output)
+
+
+class _Experts(NamedTuple):
+    """Experts that are to run.
+
+    Attributes:
+        model: Runs them.
+        layer: Where they are.
+        routed: What they get.
+        sources: Sets of them.
+        tokens: That each set gets.
+    """
+
+    model: LayerwiseModel
+    layer: MoELayer
+    routed: Routed
+    sources: Sequence[ExpertSource]
+    tokens: int
+
+
+def _shares(
+    device: torch.device, task: _Experts, expert: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield places [n] of an expert's tokens, and what it adds there [n, hidden_size]."""
+    model, routed = task.model.on(device), task.routed
+    places, weights = routed.of_expert(expert)
+    w13_bias, w2_bias = model.biases(task.layer, expert)  # whatever the widths of the weights
+    for part, matrices in _weights(task.sources, task.layer, expert, places // task.tokens):
+        w13, w2 = matrices.w13.to(device), matrices.w2.to(device)
+        inputs = routed.x[places[part]].to(device)
+        output = model.expert_output(ExpertMatrices(w13, w2, w13_bias, w2_bias), inputs)
+        yield places[part], output.to(routed.x.device) * weights[part]
 
 
 def _weights(

@@ -7,6 +7,7 @@ another, so that the caller decides which weights they have and sees what reache
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeq.checkpoint.families import MoELayer
-from moeq.checkpoint.source import SourceModel
+from moeq.checkpoint.source import SourceModel, opened
 from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
@@ -88,6 +89,19 @@ class LayerwiseModel(StoredModel):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes as the checkpoint that it was made from."""
+        folder, name = str(self.source.folder.absolute()), self.source.name
+        return _made, (type(self), folder, name, str(self.device))
+
+    def on(self, device: torch.device) -> "LayerwiseModel":
+        """Return the same model with its experts on another device; only they can run there."""
+        if device == self.device:
+            return self
+        result: LayerwiseModel = object.__new__(type(self))  # copy.copy makes it anew, as pickle
+        result.__dict__.update(self.__dict__, device=device)
+        return result
 
     @torch.no_grad()
     def embed(
@@ -397,6 +411,12 @@ class LayerwiseModel(StoredModel):
         if name == f"{self._head_prefix}weight" and name not in self._stored:  # tied
             name = f"{self._prefix}embed_tokens.weight"
         return super()._stored_name(name)
+
+
+@lru_cache(maxsize=1)
+def _made(kind: type[LayerwiseModel], folder: str, name: str, device: str) -> LayerwiseModel:
+    """Return a model that another process has made, the same for equal calls."""
+    return kind(opened(folder, name), torch.device(device))
 
 
 def _layers(body: Any) -> Any:

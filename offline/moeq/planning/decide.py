@@ -23,6 +23,7 @@ from moeq.planning.stamp import stamped
 from moeq.progress import Progress, silent
 from moeq.requests import DEFAULT_BITS, PlanRequest
 from moeq.units import parse_size
+from moeq.workers import Workers
 from vllm_moeq.format import WIDTHS, BitPlan
 
 _CHOSEN_FROM = (8, 4)
@@ -55,6 +56,7 @@ def decide(
     measurement: Measurement | None,
     folder: Path | None = None,
     progress: Progress = silent,
+    workers: Workers | None = None,
 ) -> Decision:
     """Decide the width of every expert, and of dense layers.
 
@@ -65,6 +67,7 @@ def decide(
         folder: Keeps what is finished of a measurement, so that it can be resumed; None keeps
             nothing.
         progress: Hears of what is done.
+        workers: Measure experts; by default the device of the measurement does.
 
     Raises:
         MoeqError: What is asked does not fit the model; says what would.
@@ -73,9 +76,9 @@ def decide(
     if measurement is None:
         decision = Decision(make_plan(source, _options(request, size)), None)
     elif folder is None:
-        decision = measured_plan(measurement, progress)
+        decision = measured_plan(measurement, progress, workers)
     else:
-        decision = resumable_plan(measurement, folder, progress)
+        decision = resumable_plan(measurement, folder, progress, workers)
     _check_size(decision.plan, source, request, size)
     return Decision(stamped(decision.plan, request.chosen_method), decision.report)
 

@@ -37,6 +37,7 @@ from moeq.planning.judge import judge
 from moeq.planning.measurement import Measurement
 from moeq.progress import Progress, silent
 from moeq.sensitivity import Bank, Choice, LinearBank, QuantizationError, build, gradients
+from moeq.workers import Workers
 from vllm_moeq._version import __version__
 from vllm_moeq.format import PROJECTIONS, BitPlan, Projection, Provenance
 
@@ -79,23 +80,31 @@ class Decision(NamedTuple):
     report: dict[str, Any] | None
 
 
-def measured_plan(measurement: Measurement, progress: Progress = silent) -> Decision:
-    """Return the plan that was measured.
+def measured_plan(
+    measurement: Measurement, progress: Progress = silent, workers: Workers | None = None
+) -> Decision:
+    """Return the plan that was measured, by workers or on the measurement's device.
 
     Raises:
         MoeqError: As :func:`check`; weights or activations that are not finite; or a full disk.
     """
     with temporary_folder() as folder:
-        return _measure(measurement, folder, progress)
+        return _measure(measurement, folder, progress, workers)
 
 
-def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = silent) -> Decision:
+def resumable_plan(
+    measurement: Measurement,
+    folder: Path,
+    progress: Progress = silent,
+    workers: Workers | None = None,
+) -> Decision:
     """Do the same in a folder that outlives a kill, and go on with what is there.
 
     Args:
         measurement: What is asked.
         folder: Gets what is finished, and at last only the plan; it is created.
         progress: Hears of what is done.
+        workers: As of :func:`measured_plan`.
 
     Raises:
         MoeqError: As :func:`measured_plan`; or what is there is of another plan.
@@ -110,7 +119,7 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
             return Decision(BitPlan.from_dict(stored["plan"]), stored["report"])
         unfinished.mkdir(exist_ok=True)
         try:
-            decision = _measure(measurement, unfinished, progress)
+            decision = _measure(measurement, unfinished, progress, workers)
         except BaseException:  # Ctrl-C, too
             if not any(unfinished.glob("*/*.json")):  # nothing to go on with
                 clear(folder)
@@ -121,7 +130,9 @@ def resumable_plan(measurement: Measurement, folder: Path, progress: Progress = 
     return decision
 
 
-def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Decision:
+def _measure(
+    measurement: Measurement, folder: Path, progress: Progress, workers: Workers | None
+) -> Decision:
     """Measure, choose and judge."""
     others = unmeasured_plans(measurement) if len(measurement.held_back) else []
     group_sizes = _possible(measurement)
@@ -142,7 +153,7 @@ def _measure(measurement: Measurement, folder: Path, progress: Progress) -> Deci
         (part := folder / str(group_size)).mkdir(exist_ok=True)
         banks[group_size] = build(
             model, tokens, measurement.widths, group_size, measurement.method, of_outputs, part,
-            progress,
+            progress, workers,
         )  # fmt: skip
     best = _least_loss(measurement, banks, linear)
     if not len(measurement.held_back):

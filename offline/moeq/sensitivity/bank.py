@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,14 @@ from safetensors.torch import save_file
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import replace_file
-from moeq.model import ExpertMatrices, ExpertSource, LayerwiseModel, dequantized, run_layer
+from moeq.model import (
+    ExpertMatrices,
+    ExpertSource,
+    LayerwiseModel,
+    Routed,
+    dequantized,
+    run_layer,
+)
 from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.expert import (
     Choice,
@@ -20,6 +28,7 @@ from moeq.sensitivity.expert import (
     RoutingStatistics,
 )
 from moeq.sensitivity.linear import LinearBank
+from moeq.workers import OneByOne, Workers
 from vllm_moeq.format import BitPlan, Projection
 
 
@@ -83,6 +92,7 @@ def build(
     gradients: list[torch.Tensor],
     folder: Path,
     progress: Progress = silent,
+    workers: Workers | None = None,
 ) -> Bank:
     """Round every expert at every width, by what it gets in the ORIGINAL model.
 
@@ -97,11 +107,13 @@ def build(
         gradients: Of :func:`moeq.sensitivity.fisher.gradients` for the same tokens.
         folder: Gets the rounded experts: together the sum of ``widths`` / 16 of the experts' size.
         progress: Hears of every expert.
+        workers: Run experts and round them; by default the model's device does.
 
     Raises:
         MoeqError: A weight is not finite; names it.
     """
     widths = sorted(widths)
+    workers = workers or OneByOne(model.device)
     hidden, x = torch.empty(2, *tokens.shape, model.hidden_size)
     model.embed(tokens, hidden)
     errors: dict[Choice, QuantizationError] = {}
@@ -110,7 +122,8 @@ def build(
     total = sum(layer.num_experts for layer in layers)
     with stage(progress, f"round at {len(widths)} widths ({method})", total, "expert") as advance:
         for index in range(layers[-1].index + 1):
-            routed = run_layer(model, index, hidden, x, [ExpertSource.original(model)])
+            own = [ExpertSource.original(model)]
+            routed = run_layer(model, index, hidden, x, own, workers=workers)
             if routed is None:
                 continue
             layer = model.moe_layers[index]
@@ -119,11 +132,8 @@ def build(
                 advance(layer.num_experts)
             else:
                 gradient = gradients[index].view(routed.x.shape)
-                experts = (
-                    MeasuredExpert.of(model, layer, expert, routed, gradient)
-                    for expert in range(layer.num_experts)
-                )
-                _measure(experts, widths, group_size, method, _file(folder, layer), advance)
+                task = _Layer(model, layer, routed, gradient, widths, group_size, method)
+                _measure(task, workers, _file(folder, layer), advance)
             stored = json.loads(measured.read_text())
             errors |= {
                 Choice(*choice): QuantizationError(*values) for choice, values in stored["errors"]
@@ -132,21 +142,51 @@ def build(
     return Bank(folder, layers, group_size, errors, routing)
 
 
-def _measure(
-    experts: Iterator[MeasuredExpert],
-    widths: list[int],
-    group_size: int,
-    method: str,
-    file: Path,
-    advance: Callable[[int], None],
-) -> None:
+class _Layer(NamedTuple):
+    """A layer whose experts are measured.
+
+    Attributes:
+        model: Runs them.
+        layer: Where they are.
+        routed: What they get.
+        gradient: Of the loss with respect to the sum of their shares [T, hidden_size].
+        widths: To round them at.
+        group_size: Weights that share a scale.
+        method: One of :data:`moeq.rounding.METHODS`.
+    """
+
+    model: LayerwiseModel
+    layer: MoELayer
+    routed: Routed
+    gradient: torch.Tensor
+    widths: list[int]
+    group_size: int
+    method: str
+
+
+class _Measured(NamedTuple):
+    """What an expert gets, and each projection at each width: packed tensors and their error."""
+
+    routing: RoutingStatistics
+    rounded: list[tuple[Choice, dict[str, torch.Tensor], QuantizationError]]
+
+
+@torch.no_grad()
+def _measured(device: torch.device, task: _Layer, expert: int) -> Iterator[_Measured]:
+    """Yield what becomes of one expert."""
+    found = MeasuredExpert.of(task.model.on(device), task.layer, expert, task.routed, task.gradient)
+    rounded = found.rounded(task.widths, task.group_size, task.method)
+    yield _Measured(found.routing_statistics(), list(rounded))
+
+
+def _measure(task: _Layer, workers: Workers, file: Path, advance: Callable[[int], None]) -> None:
     """Round the experts of a layer into a file; write what that does into a JSON file beside it."""
     tensors: dict[str, torch.Tensor] = {}
     errors: list[tuple[Choice, QuantizationError]] = []
     routing: list[RoutingStatistics] = []
-    for expert in experts:
-        routing.append(expert.routing_statistics())
-        for choice, weights, error in expert.rounded(widths, group_size, method):
+    for found in workers.flat_map(_measured, task, range(task.layer.num_experts)):
+        routing.append(found.routing)
+        for choice, weights, error in found.rounded:
             tensors |= {f"{choice.bits}.{name}": tensor for name, tensor in weights.items()}
             errors.append((choice, error))
         advance(1)

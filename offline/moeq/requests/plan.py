@@ -1,32 +1,27 @@
-"""What the user asks for: made once, checked once, never changed.
+"""What is asked of a bit plan, and of a packed checkpoint."""
 
-The Python API and the command line both come down to these. Fields are the parameters of the API
-and, with dashes, the options of the command line. Modules that take long to import are left to
-those who do the work.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeq.errors import MoeqError
+from moeq.requests.checks import (
+    DENSE_BITS,
+    MAXVARS,
+    MEASURED,
+    METHODS,
+    NO_TEXT,
+    REORDERS,
+    STRATEGIES,
+    check_one_of,
+    check_positive,
+    check_seed,
+    refuse,
+)
 from moeq.units import parse_size
 
 if TYPE_CHECKING:
     from vllm_moeq.format import BitPlan
-
-METHODS = ("gptq", "hqq", "rtn")
-"""Of rounding; only the first needs calibration text."""
-MEASURED = ("auto", "sensitivity")
-"""Strategies that need calibration text."""
-STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random:SEED")
-MAXVARS = ("max-row", "highest-norm-row")
-REORDERS = ("stable", "one-pass")
-BACKENDS = ("reference", "transformers", "vllm")
-DENSE_BITS = ("auto", 16, 8, 4)
-DEFAULT_BITS = 2.5
-NO_TEXT = "none"
 
 _SIDE = ("ranks", "layer_tolerance", "widths_per_layer", "same_width")
 _USED = {
@@ -169,12 +164,12 @@ class PlanRequest:
     def _check_values(self) -> None:
         from vllm_moeq.format import GROUP_SIZES, WIDTHS
 
-        _check_positive(self, "nsamples", "seqlen")
-        _check_one_of("method", self.method, METHODS)
-        _check_one_of("maxvar", self.maxvar, MAXVARS)
-        _check_one_of("dense_bits", self.dense_bits, DENSE_BITS)
-        _check_one_of("reorder", self.reorder, REORDERS)
-        _check_seed(self.seed)
+        check_positive(self, "nsamples", "seqlen")
+        check_one_of("method", self.method, METHODS)
+        check_one_of("maxvar", self.maxvar, MAXVARS)
+        check_one_of("dense_bits", self.dense_bits, DENSE_BITS)
+        check_one_of("reorder", self.reorder, REORDERS)
+        check_seed(self.seed)
         for name, values, choices in (
             ("group_size", self.group_sizes if self.group_size is not None else None, GROUP_SIZES),
             ("levels", self.levels, WIDTHS),
@@ -182,7 +177,7 @@ class PlanRequest:
             if values == ():
                 raise MoeqError(f"`{name}` names no value")
             for value in values or ():
-                _check_one_of(name, value, choices)
+                check_one_of(name, value, choices)
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise MoeqError("give only one of " + " and ".join(f"`{name}`" for name in given))
@@ -215,15 +210,15 @@ class PlanRequest:
                 "`dense_bits` 8 or 4, or a `strategy` that measures"
             )
         unused = {name for used in _USED.values() for name in used} - _USED[name]
-        _refuse(self, unused, f"has no effect with `strategy` {strategy}")
+        refuse(self, unused, f"has no effect with `strategy` {strategy}")
 
     def _check_text(self) -> None:
         """Refuse parameters of text that nothing needs."""
         if self.uses_text:
             return
         why = f"has no effect with `strategy` {self.chosen_strategy}"
-        _refuse(self, ("method",), f"{why}, which rounds nothing")
-        _refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
+        refuse(self, ("method",), f"{why}, which rounds nothing")
+        refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
         _refuse_text(self, why)
 
 
@@ -239,6 +234,8 @@ class QuantizeRequest(PlanRequest):
         max_shard_size: Largest file of the result, which is also held in memory.
         resume: Go on with what an interrupted run has finished.
         dry_run: Estimate sizes, memory and time; write nothing.
+        ray: Address of a Ray cluster whose machines do the work, as of ``ray.init``; ``auto`` is
+            that of this machine. None works on this machine alone.
 
     Raises:
         MoeqError: Values that do not go together, or would have no effect; names them.
@@ -250,6 +247,7 @@ class QuantizeRequest(PlanRequest):
     max_shard_size: str | int = "2GB"
     resume: bool = False
     dry_run: bool = False
+    ray: str | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -272,7 +270,7 @@ class QuantizeRequest(PlanRequest):
 
     def _check_plan(self) -> None:
         if self.plan is not None:
-            _refuse(self, (*_PLAN, *_SIDE), "has no effect with `plan`; give only one of them")
+            refuse(self, (*_PLAN, *_SIDE), "has no effect with `plan`; give only one of them")
             return
         super()._check_plan()
 
@@ -282,144 +280,14 @@ class QuantizeRequest(PlanRequest):
             raise MoeqError("`method` gptq needs calibration text: give `calib` a file, or default")
         why = f"has no effect with `method` {method}"
         if not self.is_calibrated:
-            _refuse(self, ("route_all_experts",), why)
+            refuse(self, ("route_all_experts",), why)
         if self.dry_run:
-            _refuse(self, ("resume",), "has no effect with `dry_run`")
+            refuse(self, ("resume", "ray"), "has no effect with `dry_run`")
         if self.uses_text:
             return
-        _refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
+        refuse(self, _TEXT, why if self.text else "has no effect without `calib`")
         _refuse_text(self, why)
-        _refuse(self, ("resume",), f"{why}, which starts anew")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareRequest:
-    """A comparison of strategies at equal bytes.
-
-    Attributes:
-        model: Folder or hub id of the model.
-        output: Folder to create.
-        text: Held-out text, in the forms of ``calib``.
-        calib: Calibration text, as in :class:`PlanRequest`.
-        bits: Average widths.
-        methods: Of rounding, each of :data:`METHODS`.
-        strategies: Those to compare; None takes all. Uniform and random plans are always in.
-        base_router: As in :class:`PlanRequest`.
-        group_size: Weights of a row that share a scale; None as in :class:`PlanRequest`.
-        random: Random plans of each average.
-        nsamples: Calibration sequences.
-        seqlen: Tokens of a sequence.
-        eval_nsamples: Held-out sequences of a text.
-        seed: Of the draw of sequences.
-        device: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``.
-
-    Raises:
-        MoeqError: Values that do not go together; names them.
-    """
-
-    model: str
-    output: Path
-    text: str
-    calib: str = "default"
-    bits: tuple[float, ...] = (2, 2.25, 2.5, 3, 4)
-    methods: tuple[str, ...] = ("gptq",)
-    strategies: tuple[str, ...] | None = None
-    base_router: str | None = None
-    group_size: int | None = None
-    random: int = 5
-    nsamples: int = 128
-    seqlen: int = 512
-    eval_nsamples: int = 8
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        from vllm_moeq.format import GROUP_SIZES, WIDTHS
-
-        _check_positive(self, "nsamples", "seqlen", "eval_nsamples")
-        _check_one_of("group_size", self.group_size, GROUP_SIZES)
-        _check_seed(self.seed)
-        if self.calib == NO_TEXT:
-            raise MoeqError("a comparison needs calibration text: give `calib` a file, or default")
-        if self.calib == self.text:
-            raise MoeqError(
-                "`text` must be another text than `calib`, or every plan looks too good"
-            )
-        for method in self.methods:
-            _check_one_of("methods", method, METHODS)
-        for name in ("methods", "bits", "strategies"):
-            values = getattr(self, name)
-            if values is not None and (len(set(values)) < len(values) or not values):
-                raise MoeqError(f"`{name}` names the same value twice, or none")
-        if self.random < 2:
-            raise MoeqError(f"`random` {self.random} must be at least 2, for a spread")
-        if not WIDTHS[0] <= min(self.bits) <= max(self.bits) <= WIDTHS[-1]:
-            raise MoeqError(f"`bits` must be between {WIDTHS[0]} and {WIDTHS[-1]}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateRequest:
-    """A judgement of a packed checkpoint on held-out text.
-
-    Attributes:
-        packed: Folder of the packed checkpoint.
-        against: Folder or hub id of the original.
-        text: Held-out text, in the forms of ``calib``; each file of a folder is judged by itself.
-        backend: One of :data:`BACKENDS`.
-        dtype: Of vLLM, as in ``vllm serve``.
-        device: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``; not of vLLM.
-        nsamples: Sequences of each text.
-        seqlen: Tokens of each.
-        seed: Of the draw of sequences.
-
-    Raises:
-        MoeqError: Values that do not go together; names them.
-    """
-
-    packed: Path
-    against: str
-    text: str
-    backend: str = "reference"
-    dtype: str = "auto"
-    device: str = "auto"
-    nsamples: int = 16
-    seqlen: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "nsamples", "seqlen")
-        _check_seed(self.seed)
-        _check_one_of("backend", self.backend, BACKENDS)
-        if self.seqlen < 2:
-            raise MoeqError("`seqlen` 1 leaves no token to predict; give at least 2")
-        if self.backend != "vllm":
-            _refuse(self, ("dtype",), f"has no effect with `backend` {self.backend}")
-
-
-def _check_positive(request: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(request, name)
-        if value < 1:
-            raise MoeqError(f"`{name}` {value} is not a positive number")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise MoeqError(f"`seed` {seed} is not between 0 and 2**63")
-
-
-def _check_one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    if value is not None and value not in choices:
-        raise MoeqError(f"`{name}` {value} is not one of {', '.join(map(str, choices))}")
-
-
-def _refuse(request: Any, names: Iterable[str], why: str) -> None:
-    """Refuse parameters that are not left at their defaults."""
-    for parameter in fields(request):
-        name = parameter.name
-        if name in names and getattr(request, name) != parameter.default:
-            hint = "" if ";" in why else "; leave it out"
-            raise MoeqError(f"`{name}` {why}{hint}")
+        refuse(self, ("resume",), f"{why}, which starts anew")
 
 
 def _refuse_text(request: PlanRequest, why: str) -> None:

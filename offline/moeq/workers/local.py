@@ -1,0 +1,96 @@
+"""Work in this process: on one device, or by a thread for each of several."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import local
+from typing import Protocol, TypeVar
+
+import torch
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Work = Callable[[torch.device, Shared, Item], Iterator[Result]]
+"""Takes the device to work on, what all items need, and an item; yields results, whose tensors are
+on the CPU. It changes nothing that it gets, since others may read it."""
+
+
+class Workers(Protocol):
+    """Who does work whose parts do not need each other."""
+
+    def flat_map(
+        self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """Do work for each item.
+
+        Args:
+            work: A function of a module, so that other processes have it, too.
+            shared: What all items need.
+            items: Of which each is done on one device.
+
+        Yields:
+            The results of all items, in the order of the items.
+
+        Raises:
+            MoeqError: As the work itself, or the workers are lost.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
+    """Works on one device, and only when the next result is asked for.
+
+    Attributes:
+        device: Where.
+    """
+
+    device: torch.device
+
+    def flat_map(
+        self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """See :class:`Workers`."""
+        for item in items:
+            yield from work(self.device, shared, item)
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Works on several devices, or with several cores, each by a thread of its own.
+
+    Attributes:
+        devices: One for each thread.
+        cores: That torch takes in each thread; None leaves it as it is.
+    """
+
+    devices: Sequence[torch.device]
+    cores: int | None = None
+
+    def flat_map(
+        self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """See :class:`Workers`."""
+        own, free = local(), SimpleQueue[torch.device]()
+        for device in self.devices:
+            free.put(device)
+
+        def begin() -> None:
+            own.device = free.get()
+            if own.device.type == "cuda":  # kernels of Triton start on the thread's own device
+                torch.cuda.set_device(own.device)
+            if self.cores is not None:
+                torch.set_num_threads(self.cores)
+
+        def results(item: Item) -> list[Result]:
+            return list(work(own.device, shared, item))
+
+        with ThreadPoolExecutor(len(self.devices), initializer=begin) as pool:
+            for found in pool.map(results, items):
+                yield from found
+
+
+def on_devices(devices: Sequence[torch.device]) -> Workers:
+    """Return who works on these devices."""
+    return OneByOne(devices[0]) if len(devices) == 1 else Threads(devices)

@@ -1,0 +1,85 @@
+"""Work in this process: always one result, whoever does which part of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeq.calibration import CalibrationConfig, calibrate
+from moeq.checkpoint import SourceModel
+from moeq.model.device import all_devices
+from moeq.model.layerwise import LayerwiseModel
+from moeq.workers import OneByOne, Threads, Workers, on_devices
+from support.models import NUM_EXPERTS, VOCABULARY
+from vllm_moeq.format import BitPlan, LayerBits
+
+CPU = torch.device("cpu")
+
+
+def _slow_when_even(device: torch.device, shared: int, item: int) -> Iterator[tuple[int, str]]:
+    time.sleep(0.02 * (item % 2 == 0))
+    for part in range(item % 3):
+        yield shared + 10 * item + part, str(device)
+
+
+@pytest.mark.parametrize("workers", [OneByOne(CPU), Threads([CPU, CPU]), Threads([CPU] * 3)])
+def test_results_come_in_the_order_of_the_items(workers: Workers) -> None:
+    found = list(workers.flat_map(_slow_when_even, 1000, iter(range(9))))
+    expected = [1000 + 10 * item + part for item in range(9) for part in range(item % 3)]
+    assert [number for number, _ in found] == expected
+
+
+def _failing(device: torch.device, shared: None, item: int) -> Iterator[int]:
+    if item == 3:
+        raise ValueError("item 3")
+    yield item
+
+
+def test_an_error_ends_the_work() -> None:
+    found = []
+    with pytest.raises(ValueError, match="item 3"):
+        for result in Threads([CPU, CPU]).flat_map(_failing, None, range(9)):
+            found.append(result)
+    assert found == [0, 1, 2]
+
+
+def test_every_device_works() -> None:
+    devices = [torch.device("meta"), CPU]
+    found = list(Threads(devices).flat_map(_slow_when_even, 0, range(12)))
+    assert {device for _, device in found} == {"meta", "cpu"}
+
+
+def test_cuda_stands_for_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert all_devices(torch.device("cuda")) == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert all_devices(torch.device("cuda:1")) == [torch.device("cuda:1")]
+    assert all_devices(CPU) == [CPU]
+    assert on_devices([CPU]) == OneByOne(CPU)
+    assert on_devices([CPU, CPU]) == Threads([CPU, CPU])
+
+
+def test_a_model_on_another_device_is_the_same_model(tiny_model: Callable[[str], Path]) -> None:
+    model = LayerwiseModel(SourceModel.open(tiny_model("mixtral")), CPU)
+    other = model.on(torch.device("cpu:0"))
+    assert (model.on(CPU), model.device, other.device) == (model, CPU, torch.device("cpu:0"))
+    assert other.source is model.source and other.on(CPU) is not model
+
+
+@pytest.mark.slow
+def test_two_devices_calibrate_to_the_bytes_of_one(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = SourceModel.open(tiny_model("deepseek_v3"))
+    bits = LayerBits((2, 3) * (NUM_EXPERTS // 2), (3, 2) * (NUM_EXPERTS // 2))
+    plan = BitPlan(32, {layer.container: bits for layer in source.layers})
+    tokens = torch.randint(VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(0))
+    config = CalibrationConfig(source, plan, tokens)
+    for name, workers in (("one", OneByOne(CPU)), ("two", Threads([CPU, torch.device("cpu:0")]))):
+        calibrate(config, tmp_path / name, resume=False, workers=workers)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("one", "two")
+    )
+    assert one == two and len(one) == 3  # two layers, and the activations behind them
