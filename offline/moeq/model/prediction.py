@@ -110,11 +110,11 @@ def prediction_problems(reader: CheckpointReader, layers: Sequence[MoELayer]) ->
             if not alike:
                 continue
             # Of those that are equally alike the last: it is next to what comes behind it.
+            expected = {path: _of_decoder_layer(reader, own[path], style) for path in alike}
             like = max(
-                reversed(alike), key=lambda path: len(_renamed(own[path], style) & inside.items())
+                reversed(alike), key=lambda path: len(expected[path].items() & inside.items())
             )
-            expected = _of_decoder_layer(reader, own[like], style)
-            shapes = {block + name: shape for name, shape in expected.items()}
+            shapes = {block + name: shape for name, shape in expected[like].items()}
             layer = None if style.dense else experts.get(like)
             if layer is not None:
                 shapes |= _expert_shapes(block, layer)
@@ -184,14 +184,14 @@ def _pattern(reader: CheckpointReader) -> str:
     return "".join(_EXPERTS if kind == "moe" else _ATTENTION for kind in kinds)
 
 
-def _renamed(inside: Inside, style: _Style) -> set[tuple[str, Shape]]:
-    return {(style.renamed.get(name, name), shape) for name, shape in inside.items()}
-
-
 def _of_decoder_layer(reader: CheckpointReader, like: Inside, style: _Style) -> Inside:
     """Return what a decoder layer of a prediction must have beside experts."""
     left_out = (*style.optional, *(("mlp.",) if style.dense else ()))
-    inside = {n: shape for n, shape in _renamed(like, style) if not n.startswith(left_out)}
+    inside = {
+        style.renamed.get(name, name): shape
+        for name, shape in like.items()
+        if not name.startswith(left_out)
+    }
     if style.dense:
         text = text_config(reader.config)
         hidden, inner = text["hidden_size"], text["intermediate_size"]
