@@ -99,8 +99,7 @@ class Conversion:
             elif name in of_linear:
                 rows, columns = info.shape
                 size = linear_bytes(rows, columns, of_linear[name], plan.group_size)
-                become = "copied" if name in copied else "linear"
-                job = _Job(name, become, of_linear[name], size)
+                job = _Job(name, "copied" if name in copied else "linear", of_linear[name], size)
             else:
                 job = _Job(name, "kept", 0, info.num_bytes)
             if shards[-1] and filled + job.output_bytes > shard_bytes:
