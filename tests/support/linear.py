@@ -68,7 +68,14 @@ MIXED = {
     "lm_head": 4,
 }
 """Patterns of layers, of any family, to widths: both for rows and for columns that ranks share."""
-PLAIN_HEAD = ("gpt_oss", "lfm2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe")
+PLAIN_HEAD = (
+    "gpt_oss",
+    "lfm2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen3_vl_moe",
+)
 """Families whose output head vLLM 0.32 does not quantize, or always ties to the embeddings."""
 
 
