@@ -73,7 +73,8 @@ def quantize(
         bits_per_weight: Instead of ``bits``: average of all weights of the result, with scales.
         target_size: Instead of ``bits``: size of all tensors, in bytes or as in ``"14GB"``.
         dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
-            ``"auto"``, with which a measured plan chooses for each and any other leaves them.
+            ``"auto"``, with which a measured plan chooses for each and any other leaves them. With
+            it, those that the source stores with 8 or 4 bits can keep them.
         quantize_embeddings: Count the token embeddings and the output head among the dense layers.
         plan: What :func:`plan` returned, or a ``plan.json``, to use instead of making a plan.
         levels: Widths to use, highest first; None takes those next to the average.

@@ -13,7 +13,7 @@ from moeq.calibration import REPORT_NAME, CalibrationConfig, CalibrationReport, 
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
-from moeq.checkpoint.linear import group_widths, linear_groups
+from moeq.checkpoint.linear import group_widths, linear_groups, lost_integers
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
@@ -122,7 +122,8 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     output = request.output.absolute()
     check_output_is_free(output)
     given = _given_plan(request)
-    source = _opened(request.model, request.quantize_embeddings or given is not None)
+    embeddings = request.quantize_embeddings or given is not None
+    source = _opened(request.model, embeddings).asked_for(request.dense_bits)
     _check_embeddings(request, source)
     in_vllm = not source.layers[0].family.encodes
     if not in_vllm:
@@ -185,7 +186,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = _opened(request.model, request.quantize_embeddings)
+    source = _opened(request.model, request.quantize_embeddings).asked_for(request.dense_bits)
     _check_embeddings(request, source)
     request = _with_group_size(request, source)
     text = _calibration_text(request, source)
@@ -300,6 +301,13 @@ def _with_group_size(request: AnyPlanRequest, source: SourceModel) -> AnyPlanReq
                 "of %d",
                 group_size, layer.intermediate_size, layer.intermediate_size + added,
             )  # fmt: skip
+    largest = max(request.group_sizes)
+    for group in lost_integers(source.linear, largest)[:1]:
+        logger.info(
+            "group size %d does not divide that of dense layers of %d bits in the source, %d: they "
+            "are dequantized",
+            largest, group.stored_bits, group.stored_group_size,
+        )  # fmt: skip
     return request
 
 

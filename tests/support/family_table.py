@@ -31,6 +31,7 @@ _LAYOUTS = "test_a_fused_checkpoint_reads_as_the_one_with_a_tensor_per_expert"
 _SOURCES = (
     "test_a_source_reads_as_its_twin", "test_calibration_and_evaluation_cannot_tell_them_apart",
 )  # fmt: skip
+_PLANNED = "test_every_family_is_planned"
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
 _EVALUATED = "test_scores_are_those_of_transformers"
@@ -99,6 +100,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     dtype = DIFFERENT_IN_VLLM.get(family)
     tell("both layouts", _LAYOUTS, reason=unknown)
     tell("FP8, FP4, INT4", *_SOURCES)
+    tell("planned", _PLANNED)
     tell("packed", _PACKED)
     tell("calibrated", *_LAYERWISE, reason=NOT_LAYERWISE.get(family))
     tell("evaluated", _EVALUATED)

@@ -307,7 +307,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": {"text_config": _COMMON | _LINEAR_ATTENTION, **_VISION},
     "qwen3_vl_moe": {
-        "text_config": {**_COMMON, **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256},
+        "text_config": {
+            **_COMMON,
+            **_SOME_HEADS,
+            **_FEW_EXPERTS,
+            "intermediate_size": 256,
+            "norm_topk_prob": True,  # transformers assumes it; vLLM reads it
+        },
         **_VISION,
     },
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """The same weights as releases store them: FP8 or FP4 with scales, or packed integers."""
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,21 +75,22 @@ def tensor_fp8(weight: torch.Tensor) -> Lowered:
     return tensors, (stored.float() * scale).bfloat16()
 
 
-def int4(weight: torch.Tensor, symmetric: bool = True, group: int = 32) -> Lowered:
+def int4(weight: torch.Tensor, symmetric: bool = True, group: int = 32, bits: int = 4) -> Lowered:
     """Pack groups of a row with compressed-tensors' own function."""
+    half = 1 << (bits - 1)
     groups = weight.float().view(len(weight), -1, group)
-    scale = (groups.abs().amax(2) / 7).bfloat16()
-    zero = torch.zeros(scale.shape) if symmetric else torch.randint(-8, 8, scale.shape)
+    scale = (groups.abs().amax(2) / (half - 1)).bfloat16()
+    zero = torch.zeros(scale.shape) if symmetric else torch.randint(-half, half, scale.shape)
     codes = (groups / scale.float().unsqueeze(2)).round() + zero.unsqueeze(2)
-    codes = codes.clamp(-8, 7)
+    codes = codes.clamp(-half, half - 1)
     twin = ((codes - zero.unsqueeze(2)) * scale.float().unsqueeze(2)).flatten(1).bfloat16()
     tensors = {
-        "weight_packed": pack_to_int32(codes.flatten(1).to(torch.int8), 4),
+        "weight_packed": pack_to_int32(codes.flatten(1).to(torch.int8), bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor(weight.shape),
     }
     if not symmetric:
-        tensors["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), 4, packed_dim=0)
+        tensors["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
     return tensors, twin
 
 
@@ -141,15 +144,25 @@ LOWERED: dict[str, tuple[Callable[[torch.Tensor], Lowered], dict[str, Any]]] = {
     "int4": (int4, compressed("pack-quantized", num_bits=4, type="int")),
     "int4 zero points": (asymmetric_int4, compressed("pack-quantized", num_bits=4, type="int")),
 }
+INTEGERS: dict[str, tuple[Callable[[torch.Tensor], Lowered], dict[str, Any]]] = {
+    f"int{bits} in groups of {group}": (
+        partial(int4, group=group, bits=bits),
+        compressed("pack-quantized", num_bits=bits, type="int"),
+    )
+    for bits in (4, 8)
+    for group in (32, 64)
+}
+"""The same, of symmetric integers."""
 """By name: what lowers a weight, and the ``quantization_config`` that says so."""
 
 
 def lowered_and_twin(source: Path, folder: Path, kind: str) -> tuple[Path, Path]:
     """Write a model with its linear layers in lower precision, and the same in bfloat16."""
     torch.manual_seed(0)
-    lower, config = LOWERED[kind]
+    lower, config = (LOWERED | INTEGERS)[kind]
     stored, twin = load(source), load(source)
-    for name in [n for n, t in stored.items() if n.endswith("_proj.weight") and t.ndim == 2]:
+    linear = re.compile(r".*(_proj|\.w[123]|\.wq_[ab]|\.wkv|\.wo_[ab])\.weight")
+    for name in [n for n, t in stored.items() if linear.fullmatch(n) and t.ndim == 2]:
         tensors, twin[name] = lower(stored.pop(name))
         stored |= {name.removesuffix("weight") + suffix: t for suffix, t in tensors.items()}
     return (

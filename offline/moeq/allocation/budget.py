@@ -109,7 +109,7 @@ def file_budget(
         target: Bytes of all tensors of the packed checkpoint.
         source: The model; what is no routed expert and no dense layer keeps its size.
         group_size: Weights of a row that share a scale.
-        linear: Width of dense layers.
+        linear: Width of dense layers, but of those that the source stores with a smaller one.
         widths: Widths that a plan may use.
         asked: What asks for it, for the message.
 
@@ -117,7 +117,7 @@ def file_budget(
         MoeqError: No plan is as small; names the least possible.
     """
     other = source.other_bytes + sum(
-        group.num_bytes(linear, group_size) - group.stored_bytes
+        group.num_bytes(group.width(linear, group_size), group_size) - group.full_bytes
         for group in source.linear
         if group.fits(group_size)
     )

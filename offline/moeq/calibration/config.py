@@ -78,7 +78,11 @@ class CalibrationConfig:
     def linear(self) -> dict[LinearGroup, int]:
         """Dense layers that are to be rounded, with their widths."""
         widths = group_widths(self.plan, self.source.linear)
-        return {group: bits for group, bits in widths.items() if bits != FULL_WIDTH}
+        return {
+            group: bits
+            for group, bits in widths.items()
+            if bits != FULL_WIDTH and not group.copies(bits, self.plan.group_size)
+        }
 
     def cost(self) -> Cost:
         """Estimate what the calibration takes."""

@@ -60,6 +60,11 @@ class CanonicalReader(CheckpointReader):
                 expert_name = family.tensor_name(container, part.expert, part.matrix, part.kind)
                 self._add(expert_name, part.reading)
         self.tensors = {name: reading.info for name, reading in self._readings.items()}
+        self.integers = {
+            name: reading.integers
+            for name, reading in self._readings.items()
+            if reading.integers is not None
+        }
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor, dequantized and cut out if need be.

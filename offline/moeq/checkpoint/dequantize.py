@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from moeq.checkpoint.mapped import Index
-from moeq.checkpoint.reader import CheckpointReader, Reading, TensorInfo
+from moeq.checkpoint.reader import CheckpointReader, Integers, Reading, TensorInfo
 from moeq.errors import MoeqError
 
 Readings = Iterator[tuple[str, Reading | None]]
@@ -243,8 +243,20 @@ def packed_integers(reader: CheckpointReader, bits: int) -> Readings:
             for suffix in ("weight_packed", "weight_scale", "weight_zero_point")
             if module + suffix in reader.tensors
         }
-        shape = TensorInfo(info.file, "BF16", (rows, columns))
-        yield name, Reading(shape, partial(_read_packed, reader, files, (rows, columns), bits))
+        integers = None
+        if "weight_zero_point" not in files and info.dtype == "I32":
+            read = {suffix: partial(reader.stored, *file) for suffix, file in files.items()}
+            integers = Integers(
+                bits, columns // scale[1], read["weight_packed"], read["weight_scale"]
+            )
+        yield (
+            name,
+            Reading(
+                TensorInfo(info.file, "BF16", (rows, columns)),
+                partial(_read_packed, reader, files, (rows, columns), bits),
+                integers,
+            ),
+        )
         dropped = ("weight_scale", "weight_shape", "weight_zero_point", *_OF_ACTIVATIONS)
         yield from _dropped(reader, module, dropped)
 

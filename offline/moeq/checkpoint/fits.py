@@ -4,6 +4,10 @@ from moeq.checkpoint.families import MoELayer
 from moeq.errors import MoeqError
 from vllm_moeq.format import CODES_PER_WORD, GROUP_SIZES, BitPlan
 
+_NONE_FITS = (
+    f"it is no multiple of {GROUP_SIZES[0]}, so the experts cannot be packed with any group size, "
+    "and zeros cannot be added, which norms would count"
+)
 _USUAL_BITS, _BITS_OF_A_GROUP = 2.5, 24
 """Of a weight, and of the scale and the zero point of a group."""
 
@@ -45,7 +49,7 @@ def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
         hidden, inner = layer.hidden_size, layer.intermediate_size
         if hidden % group_size:
             fitting = [group for group in reversed(GROUP_SIZES) if hidden % group == 0]
-            hint = f"use `group_size` {fitting[0]}" if fitting else "no group size fits"
+            hint = f"use `group_size` {fitting[0]}" if fitting else _NONE_FITS
             raise MoeqError(
                 f"`group_size` {group_size} does not divide the hidden_size {hidden} of "
                 f"{layer.container}; {hint}"
@@ -53,7 +57,9 @@ def check_group_size(group_size: int, layers: list[MoELayer]) -> None:
         if inner % CODES_PER_WORD:
             raise MoeqError(
                 f"the intermediate_size {inner} of {layer.container} is no multiple of "
-                f"{CODES_PER_WORD}: its experts cannot be packed with any group size"
+                f"{CODES_PER_WORD}: its experts cannot be packed with any group size. Pad them "
+                f"with zeros to {inner + -inner % CODES_PER_WORD} in the source (rows of gate and "
+                "up, columns of down), and say so in config.json"
             )
 
 
@@ -68,10 +74,7 @@ def fitting_group_size(layers: list[MoELayer]) -> int:
     hidden_sizes = {layer.hidden_size for layer in layers}
     fitting = [group for group in GROUP_SIZES if not any(size % group for size in hidden_sizes)]
     if not fitting:
-        raise MoeqError(
-            f"hidden_size {min(hidden_sizes)} is no multiple of {GROUP_SIZES[0]}: the experts "
-            "cannot be packed with any group size"
-        )
+        raise MoeqError(f"hidden_size {min(hidden_sizes)} of {layers[0].container}: {_NONE_FITS}")
 
     def served_bits(group_size: int) -> float:
         columns = sum(layer.intermediate_size + layer.added_columns(group_size) for layer in layers)

@@ -1,8 +1,11 @@
 """The dense layers of a model: those in front of and beside its routed experts, and embeddings."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
@@ -42,13 +45,18 @@ class LinearGroup(NamedTuple):
             number of layers for the output head.
         weights: Names of their weights on disk.
         shapes: (rows, columns) of each.
-        stored_bytes: Of all weights as they are in the source.
+        full_bytes: Of all weights as they are read, in 16 or 32 bits.
+        stored_bits: Width of the integers that the source stores; 16 if it stores none that can be
+            copied.
+        stored_group_size: Weights of a row that share a scale there.
     """
 
     layer: int
     weights: tuple[str, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ()
-    stored_bytes: int = 0
+    full_bytes: int = 0
+    stored_bits: int = FULL_WIDTH
+    stored_group_size: int = 0
 
     @property
     def rows(self) -> int:
@@ -77,14 +85,29 @@ class LinearGroup(NamedTuple):
         return next(i for i, stage in enumerate(_STAGES) if _NAMES[name] in stage)
 
     def num_bytes(self, bits: int, group_size: int) -> int:
-        """Return the bytes of all weights at 4 or 8 bits, with their scales, or as they are."""
+        """Return the bytes of all weights at 4 or 8 bits with their scales, or as they are read."""
         if bits == FULL_WIDTH:
-            return self.stored_bytes
+            return self.full_bytes
         return sum(linear_bytes(*shape, bits, group_size) for shape in self.shapes)
 
     def fits(self, group_size: int) -> bool:
         """Tell whether rows are whole groups."""
         return all(columns % group_size == 0 for _, columns in self.shapes)
+
+    def copies(self, bits: int, group_size: int) -> bool:
+        """Tell whether weights with this width are those of the source, and need no rounding.
+
+        Larger groups than ours are as many of ours with the same scale.
+        """
+        return bits == self.stored_bits < FULL_WIDTH and self.stored_group_size % group_size == 0
+
+    def width(self, asked: int, group_size: int) -> int:
+        """Return the width asked for, or the smaller one that the weights have already."""
+        return min(asked, self.stored_bits) if self.copies(self.stored_bits, group_size) else asked
+
+    def without_integers(self) -> "LinearGroup":
+        """Return the same layers as if their source did not store integers."""
+        return self._replace(stored_bits=FULL_WIDTH, stored_group_size=0)
 
 
 def linear_groups(
@@ -119,10 +142,10 @@ def linear_groups(
             index,
             (*group.weights, name),
             (*group.shapes, (info.shape[0], info.shape[1])),
-            group.stored_bytes + info.num_bytes,
+            group.full_bytes + info.num_bytes,
         )
     groups = [
-        group
+        _with_integers(reader, group)
         for key, group in found.items()
         if key not in refused and not _shares_keys(group.weights)
     ]
@@ -160,6 +183,25 @@ def _has_prediction_layers(reader: CheckpointReader) -> bool:
     )
 
 
+def _with_integers(reader: CheckpointReader, group: LinearGroup) -> LinearGroup:
+    """Note the integers that a source stores, if the format can hold all of them as they are."""
+    integers = [reader.integers.get(weight) for weight in group.weights]
+    stored = [matrix for matrix in integers if matrix is not None]
+    if len(stored) < len(integers) or len({matrix.bits for matrix in stored}) > 1:
+        return group
+    if not all(_is_storable(matrix.scale()) for matrix in stored):
+        return group
+    group_size = math.gcd(*(matrix.group_size for matrix in stored))
+    return group._replace(stored_bits=stored[0].bits, stored_group_size=group_size)
+
+
+def _is_storable(scale: torch.Tensor) -> bool:
+    """Tell whether scales are finite values of both float16 and bfloat16."""
+    values = scale.float()
+    narrow = [values.to(dtype).float() for dtype in (torch.float16, torch.bfloat16)]
+    return bool(values.isfinite().all()) and all(torch.equal(values, other) for other in narrow)
+
+
 def _shares_keys(weights: tuple[str, ...]) -> bool:
     """Tell whether values are the keys, as in Gemma-4: vLLM has a layer for both, from one."""
     names = {weight.split(".")[-2] for weight in weights}
@@ -179,8 +221,13 @@ def linear_bits(bits: Mapping[LinearGroup, int]) -> dict[str, int]:
 def uniform_linear_bits(
     groups: Iterable[LinearGroup], bits: int, group_size: int
 ) -> dict[str, int]:
-    """Return the ``linear_bits`` of a plan in which all layers that can have it have one width."""
-    return linear_bits({group: bits for group in groups if group.fits(group_size)})
+    """Return the ``linear_bits`` of a plan in which all layers that can have it have one width.
+
+    Layers that the source stores with a smaller one keep that.
+    """
+    return linear_bits(
+        {group: group.width(bits, group_size) for group in groups if group.fits(group_size)}
+    )
 
 
 def group_widths(plan: BitPlan, groups: Iterable[LinearGroup]) -> dict[LinearGroup, int]:
@@ -215,6 +262,25 @@ def group_widths(plan: BitPlan, groups: Iterable[LinearGroup]) -> dict[LinearGro
             "moeq quantizes"
         )
     return widths
+
+
+def copied_weights(plan: BitPlan, groups: Iterable[LinearGroup]) -> set[str]:
+    """Return the names of the weights that a plan takes from the source as they are stored."""
+    return {
+        weight
+        for group, bits in group_widths(plan, groups).items()
+        if group.copies(bits, plan.group_size)
+        for weight in group.weights
+    }
+
+
+def lost_integers(groups: Iterable[LinearGroup], group_size: int) -> list[LinearGroup]:
+    """Return the groups that could be copied with another group size."""
+    return [
+        group
+        for group in groups
+        if group.stored_bits < FULL_WIDTH and not group.copies(group.stored_bits, group_size)
+    ]
 
 
 def linear_widths(plan: BitPlan) -> dict[str, int]:

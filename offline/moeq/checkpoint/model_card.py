@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from moeq.checkpoint.wording import linear_summary
 from vllm_moeq.format import WIDTHS, BitPlan
 
+SOURCE_PRECISION = "source_precision"
+"""What a plan's provenance calls the precision of its source, and what became of it."""
 _TEXT = """\
 # {title}
 
@@ -22,6 +24,7 @@ Expert weights of {source} quantized by vllm-moeq: every expert has its own bit-
 | bits per expert weight, all included | {bits_per_weight:.4f} |
 | group size | {group_size} |
 | rounding | {rounding} |
+| source | {precision} |
 | packed experts | {expert_bytes:,} bytes |
 | dense layers | {dense} |
 | all tensors | {total_bytes:,} bytes |
@@ -98,10 +101,11 @@ def write_model_card(folder: Path, plan: BitPlan, source: str, encodes: bool = F
         expert_bytes=provenance.expert_bytes or 0,
         total_bytes=provenance.total_bytes or 0,
         dense=linear_summary(plan),
-        others="Routers, attention, norms and embeddings are untouched."
+        precision=provenance.details.get(SOURCE_PRECISION, "16 or 32 bits"),
+        others="Routers, attention, norms and embeddings are not quantized."
         if not plan.linear_bits
         else "Attention, shared experts and dense MLPs have 4, 8 or 16 bits, in the format of\n"
-        "compressed-tensors. Routers, norms and embeddings are untouched.",
+        "compressed-tensors. Routers, norms and embeddings are not quantized.",
         quality=_quality(plan),
         vllm=_NO_VLLM if encodes else _VLLM,
         auto_class="AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM",

@@ -37,16 +37,34 @@ class TensorInfo(NamedTuple):
         return _DTYPES[self.dtype] * torch.Size(self.shape).numel()
 
 
+class Integers(NamedTuple):
+    """A matrix of integers around zero, as compressed-tensors stores it.
+
+    Attributes:
+        bits: Width of a weight.
+        group_size: Weights of a row that share a scale.
+        words: Reads the packed weights, int32 [N, K * bits / 32].
+        scale: Reads the scales [N, K / group_size].
+    """
+
+    bits: int
+    group_size: int
+    words: Callable[[], torch.Tensor]
+    scale: Callable[[], torch.Tensor]
+
+
 class Reading(NamedTuple):
     """How a tensor is read.
 
     Attributes:
         info: What it is once it has been read.
         read: Reads it, or the part of it that an index selects.
+        integers: The same before it is dequantized, if it is such a matrix.
     """
 
     info: TensorInfo
     read: Callable[..., torch.Tensor]
+    integers: Integers | None = None
 
 
 def resolve_model(model: str) -> Path:
@@ -76,6 +94,12 @@ def resolve_model(model: str) -> Path:
 
 class CheckpointReader:
     """Lazy access to the tensors of a sharded checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its ``config.json``.
+        tensors: What is in it, by name.
+        integers: Those of its matrices that are stored as integers, before they are dequantized.
 
     Args:
         folder: Holds ``config.json`` and safetensors files.
@@ -110,6 +134,7 @@ class CheckpointReader:
         self._files = MappedFiles()
         self._names = files
         self.tensors: dict[str, TensorInfo] = {}
+        self.integers: dict[str, Integers] = {}
         for file in files:
             with _named_errors(folder / file):
                 handle = self._files.open(folder / file)

@@ -42,7 +42,7 @@ def plan_sizes(plan: BitPlan, source: SourceModel) -> PlanSizes:
             code_bits += rows * columns * width
             size += packed_bytes(rows, columns, width, plan.group_size)
     saved = sum(
-        group.stored_bytes - group.num_bytes(bits, plan.group_size)
+        group.full_bytes - group.num_bytes(bits, plan.group_size)
         for group, bits in group_widths(plan, source.linear).items()
     )
     total = size + source.other_bytes - saved

@@ -15,6 +15,7 @@ from moeq.checkpoint.precision import source_format
 from moeq.checkpoint.reader import FLOATS, CheckpointReader, resolve_model
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
+from moeq.rounding import LinearWeight
 from moeq.units import public_name
 
 
@@ -76,7 +77,9 @@ class SourceModel:
     def precision(self) -> str | None:
         """The format of a source in lower precision, which is read as bfloat16; else None."""
         found = source_format(self.reader.config, self.folder)
-        return None if found is None else found.name
+        if found is None:
+            return None
+        return found.name if found.bits is None else f"{found.name}, {found.bits} bits"
 
     @property
     def num_bytes(self) -> int:
@@ -105,6 +108,33 @@ class SourceModel:
             MoeqError: There is no such tensor, or its file has gone; names it.
         """
         return self.reader.tensor(name)
+
+    def integers(self, weight: str, group_size: int) -> LinearWeight:
+        """Return the weight of a dense layer as the source stores it.
+
+        Args:
+            weight: Of a group of layers that can be copied with the group size.
+            group_size: Weights of a row that share a scale; those of the source may be larger.
+        """
+        stored = self.reader.integers[weight]
+        scale = stored.scale().to(torch.bfloat16)
+        return LinearWeight(
+            stored.words().contiguous(),
+            scale.repeat_interleave(stored.group_size // group_size, 1),
+            torch.tensor(self.reader.info(weight).shape),
+        )
+
+    def asked_for(self, dense_bits: str | int) -> "SourceModel":
+        """Return the source without integers in dense layers that are to have another width.
+
+        Args:
+            dense_bits: What the user asks for; with ``auto`` they keep the width that they have.
+        """
+        groups = (
+            group if dense_bits in ("auto", group.stored_bits) else group.without_integers()
+            for group in self.linear
+        )
+        return replace(self, linear=tuple(groups))
 
 
 @lru_cache(maxsize=1)

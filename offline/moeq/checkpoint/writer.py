@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint.families import expert_widths
 from moeq.checkpoint.fits import check_plan_fits
-from moeq.checkpoint.linear import group_widths, linear_widths
-from moeq.checkpoint.model_card import write_model_card
+from moeq.checkpoint.linear import copied_weights, linear_widths
+from moeq.checkpoint.model_card import SOURCE_PRECISION, write_model_card
 from moeq.checkpoint.precision import unquantized
 from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.servable import served_config
@@ -57,7 +57,7 @@ class _Job(NamedTuple):
     """One source tensor: what becomes of it and the bytes that it takes in the output."""
 
     name: str
-    become: Literal["kept", "expert", "linear"]
+    become: Literal["kept", "expert", "linear", "copied"]
     bits: int
     output_bytes: int
 
@@ -86,7 +86,7 @@ class Conversion:
             MoeqError: The plan does not fit the model.
         """
         check_plan_fits(plan, source.layers)
-        group_widths(plan, source.linear)
+        copied = copied_weights(plan, source.linear)
         widths, of_linear = expert_widths(plan, source.layers), linear_widths(plan)
         shards: list[list[_Job]] = [[]]
         filled = 0
@@ -99,7 +99,7 @@ class Conversion:
             elif name in of_linear:
                 rows, columns = info.shape
                 size = linear_bytes(rows, columns, of_linear[name], plan.group_size)
-                job = _Job(name, "linear", of_linear[name], size)
+                job = _Job(name, "copied" if name in copied else "linear", of_linear[name], size)
             else:
                 job = _Job(name, "kept", 0, info.num_bytes)
             if shards[-1] and filled + job.output_bytes > shard_bytes:
@@ -110,8 +110,10 @@ class Conversion:
         # A plan that somebody edited, or made for a sister model, states other sizes.
         conversion = cls(source, with_sizes(plan, source), shards)
         if source.precision is not None:
-            note = f"{source.precision}; what is not quantized is written in bfloat16"
-            conversion = conversion.noting("source_precision", note)
+            note = f"{source.precision}: dequantized to bfloat16"
+            if copied:
+                note += f", but for {len(copied)} dense layers, which are copied"
+            conversion = conversion.noting(SOURCE_PRECISION, note)
         if source.left_out:
             note = f"{len(source.left_out)} tensors of prediction layers, as {source.left_out[0]}"
             conversion = conversion.noting("left_out", note)
@@ -173,7 +175,7 @@ class Conversion:
         # One tensor to a thread, torch single-threaded inside: its chunks are too small to split,
         # and OpenMP threads that wait for a busy core cost more than they bring.
         workers = workers or Threads([torch.device("cpu")] * _WORKERS, cores=1)
-        task = _Tensors(self.source, weights)
+        task = _Tensors(self.source, weights, self.plan.group_size)
         with stage(progress, "write", self.source.num_bytes, "B") as advance:
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
@@ -204,10 +206,11 @@ class Conversion:
 
 
 class _Tensors(NamedTuple):
-    """Where tensors come from: those that are kept, and those that are packed."""
+    """Where tensors come from: those that are kept or copied, and those that are packed."""
 
     source: SourceModel
     weights: PackedSource
+    group_size: int
 
 
 def _converted(
@@ -218,6 +221,8 @@ def _converted(
         yield task.weights.packed(job.name, job.bits)
     elif job.become == "linear":
         yield task.weights.packed_linear(job.name, job.bits)
+    elif job.become == "copied":
+        yield task.source.integers(job.name, task.group_size).named(job.name)
     else:
         tensor = task.source.tensor(job.name)
         # A part at a time: the mask of an embedding would take half its memory.

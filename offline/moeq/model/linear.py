@@ -55,6 +55,8 @@ class LinearInputs:
     ) -> Iterator[tuple[str, int, int, LinearWeight]]:
         """Round the weights of a group; what is known of its inputs is used up.
 
+        Weights that the source stores with a width and a group size are not rounded.
+
         Args:
             group: Which.
             widths: At each of which.
@@ -82,7 +84,9 @@ class LinearInputs:
                 weight = source.tensor(name).to(self._model.device)
                 for group_size in group_sizes:
                     for bits in widths:
-                        if hessian is None:
+                        if group.copies(bits, group_size):
+                            found = source.integers(name, group_size).to(self._model.device)
+                        elif hessian is None:
                             found = round_linear(weight, bits, group_size)
                         else:
                             found = round_linear_by_inputs(weight, hessian, bits, group_size)

@@ -32,7 +32,7 @@ from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 6
+_ALGORITHM_VERSION = 7
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
@@ -85,7 +85,16 @@ class Measurement:
         """Dense layers that are to have fewer than 16 bits, or may have them."""
         if not self.linear_widths:
             return ()
-        return tuple(group for group in self.source.linear if group.fits(max(self.group_sizes)))
+        return tuple(
+            group
+            for group in self.source.linear
+            if group.fits(max(self.group_sizes)) and not self._is_settled(group)
+        )
+
+    def _is_settled(self, group: LinearGroup) -> bool:
+        """Tell whether the source stores dense layers with the least width, which they keep."""
+        least = min(self.linear_widths)
+        return all(group.copies(least, group_size) for group_size in self.group_sizes)
 
     @property
     def linear_widths(self) -> tuple[int, ...]:
@@ -104,7 +113,8 @@ class Measurement:
         return self.budget + self._linear_bytes(self.options.linear)
 
     def _linear_bytes(self, bits: int) -> int:
-        return sum(group.num_bytes(bits, max(self.group_sizes)) for group in self.linear)
+        size = max(self.group_sizes)
+        return sum(group.num_bytes(group.width(bits, size), size) for group in self.linear)
 
     @property
     def budget(self) -> int:

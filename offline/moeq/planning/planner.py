@@ -20,7 +20,7 @@ from moeq.allocation import (
 )
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.fits import check_group_size
-from moeq.checkpoint.linear import FULL_WIDTH, group_widths
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (
     begin,
@@ -240,7 +240,9 @@ def _least_loss(
             group_size: np.array(
                 [
                     [
-                        linear.loss(group, group_size, bits) if bits in widths else np.inf
+                        linear.loss(group, group_size, bits)
+                        if bits in widths and bits == group.width(bits, group_size)
+                        else np.inf
                         for bits in LINEAR_OPTIONS
                     ]
                     for group in linear.groups
@@ -293,5 +295,7 @@ def _allocated(
             "gap_to_the_best_plan": found.solution.gap,
         },
     )
-    plan = BitPlan(found.group_size, found.expert_bits, provenance, found.linear_bits)
+    rest = [group for group in source.linear if group not in linear.groups]
+    dense = found.linear_bits | uniform_linear_bits(rest, FULL_WIDTH, found.group_size)
+    plan = BitPlan(found.group_size, found.expert_bits, provenance, dense)
     return with_sizes(plan, source)

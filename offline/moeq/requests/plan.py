@@ -63,7 +63,7 @@ class PlanRequest:
         target_size: Instead: size of all tensors of the result, in bytes or as in ``14GB``.
         dense_bits: Width of attention projections, shared experts and dense MLPs: 16, 8 or 4; or
             ``auto``, with which a measured plan chooses for each, and any other leaves them as they
-            are.
+            are. With it, those that the source stores with 8 or 4 bits can keep them.
         quantize_embeddings: Count the token embeddings and the output head among the dense layers.
         levels: Widths to use, highest first; None takes those next to the average.
         strategy: One of :data:`STRATEGIES`; None takes ``auto`` with text, else ``combined``.

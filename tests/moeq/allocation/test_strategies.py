@@ -1,10 +1,12 @@
 """Whole plans: widths follow the signals of the checkpoint, sizes follow the widths."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import moeq
 from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
 from moeq.planning import decide
@@ -19,6 +21,8 @@ from support.checkpoints import (
     mixtral_tensors,
     write_checkpoint,
 )
+from support.models import ENCODER_DECODERS, FAMILIES
+from support.sources import load
 from vllm_moeq.format import BitPlan
 
 
@@ -153,6 +157,28 @@ def test_provenance_tells_how_the_plan_was_made(folder: Path) -> None:
 def test_bad_options_are_named(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _plan(folder, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODER_DECODERS])
+def test_every_family_is_planned(tiny_model: Callable[[str], Path], family: str) -> None:
+    model = tiny_model(family)
+    stored = load(model)
+    by_norm, by_both = (
+        moeq.plan(model, bits=2.5, calib=None, strategy=name)
+        for name in ("router-norm", "combined")
+    )
+    layers = SourceModel.open(model).layers
+    assert by_norm.expert_bits.keys() == {layer.container for layer in layers}
+    for layer in layers:
+        router = next(
+            t for n, t in stored.items() if layer.family.canonical_name(n) == layer.router
+        )
+        norms = router.double().norm(dim=1)
+        widths = torch.tensor(by_norm.expert_bits[layer.container].w13)
+        assert sorted(widths.tolist()) == [2] * 4 + [3] * 4
+        assert norms[widths == 3].max() <= norms[widths == 2].min()
+        assert sorted(by_both.expert_bits[layer.container].w2) == [2] * 4 + [3] * 4
 
 
 def test_one_level_smaller_than_the_average_is_refused(folder: Path) -> None:

@@ -161,9 +161,12 @@ def test_the_group_size_that_serves_in_the_least_memory_is_taken(
 
 
 def test_sizes_that_cannot_be_packed_are_named() -> None:
-    with pytest.raises(MoeqError, match="hidden_size 100 is no multiple of 32"):
+    with pytest.raises(MoeqError, match=r"hidden_size 100 of layers\.0: .* no multiple of 32, so"):
         fitting_group_size(_layers(100, 128))
+    with pytest.raises(MoeqError, match="64 does not divide .*; it is no multiple of 32"):
+        check_group_size(64, _layers(100, 128))
     with pytest.raises(MoeqError, match="hidden_size 2880 of layers.0; use `group_size` 64"):
         check_group_size(128, _layers(2880, 2880))
-    with pytest.raises(MoeqError, match="intermediate_size 100 of layers.1 is no multiple of 8"):
+    what = r"intermediate_size 100 of layers\.1 is no multiple of 8: .* with zeros to 104 in the"
+    with pytest.raises(MoeqError, match=what):
         check_group_size(64, _layers(128, 104, 100))

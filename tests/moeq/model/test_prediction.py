@@ -11,33 +11,31 @@ from safetensors.torch import load_file, save_file
 import moeq
 from moeq.checkpoint import SourceModel
 from moeq.errors import MoeqError
+from moeq.model.prediction import prediction_problems
 from moeq.model.structure import check_structure, structure_problems
 from support.checkpoints import Tensors, change_tensors
 from support.models import add_prediction_layer
+from support.prediction import LIKE_LAYERS, OTHERS, with_prediction
 from support.sources import load
 from vllm_moeq.format import write_manifest
 
-PREFIXES = {
-    "deepseek_v3": "model.layers.2.",
-    "glm4_moe": "model.layers.2.",
-    "qwen3_next": "mtp.layers.0.",
-}
 
-
-@pytest.fixture(params=PREFIXES)
+@pytest.fixture(params=LIKE_LAYERS)
 def model(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> tuple[Path, str]:
-    prefix = PREFIXES[request.param]
+    prefix = LIKE_LAYERS[request.param]
     return add_prediction_layer(tiny_model(request.param), tmp_path / "model", prefix), prefix
 
 
-def test_every_tensor_of_a_prediction_layer_is_checked(model: tuple[Path, str]) -> None:
-    folder, prefix = model
+@pytest.mark.parametrize("family", [*LIKE_LAYERS, *OTHERS])
+def test_every_tensor_of_a_prediction_layer_is_checked(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, start = with_prediction(tiny_model(family), tmp_path / "model", family)
     source = SourceModel.open(folder)
     reader, layers = source.reader, source.layers
     assert structure_problems(reader, layers) == []
-    start = prefix if prefix.startswith("model.") else "mtp."
     saved = {name: info for name, info in reader.tensors.items() if name.startswith(start)}
     assert saved.keys() == {name for name in load(folder) if name.startswith(start)}
     for name, info in saved.items():
@@ -45,9 +43,20 @@ def test_every_tensor_of_a_prediction_layer_is_checked(model: tuple[Path, str]) 
             del reader.tensors[name]
             if broken is not None:
                 reader.tensors[name] = broken
-            (problem,) = structure_problems(reader, layers)
+            (problem,) = prediction_problems(reader, layers)
             assert problem.startswith(f"tensor {name} ")
             reader.tensors[name] = info
+            assert not list(prediction_problems(reader, layers))
+
+
+def test_a_prediction_of_two_layers_lacks_one(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, _ = with_prediction(tiny_model("nemotron_h"), tmp_path / "model", "nemotron_h")
+    change_tensors(folder, lambda tensors: _without_the_layer(tensors, "mtp.layers.1."))
+    source = SourceModel.open(folder)
+    with pytest.raises(MoeqError, match=r"mtp\.layers\.1\.\S+ .* of a prediction layer is missing"):
+        check_structure(source.reader, source.layers)
 
 
 def _without_the_layer(tensors: Tensors, prefix: str) -> None:
