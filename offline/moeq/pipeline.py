@@ -143,7 +143,10 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
         return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
-    with Workspace.open(output, request.resume) as workspace, disk_errors(f"cannot write {output}"):
+    with (
+        Workspace.open(output, request.resume) as workspace,
+        disk_errors(f"cannot write {output}", "go on with `resume`"),
+    ):
         workspace.check_space(estimate.disk_bytes)
         _announce(request, text, estimate.measuring, estimate.rounding)
         reports: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import replace_file
+from moeq.checkpoint.workspace import read_note, replace_file
 from moeq.model import ExpertMatrices, ExpertSource, LayerwiseModel, dequantized, run_layer
 from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.expert import (
@@ -123,7 +123,7 @@ def build(
                     for expert in range(layer.num_experts)
                 )
                 _measure(experts, widths, group_size, method, _file(folder, layer), advance)
-            stored = json.loads(measured.read_text())
+            stored = read_note(measured)
             errors |= {
                 Choice(*choice): QuantizationError(*values) for choice, values in stored["errors"]
             }
