@@ -96,8 +96,8 @@ def measured(moeq: Server, model: Path, tmp_path: Path) -> Task:
     """A run that measures, calibrates and writes."""
     (tmp_path / "text.txt").write_text(TEXT)
     return Task.of(
-        moeq, tmp_path, model, "--strategy", "auto", "--calib", tmp_path / "text.txt",
-        "--nsamples", 8, "--seqlen", 32,
+        moeq, tmp_path, model, "--strategy", "sensitivity", "--dense-bits", 16, "--calib",
+        tmp_path / "text.txt", "--nsamples", 4, "--seqlen", 32,
     )  # fmt: skip
 
 
