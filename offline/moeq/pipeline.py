@@ -143,9 +143,11 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
         return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
+    resumes = request.is_calibrated or measurement is not None
+    then = "go on with `resume`" if resumes else "run the command again"
     with (
         Workspace.open(output, request.resume) as workspace,
-        disk_errors(f"cannot write {output}", "go on with `resume`"),
+        disk_errors(f"cannot write {output}", then),
     ):
         workspace.check_space(estimate.disk_bytes)
         _announce(request, text, estimate.measuring, estimate.rounding)

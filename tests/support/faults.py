@@ -121,7 +121,17 @@ class Server:
 def server(folder: Path) -> Iterator[Server]:
     """Compile the disk that fails, and start a server with it; logs go to the folder."""
     library = folder / "faulty_disk.so"
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", SHIM, "-o", library, "-ldl"]
+    command: list[str | Path] = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        SHIM,
+        "-o",
+        library,
+        "-ldl",
+    ]
     subprocess.run(command, check=True, timeout=120)
     path = os.pathsep.join([environment()["PYTHONPATH"], str(ROOT / "tests")])
     process = subprocess.Popen(
@@ -174,7 +184,7 @@ def _run(arguments: list[str], log: Path, fault: list[Any] | None) -> NoReturn:
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         disk = ctypes.CDLL(None)
-        disk.faulty_disk.argtypes = [ctypes.c_char_p, ctypes.c_long] + 3 * [ctypes.c_int]
+        disk.faulty_disk.argtypes = (ctypes.c_char_p, ctypes.c_long, *[ctypes.c_int] * 3)
         disk.faulty_disk_calls.restype = ctypes.c_long
         disk.faulty_disk_failed.restype = ctypes.c_char_p
         if fault is not None:

@@ -31,17 +31,15 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
         busy: What to say if another run has it.
 
     Raises:
-        MoeqError: Another run has it; the message begins with ``busy``. Or it cannot be created.
+        MoeqError: Another run has it; the message begins with ``busy``.
+        OSError: It cannot be created or locked.
     """
     path = folder / LOCK_NAME
     with ExitStack() as stack:
-        try:
-            folder.mkdir(exist_ok=True)
-            stack.callback(_remove_if_empty, folder)
-            # NFS locks exclusively only what is open for writing, so no folder.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise MoeqError(f"cannot write {folder}: {error}") from error
+        folder.mkdir(exist_ok=True)
+        stack.callback(_remove_if_empty, folder)
+        # NFS locks exclusively only what is open for writing, so no folder.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         stack.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +47,7 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
             raise MoeqError(busy) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise MoeqError(f"cannot lock {path}: {error}") from error
+                raise OSError(error.errno, f"cannot lock: {error.strerror}", str(path)) from error
             stack.enter_context(_owned(folder / _OWNER_NAME, busy))
         # The other run may have ended, and removed this very file, before we got the lock.
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -99,15 +97,19 @@ def _machine() -> list[str]:
 
 
 def _create(path: Path, owner: dict[str, Any]) -> bool:
-    """Write a file; say whether it was not there before."""
+    """Write a file; say whether it was not there before.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     try:
         with path.open("x") as file:
             file.write(json.dumps(owner))
     except FileExistsError:
         return False
-    except OSError as error:
+    except OSError:
         path.unlink(missing_ok=True)
-        raise MoeqError(f"cannot write {path}: {error}") from error
+        raise
     return True
 
 

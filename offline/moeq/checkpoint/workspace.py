@@ -26,7 +26,7 @@ _REMEDIES = {
     errno.EDQUOT: "Make room there",
     errno.EIO: "The disk has failed: check it",
 }
-_OS_ERROR = re.compile(r"\bcode: (\d+)")
+_OS_ERROR = re.compile(r"\b(?:code: |os error )(\d+)")
 """Matches what safetensors says of an error of the system."""
 
 
@@ -62,11 +62,15 @@ class Workspace:
         check_output_is_free(output)
         folder = output.with_name(f".{output.name}.moeq")
         workspace = cls(output, folder / "plan", folder / "calibration", folder / "output")
-        with locked(folder, f"another `moeq quantize` is writing {output}"):
+        busy = f"another `moeq quantize` is writing {output}"
+        with disk_errors(f"cannot write {folder}"), locked(folder, busy):
             with disk_errors(f"cannot remove what an earlier run left in {folder}"):
                 workspace.clear(workspace.partial)
                 if not resume:
                     workspace.clear()
+                for path in folder.rglob("*"):  # half-written: ours, and those of safetensors
+                    if path.suffix == ".unfinished" or path.name.startswith(".tmp"):
+                        path.unlink()
             try:
                 yield workspace
             finally:

@@ -6,6 +6,7 @@ What every kernel computes is in test_conformance.py.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_weights_that_do_not_fit_the_layout_are_not_read(place: int, change: str
         {"w13_rows": 512},
     ],
 )  # fmt: skip
-def test_layouts_that_lie_are_refused(change: dict[str, int]) -> None:
+def test_layouts_that_lie_are_refused(change: dict[str, Any]) -> None:
     experts = random_experts(*MIXED, 32, HIDDEN)
     with pytest.raises(ValueError, match="layout says|columns in groups|lies at"):
         cpu.prepare(experts.weights, replace(experts.layout, **change), "silu")
