@@ -68,26 +68,34 @@ def _owned(path: Path, busy: str) -> Iterator[None]:
         MoeqError: As :func:`locked`.
     """
     owner = {"machine": _machine(), "socket": secrets.token_hex(16)}
-    if not _create(path, owner):
-        found = _read(path)
-        if found.get("machine") != owner["machine"]:
-            name = str((found.get("machine") or ["another machine"])[0])
-            raise MoeqError(
-                f"{busy}, on {name}. The file system has no locks, so nobody can tell from here "
-                f"whether it still runs: if it does not, remove {path}"
-            )
-        owner = found
-    with socket.socket(socket.AF_UNIX) as taken:
-        try:
-            taken.bind(f"\0moeq-{owner['socket']}")
-        except OSError:
-            raise MoeqError(busy) from None
-        if _read(path) != owner:  # it has just ended, and another one has begun
-            raise MoeqError(busy)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        _take(owner, stack)
+        if not _create(path, owner):
+            found = _read(path)
+            if found.get("machine") != owner["machine"]:
+                name = str((found.get("machine") or ["another machine"])[0])
+                raise MoeqError(
+                    f"{busy}, on {name}. The file system has no locks, so nobody can tell from "
+                    f"here whether it still runs: if it does not, remove {path}"
+                )
+            try:
+                _take(found, stack)
+            except OSError:
+                raise MoeqError(busy) from None
+            if _read(path) != found:  # it has just ended, and another one has begun
+                raise MoeqError(busy)
+        stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _take(owner: dict[str, Any], stack: ExitStack) -> None:
+    """Take the socket of an owner.
+
+    Raises:
+        OSError: Another process has it.
+    """
+    taken = stack.enter_context(socket.socket(socket.AF_UNIX))
+    taken.bind(f"\0moeq-{owner['socket']}")
 
 
 def _machine() -> list[str]:
