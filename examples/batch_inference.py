@@ -54,6 +54,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"{path} is in use by another run")
+        except OSError as error:
+            sys.exit(f"{path} cannot be locked ({error}): write to a file system that has locks")
         self._drop_torn_line()
         self._places: dict[int, int] = {}
         if not self._file.seek(0, os.SEEK_END):

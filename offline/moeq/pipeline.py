@@ -146,10 +146,12 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     estimate = _estimate(request, conversion, measurement, text)
     if request.dry_run:
         return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
+    resumes = request.is_calibrated or measurement is not None
+    then = "go on with `resume`" if resumes else "run the command again"
     with (
         connected(request.ray, source.folder),
         Workspace.open(output, request.resume) as workspace,
-        disk_errors(f"cannot write {output}"),
+        disk_errors(f"cannot write {output}", then),
     ):
         workspace.check_space(estimate.disk_bytes)
         workers, writers = _workers(text, request.ray, estimate), None

@@ -1,10 +1,13 @@
 """The entry point: harmless, repeatable, and quiet where vLLM does not fit."""
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from support.checkpoints import plan_dict
 from support.engine import in_fork
 
 
@@ -71,3 +74,43 @@ def test_what_older_releases_lack_is_done_without() -> None:
     done = in_fork(_register_and_list, None, "get_all_weights")
     assert done.returncode == 0, done.log
     assert "registered 1" in done.log
+
+
+def _give_lies(config: dict[str, Any]) -> None:
+    from support.hostile import every_lie, guarded
+    from vllm_moeq.config import MoeqConfig
+    from vllm_moeq.format import FormatError
+
+    MoeqConfig.from_config(config)
+    taken = refused = 0
+    for text in every_lie(config):
+        try:
+            lying = json.loads(text)
+        except (ValueError, RecursionError):
+            continue  # vLLM does not get as far as to us
+        with guarded():
+            try:
+                MoeqConfig.from_config(lying)
+                taken += 1
+            except FormatError as error:
+                assert str(error)
+                refused += 1
+    print("taken", taken, "refused", refused)
+
+
+@pytest.mark.vllm
+def test_lies_of_a_config_are_refused_in_words() -> None:
+    plan = plan_dict(provenance={"strategy": "auto", "details": {"tried": []}})
+    linear = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [],
+        "config_groups": {
+            "group_0": {
+                "targets": ["model.layers.0.self_attn.q_proj"],
+                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group",
+                            "group_size": 64},
+            },
+        },
+    }  # fmt: skip
+    done = in_fork(_give_lies, {"quant_method": "moeq", **plan, "linear": linear})
+    assert done.returncode == 0, done.log
+    assert "refused" in done.log

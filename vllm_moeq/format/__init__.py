@@ -1,6 +1,7 @@
 """The moeq checkpoint format, version 1: torch only, shared by the offline step and the plugin."""
 
 from vllm_moeq.format.errors import FormatError, first_few
+from vllm_moeq.format.files import check_inside, check_name, read_object
 from vllm_moeq.format.linear import (
     LINEAR_TENSORS,
     LINEAR_WIDTHS,
@@ -57,7 +58,9 @@ __all__ = [
     "LayerBits",
     "Projection",
     "Provenance",
+    "check_inside",
     "check_manifest",
+    "check_name",
     "dequantize",
     "first_few",
     "guarded",
@@ -68,6 +71,7 @@ __all__ = [
     "packed_bytes",
     "packed_columns",
     "packed_tensors",
+    "read_object",
     "spread",
     "to_compressed_tensors",
     "unpack",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.files import check_inside, read_object
 
 MANIFEST_NAME = "moeq_manifest.json"
 _VERSION = 1
@@ -41,7 +42,7 @@ def check_manifest(folder: Path, *, weight_sizes_only: bool = False) -> list[str
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path)
         version, files = manifest["manifest_version"], manifest["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (FileNotFoundError, NotADirectoryError):
@@ -49,7 +50,7 @@ def check_manifest(folder: Path, *, weight_sizes_only: bool = False) -> list[str
             f"{path} is missing: {folder} is not a finished moeq checkpoint. "
             "Run `moeq quantize` again"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, FormatError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is damaged ({error!r}): copy the checkpoint again") from error
     if version != _VERSION:
         raise FormatError(f"{path}: manifest_version {version!r} is not {_VERSION}")
@@ -57,7 +58,7 @@ def check_manifest(folder: Path, *, weight_sizes_only: bool = False) -> list[str
     for name, (size, sha256) in expected.items():
         if weight_sizes_only and not name.endswith(".safetensors"):
             continue
-        file = folder / name
+        file = folder / check_inside(name, path)
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:

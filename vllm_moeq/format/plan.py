@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_moeq.format.errors import FormatError
+from vllm_moeq.format.files import check_name
 from vllm_moeq.format.linear import check_linear_bits
 
 FORMAT_VERSION = 1
@@ -106,6 +107,7 @@ class Provenance:
         for name, value in known.items():
             if not isinstance(value, _PROVENANCE_TYPES[name]):
                 raise FormatError(f"provenance.{name} has a value of the wrong type: {value!r}")
+        _check_tried(known.get("details", {}).get("tried", []))
         return cls(**known)
 
 
@@ -119,6 +121,34 @@ _PROVENANCE_TYPES: Mapping[str, Any] = {
     "source": str,
     "moeq_version": str,
     "details": Mapping,
+}
+
+
+def _check_tried(tried: Any) -> None:
+    """Check what a plan says of other ones that were tried.
+
+    Raises:
+        FormatError: It is no list of what :data:`_TRIED` has.
+    """
+    if not isinstance(tried, list) or not all(
+        isinstance(plan, Mapping)
+        and ("total_bytes" in plan or "expert_bytes" in plan)
+        and all(name in plan for name in _TRIED if not name.endswith("_bytes"))
+        and all(isinstance(plan.get(name, 0), kind) for name, kind in _TRIED.items())
+        for plan in tried
+    ):
+        raise FormatError(
+            f"provenance.details.tried is no list of objects with {', '.join(_TRIED)}"
+        )
+
+
+_TRIED: Mapping[str, Any] = {
+    "strategy": str,
+    "total_bytes": int,
+    "expert_bytes": int,
+    "divergence": int | float,
+    "loss_increase": int | float,
+    "tokens": int,
 }
 
 
@@ -151,6 +181,8 @@ class BitPlan:
         if not self.expert_bits:
             raise FormatError("expert_bits is empty: the plan names no layer")
         check_linear_bits(self.linear_bits)
+        for name in (*self.expert_bits, *self.linear_bits):
+            check_name(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as stored in ``plan.json``."""

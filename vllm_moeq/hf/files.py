@@ -16,6 +16,7 @@ from vllm_moeq.format import (
     FormatError,
     Projection,
     check_manifest,
+    check_name,
     linear_tensors,
 )
 from vllm_moeq.kernels import LinearLayout, LinearWeight
@@ -49,12 +50,15 @@ class PackedFiles:
         plan: Widths of its experts.
 
     Raises:
-        FormatError: A file is damaged.
+        FormatError: A file is damaged, or outside the folder of the first.
     """
 
     def __init__(self, paths: Iterable[str], plan: BitPlan) -> None:
         self.paths = [Path(path) for path in paths]
         self.folder = self.paths[0].parent
+        for path in self.paths:
+            if path.parent != self.folder:
+                raise FormatError(f"{path} is not in {self.folder}: do not use this checkpoint")
         if (self.folder / MANIFEST_NAME).is_file():
             problems = check_manifest(self.folder, weight_sizes_only=True)
             if problems:
@@ -64,7 +68,10 @@ class PackedFiles:
         for path in self.paths:
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._path |= dict.fromkeys(file.keys(), path)
+                    names = list(file.keys())
+                for name in names:
+                    check_name(name)
+                self._path |= dict.fromkeys(names, path)
             except SafetensorError as error:
                 raise FormatError(f"{path} is damaged ({error}): copy it again") from error
         self.experts: dict[str, list[ExpertTensorName]] = {path: [] for path in plan.expert_bits}

@@ -15,7 +15,9 @@ class Routing(NamedTuple):
 
     Attributes:
         topk_weights: Router weights [M, top_k].
-        topk_ids: Global expert ids [M, top_k]; below zero is padding.
+        topk_ids: Global expert ids [M, top_k]; below zero is padding. Those that are no experts
+            are refused on CPUs; devices leave them out, as vLLM's kernels do, for the host would
+            have to wait to notice them.
         expert_map: Global expert id to local slot, -1 for an expert of another rank; None if all
             experts are local.
     """
@@ -114,6 +116,13 @@ class FusedExpertsCall(NamedTuple):
 
     def _check(self) -> None:
         x, layout, (router_weight, ids, _) = self.x, self.layout, self.routing
+        # Its memory is read as it is.
+        if self.layout_tensor.dtype != torch.int64 or not self.layout_tensor.is_contiguous():
+            raise ValueError("the layout is no contiguous tensor of int64")
+        if x.dim() != 2 or ids.dim() != 2:
+            raise ValueError(
+                f"tokens {list(x.shape)} and expert ids {list(ids.shape)}: no matrices"
+            )
         if ids.shape != router_weight.shape or ids.shape[0] != x.shape[0]:
             raise ValueError(
                 f"{len(x)} tokens with router weights {list(router_weight.shape)} and expert ids "
@@ -130,6 +139,16 @@ class FusedExpertsCall(NamedTuple):
             expected = [len(layout.slots), layout.shape(projection)[0]]
             if list(bias.shape) != expected:
                 raise ValueError(f"{projection}_bias is {list(bias.shape)}, expected {expected}")
+
+
+def no_expert(call: FusedExpertsCall) -> ValueError:
+    """Return the error of a call with an expert id, or an entry of the map, that is no expert."""
+    _, ids, expert_map = call.routing
+    mapped = "" if expert_map is None else f" and a map of {expert_map.numel()}"
+    return ValueError(
+        f"expert ids reach {int(ids.max())}, but there are only {len(call.layout.slots)} local "
+        f"experts{mapped}"
+    )
 
 
 def _swiglu(activation: str, *parameters: float | None) -> SwiGlu | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_moeq.format import Projection, packed_columns
+from vllm_moeq.format import GROUP_SIZES, Projection, packed_columns
 
 LAYOUT_HEADER_ROWS = 2
 """Rows of the tensor form before those of the experts."""
@@ -124,6 +124,34 @@ class ExpertLayout:
     def buffer_bytes(self, projection: Projection) -> int:
         """Return the size of the flat packed buffer."""
         return sum(self.span(projection, slot)[1] for slot in range(len(self.slots)))
+
+    def check(self, weights: ExpertWeights) -> None:
+        """Check canonical weights, whose memory kernels read as the layout says.
+
+        Raises:
+            ValueError: Their sizes or types are not those of the layout, or it has unknown ones.
+        """
+        parts: tuple[tuple[Projection, tuple[torch.Tensor, ...]], ...] = (
+            ("w13", weights[:3]),
+            ("w2", weights[3:]),
+        )
+        for projection, found in parts:
+            rows, columns = self.shape(projection)
+            if self.group_size not in GROUP_SIZES or columns % self.group_size:
+                raise ValueError(f"{columns} columns in groups of {self.group_size}")
+            end = 0
+            for slot in range(len(self.slots)):
+                offset, size = self.span(projection, slot)
+                if offset != end:
+                    raise ValueError(f"expert {slot} of {projection} lies at {offset}, not {end}")
+                end += size
+            groups = (len(self.slots), rows, columns // self.group_size)
+            wanted = ((torch.uint8, (end,)), (torch.float16, groups), (torch.uint8, groups))
+            if tuple((tensor.dtype, tuple(tensor.shape)) for tensor in found) != wanted:
+                raise ValueError(
+                    f"weights of {projection} are {[list(tensor.shape) for tensor in found]}, the "
+                    f"layout says {[list(shape) for _, shape in wanted]}"
+                )
 
     def to_tensor(self) -> torch.Tensor:
         """Return the int64 CPU tensor [2 + E, 4] that the op takes."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_moeq.format import Projection, dequantize
-from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, SwiGlu
+from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, SwiGlu, no_expert
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 from vllm_moeq.kernels.linear import SYMMETRIC_ZERO_POINT, LinearCall, LinearLayout, LinearWeight
 
@@ -58,19 +58,25 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
         compute_dtype: Type of weights and sums inside; float64 makes the test oracle.
 
     Raises:
-        ValueError: Unknown activation.
+        ValueError: Unknown activation; on CPUs, an expert id that is no expert.
     """
     x, layout = call.x, call.layout
     topk_weights, topk_ids, expert_map = call.routing
     slots = topk_ids.long()
     if expert_map is not None:
-        # Ids below zero are padding and stay so.
-        slots = torch.where(slots >= 0, expert_map.long()[slots.clamp(min=0)], slots)
+        # Ids below zero are padding; an index that is no expert would be an error of the device.
+        exists = (slots >= 0) & (slots < len(expert_map))
+        found = expert_map.long()[slots.clamp(0, len(expert_map) - 1)]
+        slots = torch.where(exists, found, torch.where(slots < 0, -1, len(layout.slots)))
+    if not x.is_cuda and (slots >= len(layout.slots)).any():
+        raise no_expert(call)
     output = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
     tokens = x.to(compute_dtype)
     for slot in range(len(layout.slots)):
         chosen = slots == slot
-        router_weight = (topk_weights * chosen).sum(-1, keepdim=True).to(compute_dtype)
+        # Not times `chosen`: a NaN of another expert would come in.
+        router_weight = torch.where(chosen, topk_weights, 0).sum(-1, keepdim=True)
+        router_weight = router_weight.to(compute_dtype)
         rows: torch.Tensor | slice = slice(None)
         if not x.is_cuda:
             # Choosing rows would wait for the device and break CUDA graphs; there, the experts
@@ -87,10 +93,10 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
         w2 = expert_weight(layout, call.weights, "w2", slot, compute_dtype)
         activated = activate(hidden, call.activation, call.swiglu)
         result = F.linear(activated, w2, _bias(call.biases.w2, slot, compute_dtype))
-        if call.apply_router_weight_on_input:
-            # Zero for tokens of other experts, whose zeroed input still meets the biases.
-            router_weight = chosen.any(-1, keepdim=True)[rows].to(compute_dtype)
-        output[rows] += result * router_weight
+        if not call.apply_router_weight_on_input:
+            result = result * router_weight
+        # Nothing for tokens of other experts, whose zeroed input still meets the biases.
+        output[rows] += torch.where(chosen.any(-1, keepdim=True)[rows], result, 0)
     return output.to(x.dtype)
 
 

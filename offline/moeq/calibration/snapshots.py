@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import begin, clear, replace_file
+from moeq.checkpoint.workspace import begin, clear, read_note, replace_file
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
@@ -73,7 +73,7 @@ class Snapshots:
         """Return how many layers are finished, and the facts; fill the activations."""
         if not self.has_finished:
             return 0, {}
-        state = json.loads((self.folder / _STATE).read_text())
+        state = read_note(self.folder / _STATE)
         saved = load_file(self._activations(state["done"]))
         for name, tensor in activations.items():
             tensor.copy_(saved[name])

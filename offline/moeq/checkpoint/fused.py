@@ -113,7 +113,7 @@ def _sizes(
     first: tuple[int, ...], down: tuple[int, ...], halves: int
 ) -> tuple[int, int, int, bool] | None:
     """Return experts, hidden_size, intermediate_size and whether a matrix is [inputs, outputs]."""
-    if len(first) == len(down) == 3 and first[0] == down[0]:
+    if len(first) == len(down) == 3 and first[0] == down[0] and min(down) > 0:
         if first[1:] == (halves * down[2], down[1]):
             return *down, False
         if halves == 2 and first[1:] == (down[2], halves * down[1]):

@@ -43,6 +43,18 @@ def source_format(config: Mapping[str, Any], folder: object) -> SourceFormat | N
     quantization = next(stated, None)
     if quantization is None:
         return None
+    try:
+        return _stated_format(quantization, folder)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, MoeqError):
+            raise
+        raise MoeqError(
+            f"{folder}: quantization_config in config.json is damaged ({error!r}); get the "
+            "checkpoint again"
+        ) from error
+
+
+def _stated_format(quantization: Mapping[str, Any], folder: object) -> SourceFormat:
     method = quantization.get("quant_method", "unknown")
     if method == "fp8":
         return SourceFormat("fp8", _pair(quantization.get("weight_block_size")))
@@ -136,7 +148,12 @@ def logical_name(name: str) -> str:
 
 
 def _pair(sizes: Any) -> Block | None:
-    return None if sizes is None else (int(sizes[0]), int(sizes[1]))
+    if sizes is None:
+        return None
+    rows, columns = (int(size) for size in sizes)
+    if min(rows, columns) < 1:
+        raise ValueError(f"blocks of {rows} x {columns}")
+    return rows, columns
 
 
 def _same(weights: list[dict[str, Any]], key: str, value: object) -> bool:

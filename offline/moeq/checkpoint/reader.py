@@ -1,6 +1,6 @@
 """Reads a Hugging Face checkpoint tensor by tensor; never builds the model."""
 
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from moeq.checkpoint.mapped import Index, MappedFiles
 from moeq.errors import MoeqError
+from vllm_moeq.format import FormatError, check_inside, check_name, read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -33,8 +34,14 @@ class TensorInfo(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk."""
-        return _DTYPES[self.dtype] * torch.Size(self.shape).numel()
+        """Size on disk.
+
+        Raises:
+            MoeqError: moeq does not read the type.
+        """
+        if self.dtype not in _DTYPES:
+            raise MoeqError(f"{self.file} holds a tensor of type {self.dtype}: moeq reads no such")
+        return _DTYPES[self.dtype] * math.prod(self.shape)
 
 
 class Integers(NamedTuple):
@@ -117,7 +124,8 @@ class CheckpointReader:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise MoeqError(f"{index} has no weight_map")
-            files = sorted(set(weight_map.values()))
+            with _as_moeq_error():
+                files = sorted({check_inside(file, index) for file in weight_map.values()})
         elif (folder / SINGLE_NAME).is_file():
             files = [SINGLE_NAME]
         else:
@@ -141,6 +149,8 @@ class CheckpointReader:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                 view = handle.get_slice(name)
                 shape = tuple(view.get_shape())
+                with _as_moeq_error():
+                    check_name(name)
                 self.tensors[name] = TensorInfo(file, view.get_dtype(), shape)
         for name, file in (weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].file != file:
@@ -184,16 +194,29 @@ class CheckpointReader:
 
         These are all files beside the weights, and transformers' folder of chat templates; other
         folders of a repository hold code and pictures.
+
+        Raises:
+            MoeqError: One is a link that leads out of the checkpoint.
         """
         paths = (*self.folder.iterdir(), *self.folder.glob(f"{_CHAT_TEMPLATES}/*"))
+        # The hub's cache has files beside the folder, and links to them in it.
+        here = self.folder.resolve()
+        homes = (here, here.parent.parent / "blobs")
         for path in sorted(path for path in paths if path.is_file()):
             skipped = (
                 path.name.startswith(".")
                 or path.name in ("config.json", INDEX_NAME)
                 or path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
             )
-            if not skipped:
-                yield path.relative_to(self.folder)
+            if skipped:
+                continue
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise MoeqError(
+                    f"{path} is a link to {target}, outside the checkpoint, and would be copied "
+                    "into the result: put the file itself there, or remove the link"
+                )
+            yield path.relative_to(self.folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -203,16 +226,20 @@ def read_json(path: Path) -> dict[str, Any]:
         MoeqError: The file is missing, unreadable or no JSON object; names it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with _as_moeq_error():
+            return read_object(path)
     except FileNotFoundError:
         raise MoeqError(f"{path} is missing") from None
     except OSError as error:
         raise MoeqError(f"cannot read {path}: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MoeqError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise MoeqError(f"{path} must hold a JSON object")
-    return data
+
+
+@contextmanager
+def _as_moeq_error() -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise MoeqError(str(error)) from error
 
 
 @contextmanager

@@ -118,6 +118,8 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
             "two projections of their layer, which make their inputs smaller, are not supported"
         )
     layers, more = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers") or 0
+    if not isinstance(more, int):
+        raise MoeqError(f"{folder}: config.json has num_nextn_predict_layers {more!r}, no number")
     for name in names:
         match = _DECODER_LAYER.match(name)
         if match and isinstance(layers, int) and int(match[1]) >= layers + more:

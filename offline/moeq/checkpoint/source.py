@@ -203,10 +203,12 @@ def _moe_layer(reader: CheckpointReader, family: Family, block: str) -> MoELayer
     container, router = block + family.experts, block + family.router
     first_name = f"{container}.0.{family.gate or family.up}.weight"
     first = reader.info(first_name)
-    if len(first.shape) != 2:
+    if len(first.shape) != 2 or 0 in first.shape:
         raise MoeqError(f"{first_name} has shape {list(first.shape)}, expected a matrix")
     # The router knows how many experts there are; config.json names the number differently
     # from one release of transformers to the next.
+    if not reader.info(router).shape:
+        raise MoeqError(f"{router} has shape [], expected a matrix")
     num_experts = reader.info(router).shape[0]
     layer = MoELayer(
         index=family.layer_index(reader.config, block),

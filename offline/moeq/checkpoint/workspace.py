@@ -1,9 +1,10 @@
 """What a run leaves beside its output until it is done: never half-written, never shared."""
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +16,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from moeq.checkpoint.lock import locked
 from moeq.checkpoint.reader import CheckpointReader
 from moeq.errors import MoeqError
 from vllm_moeq._version import __version__
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there",
+    errno.EIO: "The disk has failed: check it",
+}
+_OS_ERROR = re.compile(r"\b(?:code: |os error )(\d+)")
+"""Matches what safetensors says of an error of the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +62,20 @@ class Workspace:
         check_output_is_free(output)
         folder = output.with_name(f".{output.name}.moeq")
         workspace = cls(output, folder / "plan", folder / "calibration", folder / "output")
-        with _locked(folder, f"another `moeq quantize` is writing {output}"):
-            if not resume:
-                clear(folder)
-            shutil.rmtree(workspace.partial, ignore_errors=True)
+        busy = f"another `moeq quantize` is writing {output}"
+        with disk_errors(f"cannot write {folder}"), locked(folder, busy):
+            with disk_errors(f"cannot remove what an earlier run left in {folder}"):
+                workspace.clear(workspace.partial)
+                if not resume:
+                    workspace.clear()
+                for path in folder.rglob("*"):  # half-written: ours, and those of safetensors
+                    if path.suffix == ".unfinished" or path.name.startswith(".tmp"):
+                        path.unlink()
             try:
                 yield workspace
             finally:
                 shutil.rmtree(workspace.partial, ignore_errors=True)
-                for left in (workspace.plan, workspace.calibration, folder):
+                for left in (workspace.plan, workspace.calibration):
                     with suppress(OSError):  # it is not empty: there is something to go on with
                         left.rmdir()
 
@@ -84,14 +99,27 @@ class Workspace:
         """Make the output appear, all at once, and remove everything else.
 
         Raises:
-            MoeqError: ``output`` has appeared meanwhile.
-            OSError: The disk fails.
+            MoeqError: ``output`` has appeared meanwhile; or it is complete, but the disk has failed
+                since.
+            OSError: The disk fails before that.
         """
         _sync(self.partial)
         check_output_is_free(self.output)
         self.partial.rename(self.output)
-        _sync_one(self.output.parent)
-        clear(self.partial.parent)
+        try:
+            _sync_one(self.output.parent)
+            self.clear()
+        except OSError as error:
+            raise MoeqError(
+                f"{self.output} is complete, but the disk has failed since: {error}. Check it with "
+                f"`moeq verify`, and remove {self.partial.parent}"
+            ) from error
+
+    def clear(self, *folders: Path) -> None:
+        """Remove what an earlier run has left: in these folders, or else in all."""
+        for folder in folders or (self.plan, self.calibration, self.partial):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 @contextmanager
@@ -132,12 +160,37 @@ def temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(failure: str) -> Iterator[None]:
-    """Say what has failed when a disk is full or fails."""
+def disk_errors(failure: str, then: str = "run the command again") -> Iterator[None]:
+    """Say what has failed when a disk is full or fails, and what to do.
+
+    Args:
+        failure: The first words of the message.
+        then: What to do when the disk is in order.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise MoeqError(f"{failure}: {error}") from error
+        remedy = _REMEDIES.get(_errno(error) or 0, "Mend that")
+        raise MoeqError(f"{failure}: {error}. {remedy}, then {then}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system that do not: only opening it tells its name."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match else None
 
 
 def check_output_is_free(output: Path) -> None:
@@ -153,34 +206,6 @@ def check_output_is_free(output: Path) -> None:
             f"cannot write {output}: the folder {output.parent} of `output` does not exist; "
             "create it first"
         )
-
-
-@contextmanager
-def _locked(folder: Path, busy: str) -> Iterator[None]:
-    """Create a folder if need be, and keep other runs out of it.
-
-    The lock on the folder itself is freed by the system when the process dies, so a later run can
-    tell the remains of a killed run from the work of a living one.
-
-    Raises:
-        MoeqError: Another run has it; the message is ``busy``. Or it cannot be created.
-    """
-    try:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise MoeqError(f"cannot write {folder}: {error}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MoeqError(busy) from None
-        # The other run may have ended, and renamed this very folder, before we got the lock.
-        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise MoeqError(busy)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def clear(folder: Path) -> None:
@@ -204,7 +229,7 @@ def begin(path: Path, work: dict[str, Any]) -> None:
     """
     work = json.loads(json.dumps(work))
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_note(path)
         changed = [name for name in work if work[name] != old.get(name)]
         if changed:
             raise MoeqError(
@@ -212,6 +237,21 @@ def begin(path: Path, work: dict[str, Any]) -> None:
                 "use the same options, or leave out `resume` to start again"
             )
     replace_file(path, lambda target: target.write_text(json.dumps(work)))
+
+
+def read_note(path: Path) -> Any:
+    """Return the JSON that an unfinished run has left.
+
+    Raises:
+        MoeqError: The file is damaged; names it.
+        OSError: The disk fails.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise MoeqError(
+            f"{path} of the unfinished run is damaged ({error}); leave out `resume` to start again"
+        ) from error
 
 
 def fingerprint(reader: CheckpointReader, tokens: torch.Tensor, device: str) -> dict[str, Any]:
@@ -233,10 +273,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write: Takes the path to write to.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with writing(unfinished):
+        write(unfinished)
+        _sync_one(unfinished)
+        unfinished.replace(path)
 
 
 def write_new_file(path: Path, text: str, parameter: str) -> None:
@@ -251,17 +291,16 @@ def write_new_file(path: Path, text: str, parameter: str) -> None:
         MoeqError: The file exists or cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.link(partial, path)  # unlike a rename, this never replaces an existing file
-    except FileExistsError:
-        raise MoeqError(
-            f"`{parameter}` {path} exists already; remove it or choose another"
-        ) from None
-    except OSError as error:
-        raise MoeqError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with disk_errors(f"cannot write {path}"):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.link(partial, path)  # unlike a rename, this never replaces an existing file
+        except FileExistsError:
+            raise MoeqError(
+                f"`{parameter}` {path} exists already; remove it or choose another"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def used_bytes(folder: Path) -> int:
@@ -294,6 +333,7 @@ def _sync(folder: Path) -> None:
 def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with writing(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

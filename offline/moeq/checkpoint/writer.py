@@ -20,10 +20,12 @@ from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.servable import served_config
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
+from moeq.checkpoint.workspace import writing
 from moeq.errors import MoeqError
 from moeq.progress import Progress, silent, stage
 from moeq.workers import Threads, Workers
 from vllm_moeq.format import (
+    MANIFEST_NAME,
     BitPlan,
     CheckpointConfig,
     guarded,
@@ -107,6 +109,8 @@ class Conversion:
                 filled = 0
             shards[-1].append(job)
             filled += job.output_bytes
+        for _ in source.reader.other_files():  # refuses links now rather than after all the work
+            pass
         # A plan that somebody edited, or made for a sister model, states other sizes.
         conversion = cls(source, with_sizes(plan, source), shards)
         if source.precision is not None:
@@ -184,7 +188,8 @@ class Conversion:
                 for job, result in zip(shard, converted, strict=True):
                     tensors |= result
                     advance(reader.tensors[job.name].num_bytes)
-                save_file(tensors, folder / file, metadata={"format": "pt"})
+                with writing(folder / file):
+                    save_file(tensors, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file)
         index = {
             "metadata": {"total_size": self.output_bytes},
@@ -201,8 +206,10 @@ class Conversion:
             # safetensors makes files that only their owner may read.
             shutil.copymode(folder / "config.json", folder / file)
         encodes = self.source.layers[0].family.encodes
-        write_model_card(folder, self.plan, self.source.name, encodes)
-        write_manifest(folder)
+        with writing(folder / "README.md"):
+            write_model_card(folder, self.plan, self.source.name, encodes)
+        with writing(folder / MANIFEST_NAME):
+            write_manifest(folder)
 
 
 class _Tensors(NamedTuple):
@@ -232,4 +239,5 @@ def _converted(
 
 
 def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

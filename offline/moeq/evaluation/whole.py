@@ -135,6 +135,6 @@ def _load(source: SourceModel) -> Any:
         for key in QUANTIZATION_KEYS:
             vars(part).pop(key, None)
     with torch.device("meta"):
-        model_class = type(auto.from_config(config))
+        model_class = type(auto.from_config(config, trust_remote_code=False))
     tensors = dict(in_16_bits(CheckpointReader(source.folder)))
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)

@@ -10,6 +10,7 @@ from moeq.checkpoint import CheckpointReader
 from moeq.checkpoint.families import family_of
 from moeq.checkpoint.plan_file import plan_of
 from moeq.checkpoint.reader import read_json
+from moeq.errors import MoeqError
 from moeq.planning import MEASUREMENT_NAME
 from vllm_moeq.format import BitPlan
 
@@ -54,6 +55,9 @@ def _router_norms(folder: Path, plan: BitPlan) -> dict[str, list[float]]:
     family = family_of(reader.config)
     norms: dict[str, list[float]] = {}
     for container in plan.expert_bits:
-        router = reader.tensor(container.removesuffix(family.experts) + family.router)
+        name = container.removesuffix(family.experts) + family.router
+        router = reader.tensor(name)
+        if router.dim() != 2:
+            raise MoeqError(f"{folder}: {name} has shape {list(router.shape)}, expected a matrix")
         norms[container] = router.float().norm(dim=1).tolist()
     return norms

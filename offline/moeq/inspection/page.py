@@ -8,10 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moeq.calibration import REPORT_NAME
 from moeq.checkpoint.wording import linear_summary, size_of_tried
 from moeq.checkpoint.workspace import write_new_file
+from moeq.errors import MoeqError
 from moeq.html import document, table
 from moeq.inspection.inspection import Inspection
+from moeq.planning import MEASUREMENT_NAME
 from vllm_moeq.format import PROJECTIONS, WIDTHS, LayerBits
 
 # From light to dark for people who are colour-blind, too (viridis).
@@ -49,9 +52,16 @@ def write_page(inspection: Inspection, path: Path) -> None:
     """Write the page.
 
     Raises:
-        MoeqError: The file exists or cannot be written.
+        MoeqError: The file exists or cannot be written, or a report is damaged.
     """
-    write_new_file(path, render(inspection), "html")
+    try:
+        text = render(inspection)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise MoeqError(
+            f"{inspection.name}: {REPORT_NAME} or {MEASUREMENT_NAME} is damaged ({error!r}): copy "
+            "the checkpoint again"
+        ) from error
+    write_new_file(path, text, "html")
 
 
 def _sizes(inspection: Inspection) -> Iterator[str]:

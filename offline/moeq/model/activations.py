@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from moeq.checkpoint.workspace import writing
+
 
 def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """Return float32 memory that the system may write to a file when it needs the space.
@@ -16,7 +18,8 @@ def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     # All of it at once: a disk that filled up later would kill the process (SIGBUS).
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, 4 * size)
+        with writing(path):
+            os.posix_fallocate(descriptor, 0, 4 * size)
     finally:
         os.close(descriptor)
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)

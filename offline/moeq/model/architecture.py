@@ -1,6 +1,5 @@
 """What transformers says of the model in a checkpoint: its class, and its tensors' names."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from moeq.checkpoint.families import Family, family_of
+from moeq.checkpoint.reader import read_json
 from moeq.errors import MoeqError
 
 _OLDEST_WITH_ENCODER = Version("5.19")
@@ -22,7 +22,7 @@ def model_config(folder: Path) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig, __version__  # takes seconds to import
 
-    stated = json.loads((folder / "config.json").read_text())
+    stated = read_json(folder / "config.json")
     family = family_of(stated)
     if family.encodes and Version(__version__) < _OLDEST_WITH_ENCODER:
         raise MoeqError(
@@ -33,15 +33,24 @@ def model_config(folder: Path) -> Any:
     if runs_as is not None:
         # Its own code, which it names there, is that of the other model.
         stated = {key: value for key, value in stated.items() if key != "auto_map"}
-        return CONFIG_MAPPING[runs_as].from_dict(stated | {"model_type": runs_as})
+        return without_code(CONFIG_MAPPING[runs_as].from_dict(stated | {"model_type": runs_as}))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return without_code(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except ValueError as error:
         raise MoeqError(
             f"{folder}: this release of transformers does not know the model. Plan and quantize "
             "with `--calib none`, evaluate with `--backend vllm` "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def without_code(config: Any) -> Any:
+    """Return a configuration of transformers that names no kernels.
+
+    ``config.json`` may, and transformers would load them from the hub: they are code.
+    """
+    config._attn_implementation = config._experts_implementation = None
+    return config
 
 
 def not_layerwise(config: Any, family: Family) -> str:

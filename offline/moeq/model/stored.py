@@ -45,7 +45,11 @@ class StoredModel:
     def __init__(self, source: SourceModel, device: torch.device, config: Any) -> None:
         self.source, self.device = source, device
         with torch.device("meta"):
-            self._model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+            self._model = (
+                auto_class(config)
+                .from_config(config, dtype=torch.float32, trust_remote_code=False)
+                .eval()
+            )
         self._names = {module: f"{name}." for name, module in self._model.named_modules()}
         self._stored = stored_names(self._model, source.reader.tensors)
         self._parts = parts_on_disk(self._model)

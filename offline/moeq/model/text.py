@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeq.checkpoint.reader import read_json
+from moeq.checkpoint.servable import text_config
 from moeq.errors import MoeqError
 from moeq.model.sequences import SourceAndTarget
 
@@ -97,8 +98,8 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever its files lead to inside transformers and tokenizers
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise MoeqError(
             f"{folder}: cannot read its tokenizer, which text needs: {reason}"
         ) from error
@@ -122,7 +123,21 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
 
 def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch.Tensor]:
     """Cut every text into sequences int64 [n, length]; leave out those that have none."""
-    parts = SourceAndTarget.of(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    sequences = _sequences(folder, SourceAndTarget.of(config), source, length)
+    known = text_config(config).get("vocab_size")
+    largest = max(int(tokens.max()) for tokens in sequences.values())
+    if isinstance(known, int) and largest >= known:
+        raise MoeqError(
+            f"{folder}: the tokenizer gives the token {largest}, but the model has {known} of them "
+            "(vocab_size in config.json): get the files of its tokenizer again"
+        )
+    return sequences
+
+
+def _sequences(
+    folder: Path, parts: SourceAndTarget | None, source: str, length: int
+) -> dict[str, torch.Tensor]:
     if parts is not None:
         pairs = _pairs(Path(source))
         if pairs:
@@ -206,7 +221,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+                json.dumps(row, ensure_ascii=False).encode()  # halves of characters are no text
+            except (ValueError, RecursionError):
                 row = None
             yield number, row if isinstance(row, dict) else {}
 

@@ -27,6 +27,7 @@ from moeq.checkpoint.workspace import (
     check_space,
     clear,
     disk_errors,
+    read_note,
     replace_file,
     temporary_folder,
 )
@@ -110,12 +111,12 @@ def resumable_plan(
         MoeqError: As :func:`measured_plan`; or what is there is of another plan.
     """
     kept, unfinished = folder / "plan.json", folder / "measurement"
-    with disk_errors(f"cannot measure in {folder}"):
+    with disk_errors(f"cannot measure in {folder}", "go on with `resume`"):
         folder.mkdir(exist_ok=True)
         begin(folder / "fingerprint.json", measurement.fingerprint())
         if kept.exists():
             logger.info("going on with the plan that was measured before")
-            stored = json.loads(kept.read_text())
+            stored = read_note(kept)
             return Decision(BitPlan.from_dict(stored["plan"]), stored["report"])
         unfinished.mkdir(exist_ok=True)
         try:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import replace_file
+from moeq.checkpoint.workspace import read_note, replace_file
 from moeq.model import (
     ExpertMatrices,
     ExpertSource,
@@ -134,7 +134,7 @@ def build(
                 gradient = gradients[index].view(routed.x.shape)
                 task = _Layer(model, layer, routed, gradient, widths, group_size, method)
                 _measure(task, workers, _file(folder, layer), advance)
-            stored = json.loads(measured.read_text())
+            stored = read_note(measured)
             errors |= {
                 Choice(*choice): QuantizationError(*values) for choice, values in stored["errors"]
             }

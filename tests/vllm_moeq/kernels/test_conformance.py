@@ -148,6 +148,66 @@ def test_ids_of_minus_one_are_padding(runner: Runner, mapped: bool, tokens: int)
     )
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_ids_that_are_no_experts(
+    runner: Runner, mapped: bool, request: pytest.FixtureRequest
+) -> None:
+    """Kernels for GPUs leave them out, as those of vLLM; on CPUs they are errors."""
+    experts, x = random_experts(*MIXED), random_tokens(9, 128, runner.dtype)
+    weights, ids = random_routing(9)
+    case: dict[str, Any] = {"expert_map": torch.tensor([1, 0, 3, 2, 4])} if mapped else {}
+    padded = ids.clone()
+    padded[3, 1] = -1
+    on_device = request.node.callspec.params["runner"] in ("reference-on-device", "triton")
+    for bad in (E, 2**31 - 1, 2**32 + 1):  # the last is 1 in 32 bits
+        wrong = ids.long() if bad >= 2**31 else ids.clone()
+        wrong[3, 1] = bad
+        if on_device:
+            result = runner.run(experts, x, weights, wrong, **case)
+            assert torch.equal(result, runner.run(experts, x, weights, padded, **case))
+        else:
+            with pytest.raises(ValueError, match=f"expert ids reach {bad}.*5 local experts"):
+                runner.run(experts, x, weights, wrong, **case)
+    if mapped and not on_device:
+        case = {"expert_map": torch.arange(1, E + 1)}
+        with pytest.raises(ValueError, match="5 local experts"):
+            runner.run(experts, x, weights, ids, **case)
+
+
+@pytest.mark.parametrize(
+    ("activation", "on_input"),
+    [("silu", False), ("silu", True), ("swigluoai", True), ("gelu_tanh", True), ("relu2", True)],
+)
+def test_a_router_weight_that_is_nan_stays_with_its_token(
+    runner: Runner, activation: str, on_input: bool
+) -> None:
+    experts, x = random_experts(*MIXED), random_tokens(9, 128, runner.dtype)
+    weights, ids = random_routing(9, top_k=1 if on_input else 2)
+    broken = weights.clone()
+    broken[4, 0] = float("nan")
+    result = runner.run(experts, x, broken, ids, activation, on_input=on_input)
+    good = runner.run(experts, x, weights, ids, activation, on_input=on_input)
+    others = [token for token in range(9) if token != 4]
+    assert result[4].isnan().all()
+    assert torch.equal(result[others], good[others])
+    assert not good.isnan().any()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_router_weight_of_no_local_expert_is_not_looked_at(runner: Runner, mapped: bool) -> None:
+    weights, ids = random_routing(9, experts=E)
+    case: dict[str, Any] = {}
+    if mapped:
+        case["expert_map"] = torch.tensor([0, 1, 2, 3, -1])
+        weights[ids == 4] = float("nan")
+    else:
+        ids[2:5, 1] = -1
+        weights[2:5, 1] = float("nan")
+    assert weights.isnan().any()
+    x = random_tokens(9, 128, runner.dtype)
+    runner.check(random_experts(*MIXED), x, weights, ids, **case)
+
+
 def test_experts_without_tokens_change_nothing(runner: Runner) -> None:
     weights, ids = random_routing(9)
     ids.clamp_(max=1)
@@ -218,6 +278,7 @@ def test_arguments_that_do_not_belong_together_are_refused(runner: Runner) -> No
     refused(
         r"tokens \[6, 256\] do not fit the layout, whose hidden_size is 128", wide, weights, ids
     )
+    refused(r"tokens \[2, 3, 128\] and expert ids", x.view(2, 3, 128), weights, ids)
     refused(r"5 tokens with router weights \[6, 2\]", x[:5], weights, ids)
     refused(r"router weights \[6, 1\] and expert ids \[6, 2\]", x, weights[:, :1], ids)
     w13_bias, w2_bias = torch.zeros(E, 255), torch.zeros(E - 1, 128)

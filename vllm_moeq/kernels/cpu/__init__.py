@@ -13,7 +13,7 @@ import torch
 
 from vllm_moeq import envs
 from vllm_moeq.format import Projection
-from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall
+from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, no_expert
 from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
@@ -52,7 +52,11 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Ex
         weights: Canonical weights of the local experts.
         layout: Their sizes and widths.
         activation: Says whether gate and up alternate in the rows of w13.
+
+    Raises:
+        ValueError: Weights that do not fit the layout.
     """
+    layout.check(weights)
     alternating = activation == "swigluoai"
     half = torch.empty(0, dtype=torch.float16, device="cpu")
     byte = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -135,8 +139,8 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
     output = torch.empty_like(tokens)
     # Held here until the call is over: the structure has only their addresses.
     router_weight = call.routing.topk_weights.float().contiguous()
-    ids = call.routing.topk_ids.int().contiguous()
-    expert_map = _contiguous(call.routing.expert_map, torch.int32)
+    ids = _int32(call.routing.topk_ids)
+    expert_map = None if call.routing.expert_map is None else _int32(call.routing.expert_map)
     w13_bias, w2_bias = (_contiguous(bias, torch.float32) for bias in call.biases)
     arguments = library.Call(
         x=tokens.data_ptr(),
@@ -164,10 +168,7 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
     )
     status = library.load().moeq_fused_experts(ctypes.byref(arguments))
     if status == library.BAD_EXPERT_ID:
-        raise ValueError(
-            f"expert ids reach {int(ids.max())}, but there are only {arguments.experts} local "
-            f"experts{'' if expert_map is None else f' and a map of {expert_map.numel()}'}"
-        )
+        raise no_expert(call)
     if status == library.BAD_SIZES:
         raise ValueError(
             f"{arguments.w13_bytes} + {arguments.w2_bytes} bytes of weights do not fit the layout; "
@@ -176,6 +177,13 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
     if status == library.OUT_OF_MEMORY:
         raise MemoryError(f"not enough memory for the activations of {arguments.tokens} tokens")
     return output.to(x.dtype)
+
+
+def _int32(ids: torch.Tensor) -> torch.Tensor:
+    """Return ids in 32 bits; what does not fit stays too large, or below zero."""
+    if ids.dtype != torch.int32:
+        ids = ids.long().clamp(-1, torch.iinfo(torch.int32).max).int()
+    return ids.contiguous()
 
 
 def _contiguous(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

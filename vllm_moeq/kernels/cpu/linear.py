@@ -10,9 +10,20 @@ from vllm_moeq.kernels.linear import SYMMETRIC_ZERO_POINT, LinearCall, LinearLay
 
 
 def prepare(weight: LinearWeight, layout: LinearLayout) -> LinearWeight:
-    """Repack canonical weights into tiles, which hold the scales too: those come back empty."""
+    """Repack canonical weights into tiles, which hold the scales too: those come back empty.
+
+    Raises:
+        ValueError: Weights that do not fit the layout.
+    """
+    layout.check()
     functions = library.load()
     bits, group_size, rows, columns = layout[:4]
+    shapes = [rows, columns * bits // 32], [rows, columns // group_size]
+    if weight.packed.dtype != torch.int32 or [*map(list, (w.shape for w in weight))] != [*shapes]:
+        raise ValueError(
+            f"weights {[list(tensor.shape) for tensor in weight]} do not fit the layout, which has "
+            f"{list(shapes)}"
+        )
     packed, scale = weight.packed.contiguous(), weight.scale.half().contiguous()
     zero_point = torch.full(scale.shape, SYMMETRIC_ZERO_POINT, dtype=torch.uint8, device="cpu")
     size = functions.moeq_tiles_bytes(bits, group_size, rows, columns)

@@ -52,8 +52,9 @@ def _activate(
     """Apply the activation of vLLM's name; ``up`` is not used by those without a gate."""
     if ACTIVATION == "silu" or ACTIVATION == "swigluoai":
         if LIMIT is not None:
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if BETA != 0:
             up += BETA
         result = gate * tl.sigmoid(ALPHA * gate) * up
@@ -66,10 +67,10 @@ def _activate(
             inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
             result = gate * tl.sigmoid(2 * inner)  # 0.5 * (1 + tanh(inner))
         elif ACTIVATION == "relu" or ACTIVATION == "relu_no_mul":
-            result = tl.maximum(gate, 0.0)
+            result = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
         else:
             tl.static_assert(ACTIVATION == "relu2" or ACTIVATION == "relu2_no_mul")
-            positive = tl.maximum(gate, 0.0)
+            positive = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
             result = positive * positive
         if up is not None:
             result *= up

@@ -16,8 +16,9 @@ def expert_slot(ids_ptr, map_ptr, index, mask, num_experts, MAPPED: tl.constexpr
 
     Ids of ``num_experts`` and more are no experts, and nothing may be read for them: -1, too.
     """
-    expert = tl.load(ids_ptr + index, mask=mask, other=-1).to(tl.int32)
-    exists = (expert >= 0) & (expert < num_experts)
+    expert = tl.load(ids_ptr + index, mask=mask, other=-1)
+    exists = (expert >= 0) & (expert < num_experts)  # of 64 bits before they are cut off
+    expert = expert.to(tl.int32)
     if MAPPED:
         slot = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32)
     else:

@@ -1,13 +1,16 @@
 // The CPU kernel without Python: random layers, of experts and dense, against a double loop over
-// the canonical format; and the loops of GPTQ, which must lower what they are to lower.
+// the canonical format; the loops of GPTQ, which must lower what they are to lower; and calls that
+// lie.
 //
 // A program of its own, so that it can run under the sanitizers (tests/sanitize.sh), and as a
 // static binary under an emulator of instructions that the machine lacks.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <random>
+#include <type_traits>
 
 #include "../../../../vllm_moeq/kernels/cpu/csrc/moe.cpp"
 
@@ -285,11 +288,139 @@ double run_rounding() {
   return r.objective() / before;
 }
 
+// Calls whose layout or expert ids are not true: each is refused before anything outside of the
+// caller's tensors is read. Returns how many were not.
+int run_lies() {
+  constexpr int group_size = 32, hidden = 64, intermediate = 96, experts = 3, tokens = 2, top_k = 2;
+  const int widths[] = {1, 3, 8};
+  int64_t bytes[2] = {0, 0};
+  for (const int bits : widths) {
+    bytes[0] += 2 * moeq_tiles_bytes(bits, group_size, intermediate, hidden);
+    bytes[1] += moeq_tiles_bytes(bits, group_size, hidden, intermediate);
+  }
+  int64_t layout[4 * (2 + experts)];
+  int32_t ids[tokens * top_k], map[experts + 1];
+  moeq::Call call;
+  const auto w13 = exact<uint8_t>(bytes[0]), w2 = exact<uint8_t>(bytes[1]);
+  const auto x = exact<float>(tokens * hidden), out = exact<float>(tokens * hidden);
+  const auto weights = exact<float>(tokens * top_k);
+  const auto bias = exact<float>(experts * 2 * intermediate);
+  const auto tell_the_truth = [&] {
+    const int64_t header[] = {0, group_size, hidden, intermediate, 2 * intermediate, 0, 0, 0};
+    std::copy_n(header, 8, layout);
+    for (int e = 0; e < experts; ++e) {
+      const int64_t row[] = {widths[e], 0, widths[e], 0};
+      std::copy_n(row, 4, layout + 4 * (2 + e));
+      map[e] = e;
+    }
+    map[experts] = -1;
+    for (int i = 0; i < tokens * top_k; ++i) ids[i] = i % experts;
+    call = {.x = x.get(),
+            .out = out.get(),
+            .router_weight = weights.get(),
+            .expert_ids = ids,
+            .expert_map = map,
+            .w13 = w13.get(),
+            .w2 = w2.get(),
+            .w13_bias = bias.get(),
+            .w2_bias = nullptr,
+            .layout = layout,
+            .hidden_size = hidden,
+            .w13_bytes = bytes[0],
+            .w2_bytes = bytes[1],
+            .map_size = experts + 1,
+            .experts = experts,
+            .tokens = tokens,
+            .top_k = top_k,
+            .dtype = static_cast<int32_t>(moeq::DType::kFloat32),
+            .activation = static_cast<int32_t>(moeq::Activation::kSilu),
+            .int8 = 0,
+            .router_weight_on_input = 0,
+            .swiglu_limit = 7.0f,
+            .swiglu_alpha = 1.0f,
+            .swiglu_beta = 0.0f};
+  };
+  int failures = 0;
+  const auto expect = [&](const char* what, int64_t value, int32_t status) {
+    const int32_t found = moeq_fused_experts(&call);
+    if (found != status) {
+      ++failures;
+      std::printf("%s %lld: status %d, not %d\n", what, static_cast<long long>(value), found,
+                  status);
+    }
+    tell_the_truth();
+  };
+  const auto lie = [&](const char* what, auto& place, std::initializer_list<int64_t> values,
+                       int32_t status) {
+    for (const int64_t value : values) {
+      place = static_cast<std::remove_reference_t<decltype(place)>>(value);
+      expect(what, value, status);
+    }
+  };
+  constexpr int64_t huge = int64_t{1} << 60, wraps = int64_t{1} << 32;
+  tell_the_truth();
+  expect("the truth", 0, moeq::kOk);
+  for (const int e : {0, experts - 1})
+    for (const int projection : {0, 2})
+      lie("width", layout[4 * (2 + e) + projection], {-1, 0, 5, 7, 16, wraps + 2, huge},
+          moeq::kBadSizes);
+  lie("wider than stored", layout[8], {2, 4, 8}, moeq::kBadSizes);
+  lie("narrower than stored", layout[16], {1, 2, 4}, moeq::kBadSizes);
+  lie("group size", layout[1], {-32, 0, 1, 16, 64, 128, 256, wraps + 32, huge}, moeq::kBadSizes);
+  lie("hidden size", layout[2], {-64, 0, 32, 65, 128, wraps + 64, huge}, moeq::kBadSizes);
+  lie("intermediate size", layout[3], {-96, 0, 32, 97, 192, wraps + 96, huge}, moeq::kBadSizes);
+  lie("rows", layout[4], {0, 96, 191, 384, wraps + 192, huge}, moeq::kBadSizes);
+  lie("bytes", call.w13_bytes, {0, 1, bytes[0] - 1, bytes[0] + 1}, moeq::kBadSizes);
+  lie("bytes", call.w2_bytes, {0, 1, bytes[1] - 1, bytes[1] + 1}, moeq::kBadSizes);
+  lie("experts", call.experts, {-1, 0, experts - 1, huge}, moeq::kBadSizes);
+  lie("top k", call.top_k, {-1, huge}, moeq::kBadSizes);
+  lie("id", ids[3], {experts + 1, 1 << 20, INT32_MAX}, moeq::kBadExpertId);
+  lie("mapped to", map[1], {experts, 1 << 20, INT32_MAX}, moeq::kBadExpertId);
+  lie("padding", ids[3], {-1, -2, INT32_MIN}, moeq::kOk);
+  lie("of another rank", map[1], {-1, -7, INT32_MIN}, moeq::kOk);
+  call.expert_map = nullptr;
+  ids[0] = experts;
+  expect("id without a map", experts, moeq::kBadExpertId);
+
+  const int64_t tiles_bytes = moeq_tiles_bytes(4, group_size, 48, hidden);
+  const auto tiles = exact<uint8_t>(tiles_bytes);
+  const auto outputs = exact<float>(tokens * 48);
+  const moeq::LinearCall truth{.x = x.get(),
+                               .out = outputs.get(),
+                               .tiles = tiles.get(),
+                               .bias = nullptr,
+                               .tiles_bytes = tiles_bytes,
+                               .rows = 48,
+                               .columns = hidden,
+                               .tokens = tokens,
+                               .bits = 4,
+                               .group_size = group_size,
+                               .dtype = static_cast<int32_t>(moeq::DType::kFloat32),
+                               .int8 = 0};
+  const auto linear = [&](const char* what, auto field, std::initializer_list<int64_t> values) {
+    for (const int64_t value : values) {
+      moeq::LinearCall lying = truth;
+      lying.*field = static_cast<std::remove_reference_t<decltype(lying.*field)>>(value);
+      if (moeq_linear(&lying) != moeq::kBadSizes) {
+        ++failures;
+        std::printf("a dense layer's %s %lld is not refused\n", what,
+                    static_cast<long long>(value));
+      }
+    }
+  };
+  linear("width", &moeq::LinearCall::bits, {-4, 0, 5, 8, 16});
+  linear("group size", &moeq::LinearCall::group_size, {-32, 0, 16, 48, 64, 256});
+  linear("rows", &moeq::LinearCall::rows, {-48, 0, 65, wraps + 48, huge});
+  linear("columns", &moeq::LinearCall::columns, {-64, 0, 32, 65, wraps + 64, huge});
+  linear("bytes", &moeq::LinearCall::tiles_bytes, {0, tiles_bytes - 1, tiles_bytes + 1});
+  return failures + (moeq_linear(&truth) != moeq::kOk);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
-  int failures = 0;
+  int failures = run_lies();
   double worst[2] = {0, 0};
   for (int i = 0; i < cases; ++i) {
     static const int group_sizes[] = {32, 64, 128};

@@ -6,6 +6,7 @@ What every kernel computes is in test_conformance.py.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from support.kernels import (
     relative_error,
     slow_where_portable,
 )
-from vllm_moeq.kernels import FusedExpertsCall, cpu, reference
+from vllm_moeq.kernels import ExpertWeights, FusedExpertsCall, cpu, reference
 from vllm_moeq.kernels.reference import ACTIVATIONS
 
 E, HIDDEN, INTERMEDIATE = 5, 256, 384
@@ -211,21 +212,6 @@ def test_tokens_at_the_ends_of_the_range(runner: Runner, scale: float) -> None:
     assert (result.double() - expected).norm() <= 4e-4 * expected.norm() + 1e-28
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_an_expert_id_that_is_no_expert_is_refused(runner: Runner, mapped: bool) -> None:
-    weights, ids = random_routing(6)
-    ids[3, 1] = 9
-    case = {"expert_map": torch.arange(E)} if mapped else {}
-    with pytest.raises(ValueError, match="expert ids reach 9.*5 local experts"):
-        runner.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), weights, ids, **case)
-
-
-def test_a_map_to_more_experts_than_there_are_is_refused(runner: Runner) -> None:
-    case = {"expert_map": torch.arange(1, E + 1)}
-    with pytest.raises(ValueError, match="5 local experts"):
-        runner.run(random_experts(*MIXED, 32, HIDDEN), random_tokens(6), *random_routing(6), **case)
-
-
 def test_weights_that_were_not_prepared_are_refused() -> None:
     experts = random_experts(*MIXED, 32, HIDDEN)
     weights, ids = random_routing(6)
@@ -235,6 +221,39 @@ def test_weights_that_were_not_prepared_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="are the weights prepared for this kernel"):
         cpu.run(call)
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("change", ["shorter", "longer", "type"])
+def test_weights_that_do_not_fit_the_layout_are_not_read(place: int, change: str) -> None:
+    experts = random_experts(*MIXED, 32, HIDDEN)
+    weights = [*experts.weights]
+    lying = weights[place]
+    if change == "type":
+        lying = lying.to(torch.int32)
+    else:
+        lying = lying[:-1] if change == "shorter" else torch.cat([lying, lying[:1]])
+    weights[place] = lying
+    with pytest.raises(ValueError, match="weights of w.* the layout says"):
+        cpu.prepare(ExpertWeights(*weights), experts.layout, "silu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"group_size": 33}, {"group_size": 64}, {"hidden_size": 512}, {"intermediate_size": 64},
+        {"w13_rows": 512},
+    ],
+)  # fmt: skip
+def test_layouts_that_lie_are_refused(change: dict[str, Any]) -> None:
+    experts = random_experts(*MIXED, 32, HIDDEN)
+    with pytest.raises(ValueError, match="layout says|columns in groups|lies at"):
+        cpu.prepare(experts.weights, replace(experts.layout, **change), "silu")
+    first, *others = experts.layout.slots
+    for slot in (first._replace(w2_offset=8), first._replace(w13_bits=8)):
+        with pytest.raises(ValueError, match="lies at"):
+            lying = replace(experts.layout, slots=(slot, *others))
+            cpu.prepare(experts.weights, lying, "silu")
 
 
 def test_repacking_keeps_every_byte_once() -> None:

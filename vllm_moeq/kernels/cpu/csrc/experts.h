@@ -21,26 +21,39 @@ namespace moeq {
 struct Layer {
   int group_size, hidden, intermediate;
   bool gated;
-  bool sizes_fit;  // of the caller's tensors
+  bool sizes_fit;  // of the caller's tensors: nothing outside them is read or written
   std::vector<Matrix> w13, w2;
 
   explicit Layer(const Call& call)
       : group_size(static_cast<int>(call.layout[1])),
         hidden(static_cast<int>(call.layout[2])),
         intermediate(static_cast<int>(call.layout[3])),
-        gated(call.layout[4] != call.layout[3]) {
-    const uint8_t *first = call.w13, *second = call.w2;
+        gated(call.layout[4] != call.layout[3]),
+        sizes_fit(fit(call)) {
+    if (!sizes_fit) return;
+    int64_t first = 0, second = 0;  // bytes of the experts so far
     w13.reserve(call.experts);
     w2.reserve(call.experts);
     for (int64_t slot = 0; slot < call.experts; ++slot) {
       const int64_t* row = call.layout + 4 * (2 + slot);
-      w13.push_back(matrix(static_cast<int>(row[0]), hidden, first));
+      sizes_fit = knows_width(row[0]) && knows_width(row[2]) && first < call.w13_bytes &&
+                  second < call.w2_bytes;
+      if (!sizes_fit) return;
+      w13.push_back(matrix(static_cast<int>(row[0]), hidden, call.w13 + first));
       first += w13.back().tile_bytes * tiles(intermediate) * (gated ? 2 : 1);
-      w2.push_back(matrix(static_cast<int>(row[2]), intermediate, second));
+      w2.push_back(matrix(static_cast<int>(row[2]), intermediate, call.w2 + second));
       second += w2.back().tile_bytes * tiles(hidden);
     }
-    sizes_fit = hidden == call.hidden_size && first == call.w13 + call.w13_bytes &&
-                second == call.w2 + call.w2_bytes;
+    sizes_fit = first == call.w13_bytes && second == call.w2_bytes;
+  }
+
+  static bool fit(const Call& call) {
+    const int64_t group_size = call.layout[1], hidden = call.layout[2];
+    const int64_t intermediate = call.layout[3], w13_rows = call.layout[4];
+    return hidden == call.hidden_size && knows_sizes(group_size, hidden, intermediate) &&
+           knows_sizes(group_size, intermediate, hidden) &&
+           (w13_rows == intermediate || w13_rows == 2 * intermediate) && call.experts >= 0 &&
+           call.experts <= kMaxSize && call.top_k >= 0 && call.top_k <= kMaxSize / kTokensPerPass;
   }
 
   Matrix matrix(int bits, int columns, const uint8_t* where) const {

@@ -73,6 +73,16 @@ constexpr size_t tile_bytes(int bits, int group_size, int columns) {
   return group_bytes(bits, group_size) * (columns / group_size);
 }
 
+// What the kernels know. The limit keeps sizes in bytes far from overflowing.
+constexpr int64_t kMaxSize = 1 << 24;
+constexpr bool knows_width(int64_t bits) {
+  return bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8;
+}
+constexpr bool knows_sizes(int64_t group_size, int64_t rows, int64_t columns) {
+  return (group_size == 32 || group_size == 64 || group_size == kMaxGroup) && rows > 0 &&
+         rows <= kMaxSize && columns > 0 && columns <= kMaxSize && columns % group_size == 0;
+}
+
 constexpr int tiles(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 }  // namespace moeq

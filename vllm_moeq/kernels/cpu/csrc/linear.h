@@ -90,6 +90,8 @@ class LinearPass {
 template <class Kernel>
 Status run_linear(const LinearCall& call) {
   thread_local Scratch scratch;
+  if (!knows_width(call.bits) || !knows_sizes(call.group_size, call.rows, call.columns))
+    return kBadSizes;
   const Matrix matrix = Matrix::at(call.tiles, static_cast<int>(call.bits), call.group_size,
                                    static_cast<int>(call.columns));
   const int64_t bytes =
