@@ -28,7 +28,7 @@ _fail() {
 # interpreter. (A copied or moved clone does not fit: its environment points to the old place.)
 _stamp=$_root/.venv/.moeq-environment
 _wanted="$_extra $_root $_python $("$_python" --version) $(
-  cat "$_root/examples/env.sh" "$_root/examples/constraints.txt" "$_root/pyproject.toml" | sha256sum
+  cat "$_root"/examples/{env.sh,constraints.txt,constraints-cpu.txt} "$_root/pyproject.toml" | sha256sum
 )"
 
 _install_cpu() {
@@ -38,7 +38,7 @@ _install_cpu() {
     pip install --quiet uv && uv pip install --torch-backend cpu "torch==2.13.0+cpu"
   } || return 1
   pip install --quiet --constraint "$_root/examples/constraints.txt" \
-    --editable "${_root}[cpu,dev]" || return 1
+    --constraint "$_root/examples/constraints-cpu.txt" --editable "${_root}[cpu,dev]" || return 1
   # PyPI's builds of these three link CUDA and break `import vllm` on a CPU; text models do not
   # need them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec || return 1

@@ -1,4 +1,4 @@
-"""The environment that is tested is the one that ``examples/constraints.txt`` describes."""
+"""The environment that is tested is the one that ``examples/constraints*.txt`` describe."""
 
 from importlib.metadata import distributions
 from pathlib import Path
@@ -9,14 +9,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-CONSTRAINTS = Path(__file__).parents[2] / "examples" / "constraints.txt"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 UNPINNED = {"pip", "setuptools", "uv", "vllm-moeq"}
 """What makes the environment, and what is made in it."""
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="pins are those of a CPU")
 def test_everything_that_is_installed_is_pinned() -> None:
-    lines = CONSTRAINTS.read_text().splitlines()
+    files = EXAMPLES.glob("constraints*.txt")
+    lines = [line for file in files for line in file.read_text().splitlines()]
     pins = {
         canonicalize_name(requirement.name): next(iter(requirement.specifier)).version
         for requirement in (Requirement(line) for line in lines if line and line[0] != "#")
