@@ -127,19 +127,28 @@ def make_model(config: OlmoeConfig, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def make_variants(config: OlmoeConfig, work: Path, dense_bits: list[int]) -> dict[str, Path]:
-    """Make the bf16 model and quantize it once for each width, unless ``work`` has them."""
+def make_variants(config: OlmoeConfig, work: Path, dense_bits: list[str]) -> dict[str, Path]:
+    """Make the bf16 model and quantize it once for each width, unless ``work`` has them.
+
+    Args:
+        config: Of the model.
+        work: Folder of all.
+        dense_bits: Widths of dense layers; ``4e`` and ``8e`` also of the embeddings.
+    """
     name = f"{config.num_hidden_layers}x{config.num_experts}x{config.hidden_size}"
     source = work / f"{name}-{BF16}"
     if not (source / "config.json").exists():
         print(f"== making {source}", flush=True)
         make_model(config, source)
     folders = {BF16: source}
-    for bits in [16, *dense_bits]:
-        variant = PACKED if bits == 16 else f"{PACKED}, dense {bits}"
-        folders[variant] = folder = work / f"{name}-{PACKED}-{bits}"
+    for dense in ["16", *dense_bits]:
+        bits = dense.removesuffix("e")
+        variant = PACKED if dense == "16" else f"{PACKED}, dense {bits}"
+        variant += ", embeddings too" if dense != bits else ""
+        folders[variant] = folder = work / f"{name}-{PACKED}-{dense}"
         if not folder.exists():
-            plan = ["--bits", BITS, "--strategy", "random:0", "--dense-bits", str(bits)]
+            plan = ["--bits", BITS, "--strategy", "random:0", "--dense-bits", bits]
+            plan += ["--quantize-embeddings"] if dense != bits else []
             rounding = ["--calib", "none", "--method", "rtn"]  # speed has nothing to do with it
             subprocess.run(["moeq", "quantize", source, "-o", folder, *plan, *rounding], check=True)
     return folders
@@ -326,12 +335,18 @@ def main() -> None:
     )
     parser.add_argument(
         "--dense-bits",
-        type=int,
+        choices=["8", "4", "8e", "4e"],
         nargs="*",
-        default=[8, 4],
-        help="widths of dense layers, each a model of its own (default 8 4)",
+        default=["8", "4e"],
+        help="widths of dense layers, with e of embeddings too, each a model (default 8 4e)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="OpenMP threads (default 2)")
+    available = sorted(os.sched_getaffinity(0))
+    # vLLM's scheduler polls all the time, and threads that wait for each other stand still while it
+    # has the core of one of them. vLLM by itself leaves a core to it, too.
+    parser.add_argument(
+        "--threads", type=int, default=max(1, len(available) - 1),
+        help="OpenMP threads (default: all cores but one, which vLLM's scheduler takes)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind (default 2)")
     parser.add_argument("--repeats", type=int, default=2, help="in each process (default 2)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="for prefill (default 512)")
@@ -339,7 +354,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
     exit_on_sigterm()
-    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    cores = available[: options.threads]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_CACHE_GIB)
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"

@@ -51,7 +51,7 @@ def test_measures_all_models_and_writes_the_section(tmp_path: Path) -> None:
         "--results",
         results,
         *short.split(),
-        *("--dense-bits", "4"),
+        *("--dense-bits", "4e"),
     ]
     done = subprocess.run(
         [*command, "--config", json.dumps(SHAPE)],
@@ -70,7 +70,7 @@ def test_measures_all_models_and_writes_the_section(tmp_path: Path) -> None:
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     for number, (mode, start) in enumerate(starts.items()):
         bf16, *others = figures[mode].values()
-        assert list(figures[mode]) == ["bf16", "packed", "packed, dense 4"]
+        assert list(figures[mode]) == ["bf16", "packed", "packed, dense 4, embeddings too"]
         for column, packed in enumerate(others, 3 * number + 2):
             assert set(bf16) == set(packed) == ALWAYS | {start}
             for name in bf16:
@@ -78,10 +78,14 @@ def test_measures_all_models_and_writes_the_section(tmp_path: Path) -> None:
                 cells = rows[f"| {name}"].strip("| ").split(" | ")
                 expected = statistics.median(packed[name]) / statistics.median(bf16[name])
                 assert cells[column].endswith(f" × {expected:.2f}"), (mode, name)
-    assert re.search(r"packed, dense 4 .*: prefill \S+ and \S+, (meets|MISSES) 3 times", text)
+    assert re.search(
+        r"packed, dense 4, embeddings too .*: prefill \S+ and \S+, (meets|MISSES) 3 times", text
+    )
     assert re.search(r"without the KV cache \S+ and \S+, (meets|MISSES) 25% of bf16", text)
     experts = r"moeq experts run on the \w+ kernel"
-    assert re.search(rf"packed: {experts}; packed, dense 4: {experts}, moeq linear layers", text)
+    assert re.search(
+        rf"packed: {experts}; packed, dense 4, embeddings too: {experts}, moeq linear layers", text
+    )
 
     # The weights made up have the names that transformers expects.
     _, loading = OlmoeForCausalLM.from_pretrained(
