@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moeq.comparison import Findings
     from moeq.evaluation import Evaluation
     from moeq.inspection import Inspection
-    from moeq.pipeline import QuantizedModel
+    from moeq.result import QuantizedModel
     from moeq.tracker import RouterNormTracker
     from vllm_moeq.format import BitPlan
 
@@ -37,7 +37,7 @@ _LAZY = {
     "Evaluation": "moeq.evaluation",
     "Findings": "moeq.comparison",
     "Inspection": "moeq.inspection",
-    "QuantizedModel": "moeq.pipeline",
+    "QuantizedModel": "moeq.result",
     "RouterNormTracker": "moeq.tracker",
 }
 """Names whose modules take seconds to import."""

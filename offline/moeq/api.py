@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moeq.comparison import Findings
     from moeq.evaluation import Evaluation
     from moeq.inspection import Inspection
-    from moeq.pipeline import QuantizedModel
+    from moeq.result import QuantizedModel
     from vllm_moeq.format import BitPlan
 
 # The work is imported when it is asked for: torch and transformers take seconds.

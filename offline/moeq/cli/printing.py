@@ -13,7 +13,7 @@ from moeq.calibration import REPORT_NAME, CalibrationReport
 from moeq.checkpoint.wording import linear_summary, size_of_tried
 from moeq.evaluation import Evaluation, Scores
 from moeq.model.cost import Cost
-from moeq.pipeline import Estimate, QuantizedModel
+from moeq.result import Estimate, QuantizedModel
 from moeq.units import duration
 from vllm_moeq.format import BitPlan
 
