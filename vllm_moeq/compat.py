@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm import __version__ as vllm_version
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEMethodBase,
@@ -32,8 +32,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader import base_loader
+from vllm.model_executor.model_loader import utils as model_loader_utils
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
@@ -50,6 +51,7 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "change_new_models",
     "compressed_tensors_method",
     "cpu_fused_moe_bf16",
     "extract_layer_index",
@@ -74,7 +76,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
     r"(?P<kind>weight_packed|weight_scale|weight_zero_point|bias)"
 )
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
-Prepare = Callable[[Any, torch.nn.Module], None]
+Change = Callable[[Any, torch.nn.Module], bool]
 Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 Watch = Callable[[torch.nn.Module, Tensors], Iterator[tuple[str, torch.Tensor]]]
@@ -189,8 +191,9 @@ def keep_out_of_lora(is_excluded: Callable[[torch.nn.Module], bool]) -> None:
 def set_embedding_method(layer: VocabParallelEmbedding, method: Any) -> None:
     """Give embeddings, or an output head, that are built but not loaded, another method."""
     weight = layer.weight
-    del layer.weight
+    layer.register_parameter("weight", None)
     layer.quant_method = method
+    layer.use_fused_embedding = False  # whose kernel reads the weight itself
     with weight.device:
         method.create_weights(
             layer,
@@ -204,7 +207,32 @@ def set_embedding_method(layer: VocabParallelEmbedding, method: Any) -> None:
     layer.update_param_tp_status()
 
 
-def guard_loading(quantization: str, prepare: Prepare, guard: Guard, watch: Watch) -> None:
+def change_new_models(quantization: str, change: Change) -> None:
+    """Let models of one ``--quantization`` be changed as soon as they are built.
+
+    Args:
+        quantization: Models of any other are left alone.
+        change: Gets the quantization config and the model; says whether it has changed it.
+    """
+    build = base_loader.initialize_model
+
+    @wraps(build)
+    def initialize_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        model: torch.nn.Module = build(*args, **kwargs)
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        config = vllm_config.quant_config
+        if config is not None and config.get_name() == quantization:
+            with set_current_vllm_config(vllm_config):
+                changed = change(config, model)
+            # vLLM has noted what a reload has to restore. In older releases it does not.
+            if changed and hasattr(model_loader_utils, "record_metadata_for_reloading"):
+                model_loader_utils.record_metadata_for_reloading(model)
+        return model
+
+    base_loader.initialize_model = initialize_model
+
+
+def guard_loading(quantization: str, guard: Guard, watch: Watch) -> None:
     """Let vLLM load checkpoints of one ``--quantization`` only under guard.
 
     Weights that come otherwise are left alone: dummies, states that vLLM saved and checks itself,
@@ -212,30 +240,14 @@ def guard_loading(quantization: str, prepare: Prepare, guard: Guard, watch: Watc
 
     Args:
         quantization: Models of any other are left alone.
-        prepare: Gets the quantization config and the model before anything is loaded.
         guard: Makes the context for a model that is built but not loaded, given whether it is the
             prediction layer of another.
         watch: Passes on the tensors of a checkpoint, those of a later reload too.
     """
-    loaders = (DefaultModelLoader, RunaiModelStreamerLoader)
-    for loader in loaders:
+    for loader in (DefaultModelLoader, RunaiModelStreamerLoader):
         loader.load_weights = _guarded(loader.load_weights, quantization, guard)
         if hasattr(loader, "get_all_weights"):  # in older releases one of them has none
             loader.get_all_weights = _watched(loader.get_all_weights, quantization, watch)
-    for loader in (*loaders, DummyModelLoader):
-        loader.load_weights = _prepared(loader.load_weights, quantization, prepare)
-
-
-def _prepared(
-    load: Callable[..., None], quantization: str, prepare: Prepare
-) -> Callable[..., None]:
-    @wraps(load)
-    def load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:
-        if model_config.quantization == quantization:
-            prepare(get_current_vllm_config().quant_config, model)
-        load(self, model, model_config)
-
-    return load_weights
 
 
 def _guarded(load: Callable[..., None], quantization: str, guard: Guard) -> Callable[..., None]:

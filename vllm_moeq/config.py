@@ -15,6 +15,7 @@ from vllm_moeq.compat import (
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
     VocabParallelEmbedding,
+    change_new_models,
     compressed_tensors_method,
     extract_layer_index,
     guard_loading,
@@ -49,7 +50,8 @@ _LAYER_INDEX = re.compile(r"\.layers\.(\d+)\.")
 def register_config() -> None:
     """Register :class:`MoeqConfig` with vLLM; a second call does nothing."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
-        guard_loading(QUANT_METHOD, MoeqConfig.pack_embeddings, must_fill, must_bring_all)
+        change_new_models(QUANT_METHOD, MoeqConfig.pack_embeddings)
+        guard_loading(QUANT_METHOD, must_fill, must_bring_all)
         register_quantization_config(QUANT_METHOD)(MoeqConfig)
 
 
@@ -117,8 +119,13 @@ class MoeqConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Learn what a model of vLLM calls the layers that the checkpoint names."""
-        # Names are added: models within models map one after another what they know.
-        self._linear |= hf_to_vllm_mapper.apply_dict(self._linear)
+        # Names are added: models within models map one after another what they know. Some know
+        # only how names of tensors begin or end.
+        tensors = {f"{name}.weight": value for name, value in self._linear.items()}
+        self._linear |= hf_to_vllm_mapper.apply_dict(self._linear) | {
+            name.removesuffix(".weight"): value
+            for name, value in hf_to_vllm_mapper.apply_dict(tensors).items()
+        }
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method for a layer, or None to leave it to vLLM.
@@ -144,16 +151,22 @@ class MoeqConfig(QuantizationConfig):
             return self._linear_method(layer, prefix)
         return None
 
-    def pack_embeddings(self, model: torch.nn.Module) -> None:
+    def pack_embeddings(self, model: torch.nn.Module) -> bool:
         """Give the embeddings and the output head of a model that is built their methods.
 
         Several models of vLLM do not ask for them, or do not say which layer they ask for.
+
+        Returns:
+            Whether any got one.
         """
+        found = False
         for name, layer in model.named_modules():
             if isinstance(layer, VocabParallelEmbedding) and not hasattr(layer, PACKED_COLUMNS):
                 method = self._linear_method(layer, name)
                 if method is not None:
                     set_embedding_method(layer, method)
+                    found = True
+        return found
 
     def _linear_method(self, layer: Any, prefix: str) -> Any:
         """Return the method of a dense layer that the plan names, None for another."""

@@ -12,8 +12,11 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,7 +165,7 @@ def filled(
 
 def hash_of(name: str) -> int:
     """Return a number of a name that is the same in every process."""
-    return int.from_bytes(name.encode()[-8:], "little")
+    return zlib.crc32(name.encode())
 
 
 def run(*command: object) -> Measured:
@@ -171,26 +174,22 @@ def run(*command: object) -> Measured:
     Raises:
         RuntimeError: It failed; shows what it said.
     """
-    started, private = time.perf_counter(), 0
+    started, private, memory = time.perf_counter(), 0, 0
     words = [str(word) for word in command]
-    with subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
         watched = psutil.Process(process.pid)
-        memory = 0
         times = watched.cpu_times()
         while process.poll() is None:
-            try:
+            with suppress(psutil.Error):  # it may just have ended
                 info = watched.memory_info()
                 memory = max(memory, info.rss)
                 private = max(private, info.rss - info.shared)
                 times = watched.cpu_times()
-            except psutil.Error:  # it has just ended
-                break
             time.sleep(0.02)
-        said = process.stderr.read() if process.stderr else ""
-        if process.wait() != 0:
-            raise RuntimeError(f"{' '.join(words)} failed:\n{said}")
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(words)} failed:\n{said.read()}")
     seconds = time.perf_counter() - started
     return Measured(seconds, (times.user + times.system) / seconds, memory, private)
 

@@ -12,7 +12,7 @@ from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
-from moeq.checkpoint.linear import group_widths, linear_groups, lost_integers
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths, linear_groups, lost_integers
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
@@ -63,7 +63,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     check_output_is_free(output)
     given = _given_plan(request)
     embeddings = request.quantize_embeddings or given is not None
-    source = _opened(request.model, embeddings).asked_for(request.dense_bits)
+    source = _opened(request.model, embeddings).asked_for(_copied_bits(request))
     _check_embeddings(request, source)
     in_vllm = not source.layers[0].family.encodes
     if not in_vllm:
@@ -94,7 +94,9 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         disk_errors(f"cannot write {output}", then),
     ):
         workspace.check_space(estimate.disk_bytes)
-        workers, writers = _workers(text, request.ray, estimate), None
+        workers = _workers(text, request.ray, estimate)
+        by_cluster = request.ray is not None and not request.is_calibrated
+        writers = Cluster("cpu") if by_cluster else None
         _announce(request, text, estimate.measuring, estimate.rounding)
         reports: dict[str, Any] = {}
         if measurement is not None:
@@ -108,7 +110,6 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         experts: PackedSource
         if calibration is None:
             experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
-            writers = Cluster("cpu") if request.ray is not None else None
         else:
             experts = calibrated = calibrate(
                 calibration, workspace.calibration, request.resume, progress, workers
@@ -128,7 +129,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = _opened(request.model, request.quantize_embeddings).asked_for(request.dense_bits)
+    source = _opened(request.model, request.quantize_embeddings).asked_for(_copied_bits(request))
     _check_embeddings(request, source)
     request = _with_group_size(request, source)
     text = _calibration_text(request, source)
@@ -166,7 +167,7 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
     with new_folder(request.output.absolute()) as folder:
-        source = _opened(request.model)
+        source = _opened(request.model).asked_for(FULL_WIDTH)
         tokens = calibration_sequences(
             source.folder, request.calib, request.nsamples, request.seqlen, request.seed
         )
@@ -217,12 +218,18 @@ def _opened(model: str, embeddings: bool = False) -> SourceModel:
     return source
 
 
+def _copied_bits(request: PlanRequest) -> str | int:
+    """Return with which width dense layers of the source may be copied."""
+    # What they take would depend on the group size that a plan chooses.
+    return FULL_WIDTH if len(request.group_sizes) > 1 else request.dense_bits
+
+
 def _check_embeddings(request: PlanRequest, source: SourceModel) -> None:
     if request.quantize_embeddings and not any(group.embeds for group in source.linear):
         raise MoeqError(
             f"{source.folder}: embeddings of this model stay in 16 bits: tokens and the output "
-            "head share one matrix, prediction layers use them, too, or their rows are no "
-            "multiple of 32. Leave `quantize_embeddings` out"
+            "head share one matrix, prediction layers use them, too, their rows are no multiple "
+            "of 32, or they have other names. Leave `quantize_embeddings` out"
         )
 
 

@@ -28,7 +28,7 @@ def layout_of(name: str, module: Module | None, bits: int, group_size: int) -> L
     if not (isinstance(module, Linear) or type(module) is Embedding):
         raise FormatError(
             f"linear_bits names {name}, and this release of transformers holds no linear layer "
-            "there"
+            "there, nor embeddings that are only looked up"
         )
     rows, columns = module.get_parameter("weight").shape
     layout = LinearLayout(bits, group_size, rows, columns)

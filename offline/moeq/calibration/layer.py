@@ -1,6 +1,6 @@
 """Rounds the experts of one layer, some at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ def round_layer(
     sums: torch.Tensor,
     lacks: torch.Tensor,
     workers: Workers,
-) -> Iterator[Tensors]:
+) -> Generator[Tensors]:
     """Round the experts of a layer, and add up their shares.
 
     Args:

@@ -7,6 +7,7 @@ the stream, that sum is brought back to what it is in the original. Neither is d
 rounded without calibration.
 """
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -117,9 +118,10 @@ def _calibrate(
                 torch.sub(original_sums, lacks, out=lacks)
                 coverage[layer.container] = _coverage(routed, layer.num_experts)
                 rounded = round_layer(config, model, layer, routed, sums, lacks, workers)
-                for stored in rounded:
-                    tensors |= stored
-                    advance(1)
+                with closing(rounded):  # before workers are gone, whatever happens
+                    for stored in rounded:
+                        tensors |= stored
+                        advance(1)
                 model.complete(index, hidden, sums, weights)
             snapshots.save_layer(index, tensors)
             snapshots.save(index + 1, streams, coverage)

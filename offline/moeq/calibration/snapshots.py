@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.workspace import begin, clear, read_note, replace_file
+from moeq.errors import MoeqError
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
 
@@ -74,7 +76,14 @@ class Snapshots:
         if not self.has_finished:
             return 0, {}
         state = read_note(self.folder / _STATE)
-        saved = load_file(self._activations(state["done"]))
+        path = self._activations(state["done"])
+        try:
+            saved = load_file(path)
+        except SafetensorError as error:
+            raise MoeqError(
+                f"{path} of the unfinished run is damaged ({error}); leave out `resume` to start "
+                "again"
+            ) from error
         for name, tensor in activations.items():
             tensor.copy_(saved[name])
         return int(state["done"]), state["facts"]

@@ -125,6 +125,8 @@ def _sizes(shape: tuple[int, ...], grid: Block, block: Block | None, halves: boo
     """
     sizes = []
     for length, scales, size in zip(shape[-2:], grid, block or (0, 0), strict=True):
+        if not length or not scales:
+            return None
         if scales in (1, length):
             sizes.append(length // scales)
         elif size and scales == -(-length // size) and (len(shape) == 2 or length % size == 0):
@@ -219,16 +221,17 @@ def packed_integers(reader: CheckpointReader, bits: int) -> Readings:
         module = name.removesuffix("weight_packed")
         if module == name:
             continue
-        stored = reader.stored(module + "weight_shape", reader.info(module + "weight_shape").file)
-        if stored.numel() != 2:
+        stated = reader.info(module + "weight_shape")
+        stored = reader.stored(module + "weight_shape", stated.file)
+        if stated.dtype not in ("I32", "I64") or stored.numel() != 2 or stored.min() < 1:
             raise MoeqError(
                 f"{reader.folder}: {module}weight_shape is {stored.tolist()}, expected the rows "
                 "and columns of one matrix"
             )
-        rows, columns = stored.tolist()
+        rows, columns = stored.flatten().tolist()
         scale = reader.info(module + "weight_scale").shape
         fits = info.shape == (rows, -(-columns * bits // 32)) and len(scale) == 2
-        if not fits or scale[0] != rows or columns % scale[1]:
+        if not fits or scale[0] != rows or scale[1] < 1 or columns % scale[1]:
             raise MoeqError(
                 f"{reader.folder}: {name} {list(info.shape)} with scales {list(scale)} is no "
                 f"matrix of {rows} x {columns} weights of {bits} bits, as weight_shape says"

@@ -9,7 +9,7 @@ import torch
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
-from moeq.checkpoint.servable import drafts_tokens, text_config
+from moeq.checkpoint.servable import DECODER_LAYER, drafts_tokens, text_config
 from moeq.errors import MoeqError
 from vllm_moeq.format import BitPlan, linear_bytes
 
@@ -29,6 +29,8 @@ multiplies into attention itself (``kv_b_proj``) are none of them: they keep the
 embeddings come last: each is alone, before and after all decoder layers."""
 _NAMES = {name: group for stage in _STAGES for group in stage for name in group}
 _EMBEDDINGS = re.compile(r"(?:(?:model|language_model)\.)*(embed_tokens|lm_head)\.weight")
+_TIED = {"lfm2_moe"}
+"""Models whose class in vLLM has one matrix for embeddings and output head in any case."""
 _PLAIN_INPUT = {"gpt_oss"}
 """Models whose class in vLLM has another name for the embeddings of tokens, if not packed."""
 INPUT = -1
@@ -160,27 +162,33 @@ def _embeddings(reader: CheckpointReader) -> list[LinearGroup]:
     One matrix may be both, and layers that predict tokens share them with the model.
     """
     text = text_config(reader.config)
-    num_layers = text.get("num_hidden_layers")
+    num_layers, model_type = text.get("num_hidden_layers"), str(text.get("model_type"))
     tied = text.get("tie_word_embeddings", reader.config.get("tie_word_embeddings", False))
     stored = {match[1]: match[0] for match in map(_EMBEDDINGS.fullmatch, reader.tensors) if match}
-    if tied or num_layers is None or len(stored) < 2 or _has_prediction_layers(reader):
+    if tied or model_type in _TIED or len(stored) < 2 or _has_prediction_layers(reader):
+        return []
+    if not isinstance(num_layers, int):
         return []
     groups = []
-    for name, layer in (("embed_tokens", INPUT), ("lm_head", int(num_layers))):
+    for name, layer in (("embed_tokens", INPUT), ("lm_head", num_layers)):
         info = reader.tensors[stored[name]]
+        if len(info.shape) != 2 or info.shape[0] % _ROWS or info.dtype not in FLOATS:
+            continue
+        if layer == INPUT and model_type in _PLAIN_INPUT:
+            continue
         rows, columns = info.shape
-        is_plain = layer == INPUT and text.get("model_type") in _PLAIN_INPUT
-        if rows % _ROWS == 0 and info.dtype in FLOATS and not is_plain:
-            groups.append(LinearGroup(layer, (stored[name],), ((rows, columns),), info.num_bytes))
+        groups.append(LinearGroup(layer, (stored[name],), ((rows, columns),), info.num_bytes))
     return groups
 
 
 def _has_prediction_layers(reader: CheckpointReader) -> bool:
-    numbered = ((name, re.match(r"(?:.*\.)?layers\.(\d+)\.", name)) for name in reader.tensors)
-    return any(
-        drafts_tokens(reader.config, name, int(match[1]) if match else 0)
-        for name, match in numbered
-    )
+    def predicts(name: str) -> bool:
+        match = DECODER_LAYER.match(name)
+        return drafts_tokens(reader.config, name, int(match[1]) if match else 0) or any(
+            part.startswith("mtp_") for part in name.split(".")
+        )
+
+    return any(map(predicts, reader.tensors))
 
 
 def _with_integers(reader: CheckpointReader, group: LinearGroup) -> LinearGroup:

@@ -7,7 +7,7 @@ from typing import Any
 from moeq.checkpoint.families import family_of
 from moeq.errors import MoeqError
 
-_DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\d+)\.")
+DECODER_LAYER = re.compile(r"(?:(?:model|backbone|language_model)\.)*layers\.(\d+)\.")
 """Matches the start of a decoder layer's tensors; those of vision and audio are elsewhere."""
 _ACTIVATIONS = ("mlp_hidden_act", "hidden_activation", "hidden_act", "dense_act_fn")
 """Where ``config.json`` tells the activation of experts; the first that is there holds."""
@@ -79,7 +79,7 @@ def is_left_out(config: Mapping[str, Any], name: str) -> bool:
     model_type = config.get("model_type")
     if "mtp" in name.split("."):
         return model_type not in _PREDICT_IN_MTP
-    match = _DECODER_LAYER.match(name)
+    match = DECODER_LAYER.match(name)
     return (
         match is not None
         and drafts_tokens(config, name, int(match[1]))
@@ -121,7 +121,7 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
     if not isinstance(more, int):
         raise MoeqError(f"{folder}: config.json has num_nextn_predict_layers {more!r}, no number")
     for name in names:
-        match = _DECODER_LAYER.match(name)
+        match = DECODER_LAYER.match(name)
         if match and isinstance(layers, int) and int(match[1]) >= layers + more:
             raise MoeqError(
                 f"{folder}: {name} is of no layer of the model: config.json has num_hidden_layers "

@@ -138,8 +138,14 @@ class SourceModel:
 
 
 @lru_cache(maxsize=1)
-def opened(folder: str, name: str) -> SourceModel:
-    """Return a model that another process has opened, the same for equal calls."""
+def opened(folder: str, name: str, stamp: str) -> SourceModel:
+    """Return a model that another process has opened, the same as long as its files are.
+
+    Args:
+        folder: Where it lies.
+        name: As the user named it.
+        stamp: Another one if files have changed.
+    """
     return replace(SourceModel.open(folder), name=name)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -36,8 +37,8 @@ from vllm_moeq.format import (
 
 DEFAULT_SHARD_BYTES = 2 * 10**9
 _WORKING_BYTES_PER_WEIGHT = 5
-_WEIGHTS_AT_ONCE = 2**24
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
+_WEIGHTS_AT_ONCE = 2**24
 _WORKERS = len(os.sched_getaffinity(0))
 
 
@@ -184,10 +185,10 @@ class Conversion:
             for number, shard in enumerate(self.shards, start=1):
                 file = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
                 tensors: dict[str, torch.Tensor] = {}
-                converted = workers.flat_map(_converted, task, shard)
-                for job, result in zip(shard, converted, strict=True):
-                    tensors |= result
-                    advance(reader.tensors[job.name].num_bytes)
+                with closing(workers.flat_map(_converted, task, shard)) as converted:
+                    for job, result in zip(shard, converted, strict=True):
+                        tensors |= result
+                        advance(reader.tensors[job.name].num_bytes)
                 with writing(folder / file):
                     save_file(tensors, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file)

@@ -76,7 +76,7 @@ class LayerwiseModel(StoredModel):
             attention.indexer = AllTokens()
         self._entrances = self._stand_ins()
         self._exit: Entrance | None = None
-        self._of_head: Weights | None = None
+        self._heads: dict[int, tuple[Weights, Weights]] = {}
 
     def _bodies(self) -> list[Any]:
         """Return what holds layers, in the order in which they run."""
@@ -93,7 +93,8 @@ class LayerwiseModel(StoredModel):
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to other processes as the checkpoint that it was made from."""
         folder, name = str(self.source.folder.absolute()), self.source.name
-        return _made, (type(self), folder, name, str(self.device))
+        stamp = repr(sorted(self.source.reader.file_stats().items()))
+        return _made, (type(self), folder, name, stamp, self.device.type)
 
     def on(self, device: torch.device) -> "LayerwiseModel":
         """Return the same model with its experts on another device; only they can run there."""
@@ -341,14 +342,16 @@ class LayerwiseModel(StoredModel):
 
         Args:
             hidden: That output.
-            weights: Of the head, for that of the checkpoint; the same object is not read again.
+            weights: Of the head, for that of the checkpoint; the same object is read once.
             watch: Gets inputs and outputs of the head.
         """
         if self._exit is None:
-            self._exit, self._of_head = self._leave(), None
-        if self._of_head is not weights:
+            self._exit = self._leave()
+            self._heads.clear()
+        if id(weights) not in self._heads:
             self._fill(self._head, self._head_prefix, weights)
-            self._of_head = weights
+            self._heads[id(weights)] = weights, self._head.state_dict()
+        self._head.load_state_dict(self._heads[id(weights)][1], assign=True)
         self._exit.hidden = hidden.to(self.device)[None]
         with self._watched(self._head, watch):
             # transformers' own end of the model: some scale the logits, or cap them.
@@ -414,9 +417,11 @@ class LayerwiseModel(StoredModel):
 
 
 @lru_cache(maxsize=1)
-def _made(kind: type[LayerwiseModel], folder: str, name: str, device: str) -> LayerwiseModel:
+def _made(
+    kind: type[LayerwiseModel], folder: str, name: str, stamp: str, device: str
+) -> LayerwiseModel:
     """Return a model that another process has made, the same for equal calls."""
-    return kind(opened(folder, name), torch.device(device))
+    return kind(opened(folder, name, stamp), torch.device(device))
 
 
 def _layers(body: Any) -> Any:

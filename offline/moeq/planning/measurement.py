@@ -158,6 +158,9 @@ class Measurement:
         return fingerprint(self.source.reader, self.tokens, str(self.device)) | {
             "algorithm version": _ALGORITHM_VERSION,
             "choice of options for the plan": asdict(self.options),
+            "choice of dense layers": {
+                " + ".join(group.weights): group.stored_bits for group in self.source.linear
+            },
             "initial router": self._router_changes(),
             "method": self.method,
             "seed": self.seed,

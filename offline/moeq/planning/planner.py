@@ -221,7 +221,8 @@ def _report(
                 "bits": width,
                 "loss": linear.loss(group, plan.group_size, width),
             }
-            for group, width in group_widths(plan, linear.groups).items()
+            for group, width in group_widths(plan, measurement.source.linear).items()
+            if group in linear.groups
         }
         if linear is not None
         else {},

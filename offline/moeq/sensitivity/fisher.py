@@ -63,6 +63,7 @@ def gradients(
                 linear.round(len(model), hidden)
         watch = {} if linear is None else linear.watch(len(model))
         gradient = _of_head(model, tokens, hidden, seed, watch)
+        del watch  # it holds the errors of the head
         results = []
         for index in reversed(range(len(model))):
             results.append(mapped(folder / f"gradient-{index}.bin", shape))

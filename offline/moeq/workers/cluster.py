@@ -9,7 +9,7 @@ import logging
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -119,7 +119,7 @@ class Cluster:
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """See :class:`moeq.workers.Workers`."""
         import ray
 
@@ -143,8 +143,9 @@ class Cluster:
                 yield from self._wait(pending[0])
                 pending.popleft()
         finally:
-            for unfinished in pending:
-                ray.cancel(unfinished)
+            if ray.is_initialized():  # else it would connect again
+                for unfinished in pending:
+                    ray.cancel(unfinished)
 
     @property
     def _resources(self) -> dict[str, int]:
@@ -172,18 +173,18 @@ class Cluster:
             while not ray.wait([reference], timeout=_PATIENCE)[0]:
                 if self._workers() == 0:
                     raise MoeqError(
-                        "the Ray cluster has lost all nodes that could work; `resume` goes on "
-                        "with what is finished"
+                        "the Ray cluster has lost all nodes that could work. Start others, and run "
+                        "the command again, with `resume` where it rounds by text"
                     )
             results: list[Any] = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, MoeqError):
-                raise error.cause from None
+            if isinstance(error.cause, Exception):
+                raise error.cause from error
             raise
         except ray.exceptions.RayError as error:
             raise MoeqError(
-                f"work was lost {_RETRIES + 1} times on the Ray cluster: {error}; `resume` goes on "
-                "with what is finished"
+                f"work on the Ray cluster was lost, {_RETRIES + 1} times or for good: {error}. Run "
+                "the command again, with `resume` where it rounds by text"
             ) from error
         return results
 

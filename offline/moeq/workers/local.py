@@ -1,6 +1,6 @@
 """Work in this process: on one device, or by a thread for each of several."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ class Workers(Protocol):
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """Do work for each item.
 
         Args:
@@ -50,7 +50,7 @@ class OneByOne:
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """See :class:`Workers`."""
         for item in items:
             yield from work(self.device, shared, item)
@@ -70,7 +70,7 @@ class Threads:
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         """See :class:`Workers`."""
         own, free = local(), SimpleQueue[torch.device]()
         for device in self.devices:
