@@ -114,3 +114,34 @@ def test_lies_of_a_config_are_refused_in_words() -> None:
     done = in_fork(_give_lies, {"quant_method": "moeq", **plan, "linear": linear})
     assert done.returncode == 0, done.log
     assert "refused" in done.log
+
+
+def _map_names(config: dict[str, Any]) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from vllm_moeq.config import MoeqConfig
+
+    found = MoeqConfig.from_config(config)
+    # As of Qwen3-VL: names of layers alone do not begin like those of tensors.
+    found.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"lm_head.": "language_model.lm_head."})
+    )
+    print("mapped", "language_model.lm_head" in found._linear)
+
+
+@pytest.mark.vllm
+def test_layers_are_known_by_what_models_call_their_tensors() -> None:
+    plan = plan_dict()
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group"}
+    linear = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": [],
+        "config_groups": {
+            "group_0": {
+                "targets": ["lm_head"],
+                "weights": weights | {"group_size": plan["group_size"]},
+            },
+        },
+    }  # fmt: skip
+    done = in_fork(_map_names, {"quant_method": "moeq", **plan, "linear": linear})
+    assert done.returncode == 0, done.log
+    assert "mapped True" in done.log

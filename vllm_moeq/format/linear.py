@@ -25,11 +25,13 @@ def check_linear_bits(linear_bits: Any) -> None:
     """Check the ``linear_bits`` of a plan: module names on disk to widths.
 
     Raises:
-        FormatError: An unknown width, or no object at all.
+        FormatError: An unknown width, what is no name, or no object at all.
     """
     if not isinstance(linear_bits, Mapping):
         raise FormatError("linear_bits must be an object")
     for name, bits in linear_bits.items():
+        if not isinstance(name, str):
+            raise FormatError(f"linear_bits: {name!r} is no name of a layer")
         if type(bits) is not int or bits not in LINEAR_WIDTHS:
             raise FormatError(f"linear_bits[{name!r}]: {bits!r} is not one of {LINEAR_WIDTHS}")
 

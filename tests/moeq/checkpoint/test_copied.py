@@ -155,3 +155,37 @@ def test_measured_plans_count_them_as_they_are(
     assert copied
     for layer in copied:
         assert torch.equal(tensors[f"{layer}.weight_packed"], source[f"{layer}.weight_packed"])
+
+
+@pytest.mark.slow
+def test_measured_plans_report_those_they_had_to_choose_for(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    lowered, _ = lowered_and_twin(tiny_model(FAMILY), tmp_path, "int4 in groups of 32")
+    text = tmp_path / "text.txt"
+    text.write_text("experts route tokens " * 400)
+    result = moeq.quantize(
+        lowered, tmp_path / "packed", group_size=32, calib=text, nsamples=8, seqlen=32,
+        strategy="sensitivity", method="rtn", quantize_embeddings=True,
+    )  # fmt: skip
+    report = json.loads((result.path / "moeq_measurement.json").read_text())
+    assert set(report["dense"]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    assert set(_targets(config)) >= {"model.layers.0.self_attn.o_proj"}
+    assert moeq.verify(result.path) == []
+
+
+def test_plans_that_are_compared_have_the_same_dense_layers(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    lowered, _ = lowered_and_twin(tiny_model(FAMILY), tmp_path, "int4 in groups of 32")
+    text = tmp_path / "text.txt"
+    text.write_text("experts route tokens " * 400)
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("tokens choose experts " * 400)
+    findings = moeq.compare(
+        lowered, tmp_path / "page", bits=[2.5], methods=["rtn"], random=2, calib=text,
+        text=heldout, nsamples=4, seqlen=16, eval_nsamples=2, group_size=32,
+    )  # fmt: skip
+    sizes = [point.total_bytes for point in findings.points]
+    assert max(sizes) - min(sizes) < 0.02 * max(sizes)

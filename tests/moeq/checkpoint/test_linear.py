@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeq import quantize, verify
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import CheckpointReader, SourceModel
 from moeq.checkpoint.linear import group_widths, linear_groups, uniform_linear_bits
 from moeq.errors import MoeqError
 from moeq.model.architecture import stored_names
@@ -114,6 +114,17 @@ def test_embeddings_are_among_them_unless_they_have_two_uses(
     config = json.loads((tied / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert of(tied) == []
+    (tied / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    assert (
+        linear_groups(CheckpointReader(tied), SourceModel.open(tiny_model("mixtral")).layers) != []
+    )
+    assert not [
+        group
+        for group in linear_groups(
+            CheckpointReader(tied), SourceModel.open(tiny_model("mixtral")).layers, embeddings=True
+        )
+        if group.embeds
+    ]
     model = add_prediction_layer(tiny_model("deepseek_v3"), tmp_path / "model", "model.layers.2.")
     assert of(tiny_model("deepseek_v3")) == both and of(model) == []
     with pytest.raises(MoeqError, match="embeddings of this model stay in 16 bits"):
