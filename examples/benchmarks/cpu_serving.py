@@ -300,7 +300,7 @@ def kernel(log: Path) -> str:
 
 def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> Report:
     """Measure all variants in turns, so that a slower hour of the machine hits all."""
-    report: Report = {mode: {variant: {} for variant in folders} for mode in MODES}
+    report: Report = {mode: {variant: {} for variant in folders} for mode in options.modes}
     shutil.rmtree(work / "caches", ignore_errors=True)
     for number in range(options.rounds):
         for variant, folder in folders.items():
@@ -308,7 +308,8 @@ def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespac
             cache = str(work / "caches" / folder.name)
             dtype = "bfloat16" if variant == BF16 else options.packed_dtype
             os.environ["VLLM_CACHE_ROOT"] = os.environ["MOEQ_CACHE_DIR"] = cache
-            for mode, start in MODES.items():
+            for mode in options.modes:
+                start = MODES[mode]
                 log = log_file(folder, start)
                 figures = measure(start, folder, dtype, log, options)
                 if number == 0 and mode == OFFLINE:
@@ -347,6 +348,9 @@ def main() -> None:
         "--threads", type=int, default=max(1, len(available) - 1),
         help="OpenMP threads (default: all cores but one, which vLLM's scheduler takes)",
     )  # fmt: skip
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind (default 2)")
     parser.add_argument("--repeats", type=int, default=2, help="in each process (default 2)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="for prefill (default 512)")
@@ -382,7 +386,8 @@ def main() -> None:
     report = measure_all(folders, work, options)
     (work / "figures.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    kernels = (f"{v}: {kernel(log_file(folder, offline))}" for v, folder in folders.items())
+    start = MODES[options.modes[0]]
+    kernels = (f"{v}: {kernel(log_file(folder, start))}" for v, folder in folders.items())
     set_up = (
         f"The shape of {shape}, random weights, {choice}, on a CPU "
         f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
