@@ -183,14 +183,14 @@ def _refusal(model: Path, missing: Iterable[str], **llm_options: Any) -> str:
         (
             "mixtral",
             [
-                "model.embed_tokens.weight",
+                "model.embed_tokens.weight_scale",
                 "model.layers.0.input_layernorm.weight",
                 "model.layers.1.self_attn.k_proj.weight_scale",
                 "model.layers.1.block_sparse_moe.gate.weight",
                 "model.norm.weight",
                 "lm_head.weight_scale",
             ],
-            "model.embed_tokens.weight (40960 of 40960), "
+            "model.embed_tokens.weight_scale (1280 of 1280), "
             "model.layers.0.input_layernorm.weight (128 of 128), "
             # vLLM holds q, k and v in one parameter.
             "model.layers.1.self_attn.qkv_proj.weight_scale (256 of 1024), "
