@@ -55,8 +55,14 @@ class SourceModel:
         return cls(str(name), reader, layers, tuple(reader.left_out), tuple(groups))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to other processes as a path, under which they find it, too."""
-        return opened, (str(self.folder.absolute()), self.name)
+        """Travel to other processes as the folder that it was read from."""
+        return opened, self.opened_from
+
+    @property
+    def opened_from(self) -> tuple[str, str, str]:
+        """Arguments with which :func:`opened` gives it in another process."""
+        stamp = repr(sorted(self.reader.file_stats().items()))
+        return str(self.folder.absolute()), self.name, stamp
 
     @property
     def folder(self) -> Path:

@@ -92,9 +92,7 @@ class LayerwiseModel(StoredModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to other processes as the checkpoint that it was made from."""
-        folder, name = str(self.source.folder.absolute()), self.source.name
-        stamp = repr(sorted(self.source.reader.file_stats().items()))
-        return _made, (type(self), folder, name, stamp, self.device.type)
+        return _made, (type(self), *self.source.opened_from, self.device.type)
 
     def on(self, device: torch.device) -> "LayerwiseModel":
         """Return the same model with its experts on another device; only they can run there."""

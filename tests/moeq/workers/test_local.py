@@ -82,4 +82,4 @@ def test_two_devices_calibrate_to_the_bytes_of_one(
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
         for name in ("one", "two")
     )
-    assert one == two and len(one) == 3  # two layers, and the activations behind them
+    assert one == two and len(one) == 4  # embeddings, two layers, and what comes behind them
