@@ -202,19 +202,21 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(source: Path, work: Path, bits: str) -> Iterator[tuple[str, Measured]]:
+def measure(
+    source: Path, work: Path, bits: str, methods: list[str]
+) -> Iterator[tuple[str, Measured]]:
     """Yield every command, without paths, with what it took."""
     forget(source)
     plan = ("--calib", "none", "--bits", bits)
     yield "plan", run("moeq", "plan", source, "-o", work / "plan.json", *plan)
-    for method in ("rtn", "hqq"):
+    for method in methods:
         packed = work / method
         forget(source)
         yield (
             f"quantize, {method}",
             run("moeq", "quantize", source, "-o", packed, *plan, "--method", method),
         )
-        if method == "rtn":
+        if method == methods[0]:
             forget(packed)
             yield "verify", run("moeq", "verify", packed)
         shutil.rmtree(packed)
@@ -227,6 +229,9 @@ def main() -> None:
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="default 2 4")
     parser.add_argument("--bits", default="2.5", help="default 2.5")
+    parser.add_argument(
+        "--methods", nargs="+", choices=["rtn", "hqq"], default=["rtn", "hqq"], help="default both"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/large_checkpoint"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -235,7 +240,7 @@ def main() -> None:
         shutil.rmtree(options.work, ignore_errors=True)
         source = options.work / "source"
         size = write_checkpoint(options.model, layers, source)
-        for name, took in measure(source, options.work, options.bits):
+        for name, took in measure(source, options.work, options.bits, options.methods):
             rows.append(
                 [
                     f"{layers} layers, {size / 1e9:.1f} GB: {name}",
