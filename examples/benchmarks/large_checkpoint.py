@@ -9,7 +9,6 @@ run is a process of its own, and reads from the disk.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from cpu_serving import forget_files
 from results import RESULTS, table, write_section
 from safetensors.torch import save_file
 
@@ -194,30 +194,22 @@ def run(*command: object) -> Measured:
     return Measured(seconds, (times.user + times.system) / seconds, memory, private)
 
 
-def forget(folder: Path) -> None:
-    """Drop files from the page cache."""
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(
     source: Path, work: Path, bits: str, methods: list[str]
 ) -> Iterator[tuple[str, Measured]]:
     """Yield every command, without paths, with what it took."""
-    forget(source)
+    forget_files(source)
     plan = ("--calib", "none", "--bits", bits)
     yield "plan", run("moeq", "plan", source, "-o", work / "plan.json", *plan)
     for method in methods:
         packed = work / method
-        forget(source)
+        forget_files(source)
         yield (
             f"quantize, {method}",
             run("moeq", "quantize", source, "-o", packed, *plan, "--method", method),
         )
         if method == methods[0]:
-            forget(packed)
+            forget_files(packed)
             yield "verify", run("moeq", "verify", packed)
         shutil.rmtree(packed)
     (work / "plan.json").unlink()

@@ -42,6 +42,12 @@ def _weight(tensors: dict[str, torch.Tensor], layer: str, bits: int) -> torch.Te
     return codes * scale.repeat_interleave(shape[1] // scale.shape[1], 1)
 
 
+def _text(folder: Path, words: str) -> Path:
+    path = folder / f"{words.split()[0]}.txt"
+    path.write_text(words * 400)
+    return path
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, 64)])
 def test_they_are_the_same_integers(
     tiny_model: TinyModel, tmp_path: Path, bits: int, group: int
@@ -138,8 +144,7 @@ def test_measured_plans_count_them_as_they_are(
     tiny_model: TinyModel, tmp_path: Path, bits: int, size: int
 ) -> None:
     lowered, _ = lowered_and_twin(tiny_model(FAMILY), tmp_path, f"int{bits} in groups of 32")
-    text = tmp_path / "text.txt"
-    text.write_text("experts route tokens " * 400)
+    text = _text(tmp_path, "experts route tokens ")
     result = moeq.quantize(
         lowered, tmp_path / "packed", target_size=size, group_size=32, calib=text, nsamples=8,
         seqlen=32,
@@ -162,8 +167,7 @@ def test_measured_plans_report_those_they_had_to_choose_for(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     lowered, _ = lowered_and_twin(tiny_model(FAMILY), tmp_path, "int4 in groups of 32")
-    text = tmp_path / "text.txt"
-    text.write_text("experts route tokens " * 400)
+    text = _text(tmp_path, "experts route tokens ")
     result = moeq.quantize(
         lowered, tmp_path / "packed", group_size=32, calib=text, nsamples=8, seqlen=32,
         strategy="sensitivity", method="rtn", quantize_embeddings=True,
@@ -179,10 +183,8 @@ def test_plans_that_are_compared_have_the_same_dense_layers(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     lowered, _ = lowered_and_twin(tiny_model(FAMILY), tmp_path, "int4 in groups of 32")
-    text = tmp_path / "text.txt"
-    text.write_text("experts route tokens " * 400)
-    heldout = tmp_path / "heldout.txt"
-    heldout.write_text("tokens choose experts " * 400)
+    text = _text(tmp_path, "experts route tokens ")
+    heldout = _text(tmp_path, "tokens choose experts ")
     findings = moeq.compare(
         lowered, tmp_path / "page", bits=[2.5], methods=["rtn"], random=2, calib=text,
         text=heldout, nsamples=4, seqlen=16, eval_nsamples=2, group_size=32,
