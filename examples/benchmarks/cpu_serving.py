@@ -10,14 +10,12 @@ Models that --work has are used again.
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +28,8 @@ from pathlib import Path
 import psutil
 import torch
 from results import RESULTS
-from safetensors.torch import save_file
 from serving_figures import (
     BF16,
-    BITS,
     CONCURRENT,
     DECODE,
     FIRST_START,
@@ -41,7 +37,6 @@ from serving_figures import (
     MEMORY,
     MEMORY_PEAK,
     MEMORY_READY,
-    PACKED,
     PREFILL,
     SHORT_PROMPT,
     START,
@@ -50,16 +45,16 @@ from serving_figures import (
     verdict,
     write_report,
 )
+from serving_models import fitting_layers, make_variants
 from transformers import OlmoeConfig
 
-from moeq.checkpoint.reader import INDEX_NAME, CheckpointReader
+from moeq.checkpoint.reader import CheckpointReader
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from perplexity import call
 from serving import ServerError, exit_on_sigterm, vllm_server
 
-Shapes = dict[str, tuple[int, ...]]
 Generate = Callable[[list[list[int]], int], float]
 """Completes prompts, all at once, by a number of tokens; returns the seconds that it took."""
 Start = Callable[[Path, str, Path], AbstractContextManager[Generate]]
@@ -73,85 +68,7 @@ LLM_OPTIONS = {
     # vLLM warms up with as many at every start; its thousands take minutes without AVX-512.
     "max_num_batched_tokens": 512,
 }
-RUNTIME_BYTES = 3 << 30
-"""More than vLLM takes beyond weights and KV cache: about 1.6 GB, and a layer while it loads."""
-DISK_FACTOR = 1.7
-"""Bytes on disk of all variants, relative to bf16."""
 STOP_SECONDS = 30.0
-
-
-def tensor_shapes(config: OlmoeConfig) -> list[Shapes]:
-    """Return the tensors of every layer, then those outside the layers, by their names on disk."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-    shapes: Shapes = {name: (hidden,) for name in norms}
-    shapes |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    shapes["mlp.gate"] = (config.num_experts, hidden)
-    for expert in range(config.num_experts):
-        shapes |= {f"mlp.experts.{expert}.{name}_proj": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, inner)
-    embedding = (config.vocab_size, hidden)
-    outer = {"model.embed_tokens": embedding, "model.norm": (hidden,), "lm_head": embedding}
-    parts = [
-        {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
-        for layer in range(config.num_hidden_layers)
-    ]
-    return [{f"{name}.weight": shape for name, shape in p.items()} for p in (*parts, outer)]
-
-
-def fitting_layers(config: OlmoeConfig, work: Path) -> int:
-    """Return how many layers of the model fit into the free memory and the free disk."""
-    layer, *_, outer = (2 * sum(map(math.prod, part.values())) for part in tensor_shapes(config))
-    memory = psutil.virtual_memory().available - (KV_CACHE_GIB << 30) - RUNTIME_BYTES
-    made = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
-    disk = (shutil.disk_usage(work).free + made) / DISK_FACTOR
-    fitting = int((min(memory, disk) - outer) // layer)
-    return max(1, min(config.num_hidden_layers, fitting))
-
-
-def make_model(config: OlmoeConfig, folder: Path) -> None:
-    """Write a checkpoint of random weights, one layer at a time; config.json comes last."""
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    parts = tensor_shapes(config)
-    weight_map: dict[str, str] = {}
-    for number, shapes in enumerate(parts, start=1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-        for tensor in tensors.values():
-            if tensor.dim() == 2:  # norms stay one
-                tensor.normal_(0, config.initializer_range, generator=generator)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.save_pretrained(folder)
-
-
-def make_variants(config: OlmoeConfig, work: Path, dense_bits: list[str]) -> dict[str, Path]:
-    """Make the bf16 model and quantize it once for each width, unless ``work`` has them.
-
-    Args:
-        config: Of the model.
-        work: Folder of all.
-        dense_bits: Widths of dense layers; ``4e`` and ``8e`` also of the embeddings.
-    """
-    name = f"{config.num_hidden_layers}x{config.num_experts}x{config.hidden_size}"
-    source = work / f"{name}-{BF16}"
-    if not (source / "config.json").exists():
-        print(f"== making {source}", flush=True)
-        make_model(config, source)
-    folders = {BF16: source}
-    for dense in ["16", *dense_bits]:
-        bits = dense.removesuffix("e")
-        variant = PACKED if dense == "16" else f"{PACKED}, dense {bits}"
-        variant += ", embeddings too" if dense != bits else ""
-        folders[variant] = folder = work / f"{name}-{PACKED}-{dense}"
-        if not folder.exists():
-            plan = ["--bits", BITS, "--strategy", "random:0", "--dense-bits", bits]
-            plan += ["--quantize-embeddings"] if dense != bits else []
-            rounding = ["--calib", "none", "--method", "rtn"]  # speed has nothing to do with it
-            subprocess.run(["moeq", "quantize", source, "-o", folder, *plan, *rounding], check=True)
-    return folders
 
 
 def forget_files(folder: Path) -> None:
@@ -298,8 +215,14 @@ def kernel(log: Path) -> str:
     return ", ".join(sorted(set(found))) or "no word about the kernel"
 
 
-def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> Report:
-    """Measure all variants in turns, so that a slower hour of the machine hits all."""
+def measure_all(
+    folders: dict[str, Path], work: Path, options: argparse.Namespace
+) -> Iterator[Report]:
+    """Measure all variants in turns, so that a slower hour of the machine hits all.
+
+    Yields:
+        After each round, all figures so far.
+    """
     report: Report = {mode: {variant: {} for variant in folders} for mode in options.modes}
     shutil.rmtree(work / "caches", ignore_errors=True)
     for number in range(options.rounds):
@@ -317,7 +240,7 @@ def measure_all(folders: dict[str, Path], work: Path, options: argparse.Namespac
                 for name, values in figures.items():
                     report[mode][variant].setdefault(name, []).extend(values)
                 print(f"== {mode}, {variant}: {kernel(log)}\n{json.dumps(figures)}", flush=True)
-    return report
+        yield report
 
 
 def log_file(folder: Path, start: Start) -> Path:
@@ -373,7 +296,7 @@ def main() -> None:
     choice = f"{layers} of {config.num_hidden_layers} layers ({why})"
     config.num_hidden_layers = layers
     shape = MODEL + (f" with {json.dumps(options.config)}" if options.config else "")
-    title = f"vLLM on a CPU: {shape}"
+    title = f"vLLM on a CPU: {shape}, {len(cores)} thread{'s' * (len(cores) > 1)}"
     if options.packed_dtype != "bfloat16":
         title += f", packed in {options.packed_dtype}"
     print(f"== {shape}, {choice}", flush=True)
@@ -383,22 +306,23 @@ def main() -> None:
         for variant, folder in folders.items()
     }
 
-    report = measure_all(folders, work, options)
-    (work / "figures.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     start = MODES[options.modes[0]]
-    kernels = (f"{v}: {kernel(log_file(folder, start))}" for v, folder in folders.items())
-    set_up = (
-        f"The shape of {shape}, random weights, {choice}, on a CPU "
-        f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
-        f"thread(s), {KV_CACHE_GIB} GiB of KV cache, packed with "
-        f"`dtype={options.packed_dtype}`, "
-        f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
-        f"caching. {'; '.join(kernels)}."
-    )
-    packed = [variant for variant in folders if variant != BF16]
-    verdicts = [verdict(report, variant, weights) for variant in packed]
-    write_report(report, title, [*verdicts, set_up], options)
+    # After each round: a run that is stopped has its figures.
+    for rounds, report in enumerate(measure_all(folders, work, options), start=1):
+        (work / "figures.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        kernels = (f"{v}: {kernel(log_file(folder, start))}" for v, folder in folders.items())
+        set_up = (
+            f"The shape of {shape}, random weights, {choice}, on a CPU "
+            f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
+            f"thread(s), {KV_CACHE_GIB} GiB of KV cache, packed with "
+            f"`dtype={options.packed_dtype}`, "
+            f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
+            f"caching. {'; '.join(kernels)}."
+        )
+        packed = [variant for variant in folders if variant != BF16]
+        verdicts = [verdict(report, variant, weights) for variant in packed]
+        write_report(report, title, [*verdicts, set_up], rounds, options)
 
 
 if __name__ == "__main__":

@@ -76,14 +76,16 @@ def verdict(report: Report, variant: str, weights: dict[str, int]) -> str:
     )
 
 
-def write_report(report: Report, name: str, facts: list[str], options: argparse.Namespace) -> None:
+def write_report(
+    report: Report, name: str, facts: list[str], rounds: int, options: argparse.Namespace
+) -> None:
     """Write the section."""
     variants = next(iter(report.values()))
     header = ["", *(f"{mode}: {variant}" for mode in report for variant in variants)]
     names = dict.fromkeys(n for figures in report.values() for n in figures[BF16])
     rows = [[n, *(c for figures in report.values() for c in cells(figures, n))] for n in names]
     method = (
-        f"Medians (smallest–largest) over {options.rounds} processes of each kind, in turns, with "
+        f"Medians (smallest–largest) over {rounds} processes of each kind, in turns, with "
         f"{options.repeats} repetitions in each. Prefill: {options.prompt_tokens} tokens. Decode: "
         f"{options.new_tokens} tokens after a prompt of {SHORT_PROMPT}, less the time of an answer "
         "of one token. Memory: all processes of vLLM (Pss), mapped files included. Start-up: until "

@@ -53,7 +53,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     route_all_experts: bool = False,
-    max_shard_size: str | int = "2GB",
+    max_shard_size: str | int = "1GB",
     resume: bool = False,
     dry_run: bool = False,
     ray: str | None = None,
@@ -101,7 +101,7 @@ def quantize(
         seed: Of the draw of sequences.
         device: Where to calibrate: ``auto`` (a CUDA GPU where there is one), ``cpu``, ``cuda``.
         route_all_experts: Round each expert by all tokens, not only by those that it gets.
-        max_shard_size: Largest file of the result, in bytes or as in ``"2GB"``; it is held in
+        max_shard_size: Largest file of the result, in bytes or as in ``"1GB"``; it is held in
             memory.
         resume: Go on with what an interrupted call has finished; the bytes are the same.
         dry_run: Estimate sizes, memory and time; write nothing.

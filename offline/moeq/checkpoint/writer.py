@@ -35,7 +35,7 @@ from vllm_moeq.format import (
     write_manifest,
 )
 
-DEFAULT_SHARD_BYTES = 2 * 10**9
+DEFAULT_SHARD_BYTES = 10**9
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
 _WEIGHTS_AT_ONCE = 2**24

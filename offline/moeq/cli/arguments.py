@@ -33,7 +33,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        help="largest file of the result, which is also held in memory (default 2GB)",
+        help="largest file of the result, which is also held in memory (default 1GB)",
     )
     json_option(parser)
     _choice_options(parser)

@@ -32,10 +32,12 @@ from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 7
+_ALGORITHM_VERSION = 8
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
+_JUDGED_TOKENS = 8192
+"""Held back at most: more hardly change which plan is the best."""
 _ENOUGH_TOKENS = 4096
 """That an expert gets, on average, to be measured: more hardly change which of them need bits."""
 
@@ -63,8 +65,10 @@ class Measurement:
     @property
     def held_back(self) -> torch.Tensor:
         """Sequences that judge plans; none if there is only one plan."""
-        judged = self.options.strategy == "auto"
-        return self.tokens[: int(len(self.tokens) * _HELD_BACK) if judged else 0]
+        if self.options.strategy != "auto":
+            return self.tokens[:0]
+        most = math.ceil(_JUDGED_TOKENS / self.tokens.shape[1])
+        return self.tokens[: min(most, int(len(self.tokens) * _HELD_BACK))]
 
     @property
     def measured(self) -> torch.Tensor:

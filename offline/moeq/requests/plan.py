@@ -244,7 +244,7 @@ class QuantizeRequest(PlanRequest):
     output: Path = field()  # unlike that of a plan, needed
     plan: "Path | BitPlan | None" = None
     route_all_experts: bool = False
-    max_shard_size: str | int = "2GB"
+    max_shard_size: str | int = "1GB"
     resume: bool = False
     dry_run: bool = False
     ray: str | None = None

@@ -6,6 +6,8 @@ from moeq.checkpoint import MoELayer, SourceModel
 from moeq.errors import MoeqError
 
 MAXVAR_VARIANTS = ("max-row", "highest-norm-row")
+_WEIGHTS_AT_ONCE = 1 << 22
+"""In float32: a whole matrix would take twice its own memory."""
 
 
 def max_var(source: SourceModel, layer: MoELayer, variant: str = "max-row") -> torch.Tensor:
@@ -21,11 +23,14 @@ def max_var(source: SourceModel, layer: MoELayer, variant: str = "max-row") -> t
     values = []
     for expert in range(layer.num_experts):
         name = layer.tensor_name(expert, layer.projections["w13"][0])
-        weight = source.tensor(name).float()
+        weight = source.tensor(name)
+        parts = torch.split(weight, max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
         if variant == "max-row":
-            value = weight.var(dim=1, correction=0).max()
+            value = torch.stack([part.float().var(dim=1, correction=0).max() for part in parts])
+            value = value.max()
         elif variant == "highest-norm-row":
-            value = weight[weight.norm(dim=1).argmax()].var(correction=1)
+            norms = torch.cat([part.float().norm(dim=1) for part in parts])
+            value = weight[norms.argmax()].float().var(correction=1)
         else:
             raise MoeqError(f"`maxvar` {variant} is not one of {', '.join(MAXVAR_VARIANTS)}")
         if not torch.isfinite(value):

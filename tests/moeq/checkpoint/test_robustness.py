@@ -303,7 +303,7 @@ def test_the_disk_that_dry_run_states_is_enough_also_to_resume(
         return (
             "quantize", tiny_model("mixtral"), "-o", output, "--calib", tmp_path / "text.txt",
             "--bits=2", "--group-size=32", "--strategy", strategy, "--nsamples=32", "--seqlen=64",
-            "--levels=3,2,1" if strategy == "sensitivity" else "--max-shard-size=2GB", *more,
+            "--levels=3,2,1" if strategy == "sensitivity" else "--max-shard-size=1GB", *more,
         )  # fmt: skip
 
     stated = run_moeq(*command(tmp_path / "out", "--dry-run")).stdout

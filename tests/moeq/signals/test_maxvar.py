@@ -42,9 +42,16 @@ def _measure(folder: Path, tensors: Tensors, layer: int, variant: str) -> torch.
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("variant", REFERENCES)
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 22])
 def test_values_are_those_of_the_definition(
-    tmp_path: Path, tensors: Tensors, layer: int, variant: str
+    tmp_path: Path,
+    tensors: Tensors,
+    layer: int,
+    variant: str,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("moeq.signals.maxvar._WEIGHTS_AT_ONCE", at_once)
     expected = [
         REFERENCES[variant](tensors[f"{CONTAINERS[layer]}.{expert}.w1.weight"].double().numpy())
         for expert in range(NUM_EXPERTS)
