@@ -28,7 +28,7 @@ from vllm_moeq.format import BitPlan
 
 STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
-_ALGORITHM_VERSION = 6
+_ALGORITHM_VERSION = 7
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
 
 

@@ -140,11 +140,14 @@ class _Batch(NamedTuple):
                 self.originals, self._round("w13", self.x, stored), self.x, strict=True
             )
         ]
-        wanted = (
-            model.expert_output(original._replace(w2_bias=None), tokens) + lack
-            for original, tokens, lack in zip(self.originals, self.x, self.lacks, strict=True)
+        # What w2 lacks: what it gives for the original's inputs and not for its own, and the rest.
+        lacks = (
+            F.linear(model.expert_hidden(original, tokens) - own, original.w2) + lack
+            for original, tokens, own, lack in zip(
+                self.originals, self.x, hidden, self.lacks, strict=True
+            )
         )
-        downs = self._round("w2", hidden, stored, wanted)
+        downs = self._round("w2", hidden, stored, lacks)
         if self.task.config.route_all:
             hidden = [every[places] for every, places in zip(hidden, self.places, strict=True)]
         outputs = (
@@ -158,7 +161,7 @@ class _Batch(NamedTuple):
         projection: Projection,
         inputs: list[torch.Tensor],
         stored: list[Tensors],
-        wanted: Iterable[torch.Tensor] | None = None,
+        lacks: Iterable[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Round a projection of all experts; keep what is stored, return the weights."""
         config, layer = self.task.config, self.task.layer
@@ -173,7 +176,7 @@ class _Batch(NamedTuple):
                 [bits],
                 plan.group_size,
                 fewest_tokens=config.fewest_tokens,
-                wanted=wanted,
+                lacks=lacks,
             )[bits]
         except ValueError as error:
             where = ", ".join(layer.tensor_name(expert, names[0]) for expert in self.experts)

@@ -6,7 +6,7 @@ another, so that the caller decides which weights they have and sees what reache
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
 from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, StoredModel, Weights
-from moeq.model.watch import Watch, telling
+from moeq.model.watch import AllSeen, Watch, ending, telling
 
 _NO_WATCH: Watch = {}
 _TOKENS_AT_ONCE = 2048
@@ -181,7 +181,7 @@ class LayerwiseModel(StoredModel):
 
     @torch.no_grad()
     def watch(self, index: int, hidden: torch.Tensor, weights: Weights, watch: Watch) -> None:
-        """Run one layer without its routed experts, only to see what dense layers get.
+        """Run one layer without its routed experts, as far as it takes to see dense layers' inputs.
 
         Args:
             index: Which layer; their number is the end of the model, with its head.
@@ -193,9 +193,12 @@ class LayerwiseModel(StoredModel):
             for sequence in hidden:
                 self.logits(sequence, weights, watch)
             return
+        watch, start = ending(watch)
         with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
             for sequences in torch.split(hidden, self._batch_size(hidden)):
-                run(sequences.to(self.device))
+                start()
+                with suppress(AllSeen):
+                    run(sequences.to(self.device))
 
     @torch.no_grad()
     def complete(

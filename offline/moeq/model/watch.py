@@ -28,3 +28,27 @@ def telling(
         return torch.cat(parts, -1) if len(parts) > 1 else None
 
     return tell
+
+
+class AllSeen(Exception):
+    """A run has nothing more to tell."""
+
+
+def ending(watch: Watch) -> tuple[Watch, Callable[[], None]]:
+    """Return the same watch, which ends a run as soon as all have been told.
+
+    Returns:
+        The watch, which raises :class:`AllSeen`; and what has to be called before each run.
+    """
+    missing: set[str] = set()
+
+    def last(name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def see(x: torch.Tensor, output: torch.Tensor) -> None:
+            watch[name](x, output)
+            missing.discard(name)
+            if not missing:
+                raise AllSeen
+
+        return see
+
+    return {name: last(name) for name in watch}, lambda: missing.update(watch)

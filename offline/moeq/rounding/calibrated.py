@@ -27,7 +27,7 @@ def quantize_by_inputs(
     *,
     method: str = "gptq",
     fewest_tokens: int = FEWEST_TOKENS,
-    wanted: Iterable[torch.Tensor] | None = None,
+    lacks: Iterable[torch.Tensor] | None = None,
 ) -> dict[int, list[QuantizedWeight]]:
     """Round a matrix of each of several experts, at each of several widths.
 
@@ -42,8 +42,8 @@ def quantize_by_inputs(
         group_size: Weights of a row that share a scale.
         method: One of :data:`METHODS`.
         fewest_tokens: See :data:`FEWEST_TOKENS`.
-        wanted: Outputs [n, N] that the matrices are moved to first, see
-            :mod:`moeq.rounding.target`; None keeps their own. Not used without calibration.
+        lacks: What their outputs [n, N] lack: the matrices are first moved to what gives it, see
+            :mod:`moeq.rounding.target`; None leaves them. Not used without calibration.
 
     Returns:
         Width to the rounded matrices, in their order.
@@ -60,14 +60,9 @@ def quantize_by_inputs(
     weighted = [x * weight for x, weight in zip(inputs, router_weights, strict=True)]
     hessian = Hessian.of(torch.stack([gram(x) for x in weighted]), counts)
     weights = torch.stack(matrices)
-    if wanted is not None:
-        lacks = [
-            output * weight - x @ matrix.T
-            for output, weight, x, matrix in zip(
-                wanted, router_weights, weighted, matrices, strict=True
-            )
-        ]
-        weights = fitted(weights, hessian, lacks, weighted)
-        del lacks
+    if lacks is not None:
+        counted = [lack * weight for lack, weight in zip(lacks, router_weights, strict=True)]
+        weights = fitted(weights, hessian, counted, weighted)
+        del counted
     del weighted
     return {bits: quantize_gptq(weights, hessian, bits, group_size) for bits in widths}

@@ -18,6 +18,9 @@ from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.linear import LinearBank
 
+_DRAWN_AT_ONCE = 64
+"""Distributions in float64."""
+
 
 def gradients(
     model: LayerwiseModel,
@@ -86,10 +89,22 @@ def _of_head(
         with torch.enable_grad():
             inputs = state[places].clone().requires_grad_()
             log_probabilities = model.logits(inputs, watch=watch).log_softmax(-1)
-            drawn = torch.multinomial(
-                log_probabilities.detach().exp().cpu(), 1, generator=generator
-            )
+            drawn = _drawn(log_probabilities.detach(), generator)
             chosen = log_probabilities.gather(1, drawn.to(log_probabilities.device))
             (of_inputs,) = torch.autograd.grad(chosen.sum(), inputs)
         target[places] = of_inputs
     return gradient
+
+
+def _drawn(log_probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a token from each of the distributions [L, V], on the CPU: [L, 1].
+
+    One random number each, where ``torch.multinomial`` takes V.
+    """
+    drawn = []
+    for some in log_probabilities.split(_DRAWN_AT_ONCE):
+        cumulative = some.cpu().exp().cumsum(-1, dtype=torch.float64)
+        at = torch.rand(len(some), 1, generator=generator, dtype=torch.float64)
+        places = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)
+        drawn.append(places.clamp_(max=some.shape[1] - 1))
+    return torch.cat(drawn)
