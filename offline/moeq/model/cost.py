@@ -160,10 +160,10 @@ def hessian_operations(layer: MoELayer) -> int:
 def fit_operations(layer: MoELayer, samples: float) -> float:
     """Return what it takes to fit the down projection of an expert to so many wanted outputs."""
     rows, columns = layer.hidden_size, layer.intermediate_size
-    lacks = 2 * samples * rows * columns
+    product = 2 * samples * rows * columns
     if samples >= columns:
-        return 2 * lacks + 2 * rows * columns**2
-    return 2 * lacks + samples**2 * (columns + 2 * rows + samples / 3)
+        return product + 2 * rows * columns**2
+    return product + samples**2 * (columns + 2 * rows + samples / 3)
 
 
 def forward_operations(layer: MoELayer) -> int:

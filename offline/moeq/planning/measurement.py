@@ -36,9 +36,9 @@ _ALGORITHM_VERSION = 8
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
-_JUDGED_TOKENS = 8192
+_JUDGED_TOKENS = 4096
 """Held back at most: more hardly change which plan is the best."""
-_ENOUGH_TOKENS = 4096
+_ENOUGH_TOKENS = 2048
 """That an expert gets, on average, to be measured: more hardly change which of them need bits."""
 
 

@@ -16,8 +16,8 @@ from moeq.planning.measurement import Measurement
     [
         (3, 64, 0, 3),
         (8, 64, 2, 6),
-        (64, 512, 16, 32),  # 8192 tokens judge; 16384 give an expert 4096, being 2 of 8
-        (128, 512, 16, 32),
+        (64, 512, 8, 16),  # 4096 tokens judge; 8192 give an expert 2048, being 2 of 8
+        (128, 512, 8, 16),
         (8, 20000, 1, 1),
     ],
 )
