@@ -48,7 +48,7 @@ def quantize(
     same_width: bool = False,
     method: str | None = None,
     calib: AnyPath | None = "default",
-    nsamples: int | None = None,
+    nsamples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
     device: str = "auto",
@@ -96,8 +96,7 @@ def quantize(
             else ``rtn``.
         calib: Calibration text: a file, a folder of ``.txt`` files, a ``.jsonl`` file, a dataset of
             the hub, or ``"default"``, the manual of Python; None goes without.
-        nsamples: Calibration sequences; None takes 128, or fewer where the experts are small and
-            get enough with them.
+        nsamples: Calibration sequences.
         seqlen: Tokens of each.
         seed: Of the draw of sequences.
         device: Where to calibrate: ``auto`` (a CUDA GPU where there is one), ``cpu``, ``cuda``.
@@ -172,7 +171,7 @@ def plan(
     same_width: bool = False,
     method: str | None = None,
     calib: AnyPath | None = "default",
-    nsamples: int | None = None,
+    nsamples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
     device: str = "auto",
@@ -203,8 +202,7 @@ def plan(
         same_width: Both projections of an expert get the same width.
         method: How experts are rounded to measure them.
         calib: Calibration text.
-        nsamples: Calibration sequences; None takes 128, or fewer where the experts are small and
-            get enough with them.
+        nsamples: Calibration sequences.
         seqlen: Tokens of each.
         seed: Of the draw of sequences.
         device: Where to measure.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate, default_sequences
+from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
@@ -264,8 +264,9 @@ def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None
     if not request.uses_text or request.text is None:
         return None
     device = torch_device(request.device)
-    count = request.nsamples or default_sequences(source, request.seqlen)
-    tokens = calibration_sequences(source.folder, request.text, count, request.seqlen, request.seed)
+    tokens = calibration_sequences(
+        source.folder, request.text, request.nsamples, request.seqlen, request.seed
+    )
     return _Text(tokens, device)
 
 

@@ -1,6 +1,6 @@
 """Rounds the experts of a model with what they get on a text."""
 
-from moeq.calibration.config import CalibrationConfig, default_sequences
+from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.result import REPORT_NAME, CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.run import calibrate
 
@@ -11,5 +11,4 @@ __all__ = [
     "CalibrationReport",
     "Coverage",
     "calibrate",
-    "default_sequences",
 ]

@@ -30,19 +30,6 @@ STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
 _ALGORITHM_VERSION = 7
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
-_SEQUENCES, _TOKENS_PER_COLUMN = 128, 16
-"""Of calibration if nobody says: so many sequences, but no more than give an expert, on average, so
-many tokens for each column of its larger matrix. More hardly change its codes."""
-
-
-def default_sequences(source: SourceModel, length: int) -> int:
-    """Return how many sequences of so many tokens a model is calibrated with if nobody says."""
-    layer = max(source.layers, key=lambda layer: layer.expert_weights)
-    share = experts_of_a_token(source, layer) / layer.num_experts
-    if layer.family.encodes:  # experts of its decoder see a quarter of the tokens at most
-        share /= 4
-    tokens = _TOKENS_PER_COLUMN * max(layer.hidden_size, layer.intermediate_size) / share
-    return min(_SEQUENCES, math.ceil(tokens / length))
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,11 +183,11 @@ def _rounding_options(parser: argparse.ArgumentParser) -> None:
         help="calibration text: a file, a folder of .txt files, a .jsonl file, a dataset of the "
         "hub, default (the manual of Python, the default), or none",
     )
-    _text_options(group, "128, or fewer where small experts get enough with them")
+    _text_options(group)
 
 
-def _text_options(group: argparse.ArgumentParser | argparse._ArgumentGroup, count: str) -> None:
-    group.add_argument("--nsamples", type=int, help=f"calibration sequences (default {count})")
+def _text_options(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    group.add_argument("--nsamples", type=int, help="calibration sequences (default 128)")
     group.add_argument("--seqlen", type=int, help="tokens of each (default 512)")
     group.add_argument("--seed", type=int, help="of the draw of sequences (default 0)")
     group.add_argument(
@@ -247,7 +247,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-nsamples", type=int, help="held-out sequences of a text (default 8)"
     )
-    _text_options(parser, "128")
+    _text_options(parser)
     json_option(parser)
 
 

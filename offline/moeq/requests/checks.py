@@ -20,10 +20,10 @@ NO_TEXT = "none"
 
 
 def check_positive(request: Any, *names: str) -> None:
-    """Refuse parameters that are not positive; None is left to the default."""
+    """Refuse parameters that are not positive."""
     for name in names:
         value = getattr(request, name)
-        if value is not None and value < 1:
+        if value < 1:
             raise MoeqError(f"`{name}` {value} is not a positive number")
 
 

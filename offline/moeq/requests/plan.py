@@ -82,8 +82,7 @@ class PlanRequest:
         method: One of :data:`METHODS`; None takes ``gptq`` with text, else ``rtn``.
         calib: Calibration text: a file, a folder of ``.txt`` files, a ``.jsonl`` file, a dataset of
             the hub, or ``default``, the manual of Python. None or ``none`` goes without.
-        nsamples: Calibration sequences; None takes 128, or fewer where the experts are small and
-            get enough with them.
+        nsamples: Calibration sequences.
         seqlen: Tokens of each.
         seed: Of the draw of sequences.
         device: Where to calibrate: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``.
@@ -112,7 +111,7 @@ class PlanRequest:
     same_width: bool = False
     method: str | None = None
     calib: str | None = "default"
-    nsamples: int | None = None
+    nsamples: int = 128
     seqlen: int = 512
     seed: int = 0
     device: str = "auto"
