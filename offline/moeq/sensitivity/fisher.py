@@ -102,7 +102,7 @@ def _drawn(log_probabilities: torch.Tensor, generator: torch.Generator) -> torch
     One random number each, where ``torch.multinomial`` takes V.
     """
     drawn = []
-    for some in log_probabilities.split(_DRAWN_AT_ONCE):
+    for some in torch.split(log_probabilities, _DRAWN_AT_ONCE):
         cumulative = some.cpu().exp().cumsum(-1, dtype=torch.float64)
         at = torch.rand(len(some), 1, generator=generator, dtype=torch.float64)
         places = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)
