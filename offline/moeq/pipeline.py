@@ -279,7 +279,7 @@ def _workers(
     if ray is None:
         return on_devices(all_devices(text.device))
     costs = (estimate.measuring, estimate.rounding) if estimate else ()
-    memory = max((cost.memory_bytes for cost in costs if cost), default=0)
+    memory = max((cost.worker_bytes for cost in costs if cost), default=0)
     return Cluster(text.device.type, torch.get_num_threads(), memory)
 
 

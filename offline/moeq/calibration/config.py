@@ -90,7 +90,8 @@ class CalibrationConfig:
             math.ceil(layer.num_experts / self.batch_size(layer)) * gptq_steps(layer)
             for layer in self.source.layers
         )
-        return Cost(self._operations(), steps, self._memory_bytes(), self._disk_bytes())
+        memory, worker = self._memory_bytes(), self._worker_bytes()
+        return Cost(self._operations(), steps, memory, worker, self._disk_bytes())
 
     @property
     def _activation_bytes(self) -> int:
@@ -127,7 +128,7 @@ class CalibrationConfig:
         dense = linear_operations(self.linear, 1, tokens)
         return gptq_operations(layers) + tokens * passes + fits + dense
 
-    def _memory_bytes(self) -> int:
+    def _worker_bytes(self) -> int:
         largest = max(self.source.layers, key=working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
         size = self.batch_size(largest)
@@ -135,8 +136,10 @@ class CalibrationConfig:
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        experts = inputs + one + size * working_bytes(largest)
-        return self._stream_bytes + max(experts, linear_working_bytes(self.linear))
+        return inputs + one + size * working_bytes(largest)
+
+    def _memory_bytes(self) -> int:
+        return self._stream_bytes + max(self._worker_bytes(), linear_working_bytes(self.linear))
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moeq.allocation import PlanOptions, average_bits, bits_budget
-from moeq.checkpoint import SourceModel
+from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.workspace import fingerprint
 from moeq.errors import MoeqError
@@ -190,7 +190,8 @@ class Measurement:
             for bits in self.linear_widths
             for group_size in self.group_sizes
         )
-        return Cost(self._operations(), self._steps(), self._memory_bytes(), disk)
+        memory, worker = self._memory_bytes(), self._worker_bytes()
+        return Cost(self._operations(), self._steps(), memory, worker, disk)
 
     def _steps(self) -> float:
         if self.method in DATA_FREE:
@@ -198,11 +199,20 @@ class Measurement:
         times = len(self.widths) * len(self.group_sizes)
         return times * sum(layer.num_experts * gptq_steps(layer) for layer in self.source.layers)
 
+    @property
+    def _largest(self) -> MoELayer:
+        return max(self.source.layers, key=lambda layer: layer.expert_weights)
+
+    def _worker_bytes(self) -> int:
+        layer, count = self._largest, self.measured.numel()
+        return working_bytes(layer) + count * (
+            16 * layer.hidden_size + 12 * layer.intermediate_size
+        )
+
     def _memory_bytes(self) -> int:
-        layer = max(self.source.layers, key=lambda layer: layer.expert_weights)
+        layer, alone = self._largest, self._worker_bytes()
         count, size = self.measured.numel(), 4 * layer.hidden_size
         together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
-        alone = working_bytes(layer) + count * (4 * size + 12 * layer.intermediate_size)
         judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
         # Of dense layers: rounded forward; on the way back, beside the experts, all their errors.
         weights = Counter[int]()

@@ -33,7 +33,7 @@ _AHEAD = 2
 """Tasks for each that can run at once, so that none waits for this process."""
 _PATIENCE = 60.0
 """Seconds without a result after which is asked whether anybody is left to work."""
-_SECONDS_TO_CONNECT, _SECONDS_TO_ANSWER = 10.0, 120.0
+_SECONDS_TO_CONNECT, _SECONDS_TO_ANSWER = 10.0, 600.0  # at first a node compiles the kernel
 _Bytes = tuple[np.ndarray, torch.dtype, torch.Size]
 
 
