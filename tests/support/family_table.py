@@ -116,7 +116,7 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
     )
     tell("TP 2", _TENSOR_PARALLEL)
     tell("EP 2", _EXPERT_PARALLEL)
-    tell("transformers", _TRANSFORMERS)
+    tell("transformers", _TRANSFORMERS, reason=unknown)
     return facts
 
 
