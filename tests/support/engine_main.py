@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.executor import multiproc_executor
 
@@ -49,19 +49,19 @@ def _generate(
         use_tqdm=False,
         lora_request=adapter,
     )
-    completions = []
-    for output in outputs:
-        chosen = output.outputs[0]
-        prompt = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
-        generated = zip(chosen.token_ids, chosen.logprobs, strict=True)
-        completions.append(
-            {
-                "tokens": list(chosen.token_ids),
-                "prompt_logprobs": [values[token].logprob for token, values in prompt],
-                "logprobs": [values[token].logprob for token, values in generated],
-            }
-        )
-    return completions
+    return [fields_of(output) for output in outputs]
+
+
+def fields_of(output: RequestOutput) -> dict[str, Any]:
+    """Return the fields of ``support.engine.Completion``, ready for JSON."""
+    chosen = output.outputs[0]
+    prompt = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
+    generated = zip(chosen.token_ids, chosen.logprobs, strict=True)
+    return {
+        "tokens": list(chosen.token_ids),
+        "prompt_logprobs": [values[token].logprob for token, values in prompt],
+        "logprobs": [values[token].logprob for token, values in generated],
+    }
 
 
 def _act(

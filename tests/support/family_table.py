@@ -16,9 +16,11 @@ from xml.etree import ElementTree
 
 from moeq.checkpoint.families import FOUND_BY_TESTS
 from support.models import (
+    BFLOAT16_IN_VLLM,
     DIFFERENT_IN_VLLM,
     ENCODER_DECODERS,
     FAMILIES,
+    NEED_TORCHVISION,
     NOT_LAYERWISE,
     NOT_ON_CPU,
     UNKNOWN_TO_TRANSFORMERS,
@@ -35,7 +37,10 @@ _PLANNED = "test_every_family_is_planned"
 _PACKED = "test_every_family_converts_and_verifies"
 _LAYERWISE = "test_logits_are_those_of_transformers", "test_gradients_are_those_of_transformers"
 _EVALUATED = "test_scores_are_those_of_transformers"
-_SERVED = "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm"
+_SERVED = (
+    "test_equals_the_dequantized_model", "test_equals_the_dequantized_model_in_vllm",
+    "test_is_the_dequantized_model_in_bfloat16",
+)  # fmt: skip
 _TENSOR_PARALLEL = "test_two_ranks_split_each_expert"
 _EXPERT_PARALLEL = "test_two_ranks_split_the_experts"
 _OF_MIXTRAL = {"test_tensor_parallel": _TENSOR_PARALLEL, "test_expert_parallel": _EXPERT_PARALLEL}
@@ -97,7 +102,6 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
             facts[fact] = before.get(fact, "-")
 
     unknown = "transformers does not know it" if family in UNKNOWN_TO_TRANSFORMERS else None
-    dtype = DIFFERENT_IN_VLLM.get(family)
     tell("both layouts", _LAYOUTS, reason=unknown)
     tell("FP8, FP4, INT4", *_SOURCES)
     tell("planned", _PLANNED)
@@ -108,12 +112,19 @@ def _facts(family: str, results: Results, before: dict[str, str]) -> dict[str, s
         "vLLM on a CPU",
         *_SERVED,
         reason=NOT_ON_CPU.get(family),
-        yes="yes" if dtype is None else f"yes, as vLLM itself in {dtype}",
+        yes=f"yes{_how(family)}",
     )
     tell("TP 2", _TENSOR_PARALLEL)
     tell("EP 2", _EXPERT_PARALLEL)
-    tell("transformers", _TRANSFORMERS)
+    tell("transformers", _TRANSFORMERS, reason=unknown)
     return facts
+
+
+def _how(family: str) -> str:
+    if family in DIFFERENT_IN_VLLM:
+        return ", as vLLM itself in float32"
+    ways = {"in bfloat16": BFLOAT16_IN_VLLM, "with torchvision": NEED_TORCHVISION}
+    return "".join(f", {way}" for way, families in ways.items() if family in families)
 
 
 if __name__ == "__main__":

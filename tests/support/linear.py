@@ -79,7 +79,7 @@ PLAIN_INPUT = ("gpt_oss",)
 def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     """Round dense layers of a packed checkpoint to nearest, in place.
 
-    Layers for multi-token prediction stay as they are.
+    Layers for multi-token prediction, and of vision, stay as they are.
 
     Args:
         folder: With one weight file.
@@ -98,7 +98,7 @@ def pack_linear(folder: Path, widths: Mapping[str, int] = MIXED) -> Path:
     for name in sorted(tensors):
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\.layers\.(\d+)\.", name)
-        if kind != "weight" or (layer and int(layer[1]) >= hidden_layers):
+        if kind != "weight" or "vision" in name or (layer and int(layer[1]) >= hidden_layers):
             continue
         bits = next((bits for key, bits in widths.items() if re.fullmatch(key, module)), None)
         kind_of_layer = module.rpartition(".")[2]

@@ -363,19 +363,16 @@ NOT_ON_CPU = {
     **dict.fromkeys(
         ("mimo_v2_flash", "deepseek_v4"), "reads a configuration that transformers does not write"
     ),
-    **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"), "needs torchvision"),
     **dict.fromkeys(("minimax_m3_vl", "glm5_next"), "no sparse attention"),
-    **dict.fromkeys(("llama4", "gemma4"), "not run inside a vision model"),
 }
 """Why vLLM 0.32 cannot run a family on CPUs, quantized or not; for all the tests here know."""
-DIFFERENT_IN_VLLM = {
-    "ernie4_5_moe": "float32",
-    "lfm2_moe": "float32",
-    "qwen3_next": "bfloat16",
-    "kimi_k2": "float32",
-}
-"""Families whose answers on CPUs are not those of transformers, quantized or not, or that vLLM
-runs in bfloat16 only: the reference is vLLM itself with the dequantized model."""
+DIFFERENT_IN_VLLM = {"ernie4_5_moe", "lfm2_moe", "kimi_k2"}
+"""Families whose answers on CPUs are not those of transformers, quantized or not: the reference is
+vLLM itself with the dequantized model."""
+BFLOAT16_IN_VLLM = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
+"""Families whose linear attention vLLM runs in bfloat16 only on CPUs."""
+NEED_TORCHVISION = {"llama4", "gemma4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe"}
+"""Families whose classes in vLLM need a torchvision that fits torch."""
 RENAMED_IN_MEMORY = {"deepseek_v4", "glm5_next", "minimax_m3_vl"}
 """Families of which transformers has more in memory under other names, or fused, than experts."""
 NOT_LAYERWISE = dict.fromkeys(("deepseek_v4", "glm5_next"), "several residual streams")
@@ -458,15 +455,13 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     return folder
 
 
-def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bool = False) -> Path:
+def add_prediction_layer(model: Path, folder: Path, prefix: str) -> Path:
     """Write a copy of a checkpoint with a layer for multi-token prediction.
 
     Args:
         model: Checkpoint of two layers in one file.
         folder: The copy.
         prefix: Of the new layer's tensors: in ``mtp`` as Qwen3-Next has it, else as DeepSeek-V3.
-        predicts: It is right far more often than chance: all layers add little to the residual
-            stream, and its own starts with the embedding of the latest token.
     """
     shutil.copytree(model, folder)
     path = folder / "model.safetensors"
@@ -477,11 +472,6 @@ def add_prediction_layer(model: Path, folder: Path, prefix: str, *, predicts: bo
         tensors[prefix + name.removeprefix(last)] = tensors[name].roll(1, 0)
     hidden = _COMMON["hidden_size"]
     projection = torch.randn(hidden, 2 * hidden, generator=generator) / 16
-    if predicts:
-        projection = torch.eye(hidden, 2 * hidden)
-        for name in tensors:
-            if re.search(r"\.(o_proj|out_proj|down_proj)(\.weight)?$", name):
-                tensors[name] = tensors[name] / 1024
     if prefix.startswith("mtp."):
         tensors["mtp.fc.weight"] = projection.bfloat16()
         for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):

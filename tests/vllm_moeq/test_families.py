@@ -12,13 +12,23 @@ import pytest
 from support.engine import (
     LOGPROB_TOLERANCE,
     TWO_RANKS,
+    assert_likely,
     assert_same,
     run_engine,
     run_transformers,
+    text_logits,
 )
 from support.linear import pack_linear
-from support.models import DIFFERENT_IN_VLLM, FAMILIES, NOT_ON_CPU, add_prediction_layer
+from support.models import (
+    BFLOAT16_IN_VLLM,
+    DIFFERENT_IN_VLLM,
+    FAMILIES,
+    NEED_TORCHVISION,
+    NOT_ON_CPU,
+    add_prediction_layer,
+)
 from support.packed import pack_mixed
+from support.prediction import predicting, with_prediction
 from support.reference import dequantize_checkpoint
 
 WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
@@ -26,9 +36,8 @@ WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-TOLERANCE = {"float32": LOGPROB_TOLERANCE, "bfloat16": 0.5}
 WITH_LATENT_ATTENTION = ("deepseek", "glm4_moe_lite")
-SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM.keys()
+SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM - BFLOAT16_IN_VLLM
 ON_TWO_RANKS = {"qwen2_moe": 64, "granitemoe": 32, "gpt_oss": 32}
 """One family of each layout on disk, with a group size: a tensor per expert, fused, and fused with
 biases and rows that alternate. Of the 176 columns of Qwen2-MoE the first rank takes two whole
@@ -40,34 +49,58 @@ def _tolerance(family: str) -> float:
     return 3e-3 if family.startswith("granite") else LOGPROB_TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "dtype"), DIFFERENT_IN_VLLM.items())
+def _options(family: str) -> dict[str, Any]:
+    if family in NEED_TORCHVISION:
+        pytest.importorskip("torchvision")
+    options: dict[str, Any] = {}
+    if "text_config" in FAMILIES[family]:
+        options["language_model_only"] = True  # images are in test_vision.py
+    if family in BFLOAT16_IN_VLLM:
+        options["dtype"] = "bfloat16"
+    if family.startswith(WITH_LATENT_ATTENTION):
+        # vLLM 0.32's own CPU rotary op is wrong for latent attention, with or without quantization.
+        # It is used in eager mode only, and its torch twin agrees with transformers.
+        options["compilation_config"] = {"custom_ops": ["none"]}
+    return options
+
+
+@pytest.mark.parametrize("family", sorted(DIFFERENT_IN_VLLM))
 def test_equals_the_dequantized_model_in_vllm(
-    family: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    packed = pack_mixed(tiny_model(family), tmp_path / "packed")
-    if dtype == "float32":  # vLLM's bfloat16 layers are less exact than packed ones
-        pack_linear(packed)
+    packed = pack_linear(pack_mixed(tiny_model(family), tmp_path / "packed"))
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
-    run, expected = (run_engine(folder, dtype=dtype) for folder in (packed, plain))
+    run, expected = (run_engine(folder) for folder in (packed, plain))
 
-    assert_same(run.completions[0], expected.completions[0], TOLERANCE[dtype])
+    assert_same(run.completions[0], expected.completions[0])
+
+
+@pytest.mark.parametrize("family", sorted(BFLOAT16_IN_VLLM))
+def test_is_the_dequantized_model_in_bfloat16(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = _options(family)
+    packed = pack_linear(pack_mixed(tiny_model(family), tmp_path / "packed"))
+    plain = dequantize_checkpoint(packed, tmp_path / "plain")
+
+    run = run_engine(packed, **options)
+
+    assert_likely(run.completions[0], text_logits(plain))
 
 
 @pytest.mark.parametrize("family", [*sorted(SERVED), WITH_PREDICTION_LAYER])
 def test_equals_the_dequantized_model(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    options = _options(family.split()[0])
     model = tiny_model(family.split()[0])
     if family == WITH_PREDICTION_LAYER:
         model = add_prediction_layer(model, tmp_path / "model", "model.layers.2.")
     packed = pack_linear(pack_mixed(model, tmp_path / "packed"))
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
-    # vLLM 0.32's own CPU rotary op is wrong for latent attention, with or without quantization.
-    # It is used in eager mode only, and its torch twin agrees with transformers.
-    torch_ops = {"compilation_config": {"custom_ops": ["none"]}}
 
-    run = run_engine(packed, **(torch_ops if family.startswith(WITH_LATENT_ATTENTION) else {}))
+    run = run_engine(packed, **options)
 
     assert_same(run.completions[0], run_transformers(plain), _tolerance(family))
 
@@ -99,30 +132,25 @@ def test_two_ranks_split_the_experts(
     )
 
 
-@pytest.mark.parametrize(
-    ("family", "prefix"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
-)
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "ernie4_5_moe"])
 def test_a_prediction_layer_drafts_tokens_that_are_accepted(
-    family: str, prefix: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = add_prediction_layer(tiny_model(family), tmp_path / "model", prefix, predicts=True)
-    packed = pack_mixed(model, tmp_path / "packed")
+    model, _ = with_prediction(tiny_model(family), tmp_path / "model", family)
+    packed = pack_mixed(predicting(model), tmp_path / "packed")
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
 
-    drafting = {
-        "speculative_config": {"method": "mtp", "num_speculative_tokens": 1},
-        "disable_log_stats": False,
-    }
-    if family in DIFFERENT_IN_VLLM:
-        dtype = DIFFERENT_IN_VLLM[family]
-        run = run_engine(packed, dtype=dtype, **drafting)
-        expected = run_engine(plain, dtype=dtype).completions[0]
-    else:
-        dtype = "float32"
-        run = run_engine(packed, compilation_config={"custom_ops": ["none"]}, **drafting)
-        expected = run_transformers(plain)
+    run = run_engine(
+        packed,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+        disable_log_stats=False,
+        **_options(family),
+    )
 
-    assert_same(run.completions[0], expected, TOLERANCE[dtype])
+    if family in BFLOAT16_IN_VLLM | DIFFERENT_IN_VLLM:
+        assert_likely(run.completions[0], text_logits(plain))
+    else:
+        assert_same(run.completions[0], run_transformers(plain))
     accepted = run.metrics["vllm:spec_decode_num_accepted_tokens"]
     drafted = run.metrics["vllm:spec_decode_num_draft_tokens"]
     assert accepted > 0.5 * drafted  # chance is one in the size of the vocabulary
