@@ -227,7 +227,10 @@ FOUND = (
     Lie("config.json", "value", ("quantization_config",), '{"quant_method": "compressed-tensors", '
         '"config_groups": {"a": 1}}'),
     Lie(INDEX, "value", ("weight_map", "lm_head.weight"), "[]"),
+    Lie(INDEX, "value", ("weight_map", "lm_head.weight"), '"' + "x" * 256 + '"'),
     Lie(MANIFEST, "value", ("files", "config.json"), '{"size": [], "sha256": {}}'),
+    Lie(MANIFEST, "key", ("files", "config.json"), "x" * 256),
+    Lie(MANIFEST, "key", ("files", "config.json"), "x/" * 2048 + "x"),
 )  # fmt: skip
 """What once was no error with words, or none in time."""
 
