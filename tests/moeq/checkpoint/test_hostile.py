@@ -26,6 +26,7 @@ from support.models import save_tokenizer
 from vllm_moeq.format import CheckpointConfig, FormatError
 from vllm_moeq.hf.config import MoeqConfig
 from vllm_moeq.hf.files import PackedFiles
+from vllm_moeq.kernels.cpu import unavailable
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,7 @@ fuzzed = settings(
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in two files, with a tokenizer."""
+    unavailable(torch.device("cpu"))  # compiles the kernel, which nothing may do under guard
     tensors = mixtral_tensors()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.randn(VOCABULARY, HIDDEN).bfloat16()
