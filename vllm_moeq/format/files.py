@@ -9,6 +9,8 @@ from vllm_moeq.format.errors import FormatError
 
 LONGEST_NAME = 1024
 """Characters of the name of a tensor or layer; real ones have a tenth of that."""
+_LONGEST_PART = 255
+"""Bytes of the name of a file, or of a folder that it is in; more are an error of file systems."""
 _DEEPEST = 64
 """Levels of objects within objects: fewer than what copying or comparing them can follow."""
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
@@ -44,13 +46,19 @@ def check_inside(name: Any, where: object) -> str:
         where: The file that has it, for messages.
 
     Raises:
-        FormatError: It leads somewhere else, or is no name.
+        FormatError: It leads somewhere else, is no name, or is longer than one.
     """
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
         raise FormatError(
             f"{where} names the file {name!r}, which is not inside its folder: do not use this "
             "checkpoint"
+        )
+    longest = max(len(part.encode(errors="replace")) for part in parts)
+    if longest > _LONGEST_PART or len(name) > LONGEST_NAME:
+        raise FormatError(
+            f"{where} names the file {name[:40]!r}..., whose {len(name)} characters are more than "
+            "a name can have: do not use this checkpoint"
         )
     return str(name)
 

@@ -139,6 +139,14 @@ def test_all_contenders_compute_the_same(tokens: int) -> None:
         assert result.dtype == torch.bfloat16
         error = (result.double() - expected).norm() / expected.norm()
         assert error < tolerance, contender.name
+    # And those of vLLM do as ours: a router weight that is NaN stays with its token.
+    x, weights, ids = inputs
+    broken = weights.clone()
+    broken[0, 1] = float("nan")
+    for contender in contenders:
+        result, good = contender.run(x, broken, ids), contender.run(x, weights, ids)
+        assert result[0].isnan().all(), contender.name
+        assert torch.equal(result[1:], good[1:]), contender.name
 
 
 def test_without_vllm_the_command_says_what_to_install(

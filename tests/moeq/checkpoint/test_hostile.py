@@ -26,6 +26,7 @@ from support.models import save_tokenizer
 from vllm_moeq.format import CheckpointConfig, FormatError
 from vllm_moeq.hf.config import MoeqConfig
 from vllm_moeq.hf.files import PackedFiles
+from vllm_moeq.kernels.cpu import unavailable
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,7 @@ fuzzed = settings(
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in two files, with a tokenizer."""
+    unavailable(torch.device("cpu"))  # compiles the kernel, which nothing may do under guard
     tensors = mixtral_tensors()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.randn(VOCABULARY, HIDDEN).bfloat16()
@@ -227,7 +229,10 @@ FOUND = (
     Lie("config.json", "value", ("quantization_config",), '{"quant_method": "compressed-tensors", '
         '"config_groups": {"a": 1}}'),
     Lie(INDEX, "value", ("weight_map", "lm_head.weight"), "[]"),
+    Lie(INDEX, "value", ("weight_map", "lm_head.weight"), '"' + "x" * 256 + '"'),
     Lie(MANIFEST, "value", ("files", "config.json"), '{"size": [], "sha256": {}}'),
+    Lie(MANIFEST, "key", ("files", "config.json"), "x" * 256),
+    Lie(MANIFEST, "key", ("files", "config.json"), "x/" * 2048 + "x"),
 )  # fmt: skip
 """What once was no error with words, or none in time."""
 

