@@ -13,9 +13,17 @@ shift
 folder=$PWD/.venv/$release
 if [ ! -d "$folder" ]; then
   rm -rf "$folder-unfinished"
-  pip install --quiet --no-deps --target "$folder-unfinished" "$release"
+  pip install --quiet --no-deps --only-binary=:all: --target "$folder-unfinished" "$release"
   mv "$folder-unfinished" "$folder"
 fi
 export PYTHONPATH=$folder OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -c "import vllm, vllm_moeq.compat; print('the plugin finds what it needs in', vllm.__file__)"
+python - "$folder" <<'EOF'
+import sys
+
+import vllm
+import vllm_moeq.compat
+
+assert vllm.__file__.startswith(sys.argv[1]), f"found another vLLM: {vllm.__file__}"
+print("the plugin finds what it needs in", vllm.__file__)
+EOF
 [ $# -eq 0 ] || python -m pytest "$@"

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_moeq.format.errors import FormatError
 
 LONGEST_NAME = 1024
-"""Characters of the name of a tensor or layer; real ones have a tenth of that."""
+"""Characters of the name of a tensor or layer, bytes of that of a file: ten times a real one's."""
 _LONGEST_PART = 255
 """Bytes of the name of a file, or of a folder that it is in; more are an error of file systems."""
 _DEEPEST = 64
@@ -54,11 +54,11 @@ def check_inside(name: Any, where: object) -> str:
             f"{where} names the file {name!r}, which is not inside its folder: do not use this "
             "checkpoint"
         )
-    longest = max(len(part.encode(errors="replace")) for part in parts)
-    if longest > _LONGEST_PART or len(name) > LONGEST_NAME:
+    sizes = [len(part.encode(errors="replace")) for part in (name, *parts)]
+    if sizes[0] > LONGEST_NAME or max(sizes[1:]) > _LONGEST_PART:
         raise FormatError(
-            f"{where} names the file {name[:40]!r}..., whose {len(name)} characters are more than "
-            "a name can have: do not use this checkpoint"
+            f"{where} names the file {name[:40]!r}..., whose {sizes[0]} bytes are more than a name "
+            "can have: do not use this checkpoint"
         )
     return str(name)
 

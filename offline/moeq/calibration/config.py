@@ -115,16 +115,17 @@ class CalibrationConfig:
         routed = experts_of_a_token(self.source, layers[0])
         choices = layers[0].num_experts if self.route_all else routed
         forward = forward_operations(layers[0])
-        # By router: what the sum lacks, and the original model. By choice: what is wanted, the
+        # By router: what the sum lacks, and the original model. By choice: what w2 lacks, the
         # first matrix rounded, and the second.
         passes: float = len(layers) * (2 * routed + 2 * choices) * forward
         passes += len(layers) * choices * hessian_operations(layers[0])
         passes += 2 * other_operations(self.source, self.tokens.shape[1])[0]
         samples = tokens * choices / layers[0].num_experts
         fits = sum(layer.num_experts * fit_operations(layer, samples) for layer in layers)
-        # Dense layers are watched once for each stage of a layer.
+        # Dense layers are watched once for each stage of a layer, which runs as far as that.
         stages = len({group.stage for group in self.linear})
-        passes += stages * other_operations(self.source, self.tokens.shape[1])[0]
+        watched = (stages + 1) / 2 if stages else 0
+        passes += watched * other_operations(self.source, self.tokens.shape[1])[0]
         dense = linear_operations(self.linear, 1, tokens)
         return gptq_operations(layers) + tokens * passes + fits + dense
 

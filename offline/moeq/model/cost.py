@@ -27,7 +27,7 @@ class Cost(NamedTuple):
         operations: Floating-point operations, about.
         steps: Columns that GPTQ and its refinement visit one after another, whatever their length.
         memory_bytes: Peak of the memory in use.
-        worker_bytes: Of it what running and rounding an expert takes, or a batch of them.
+        worker_bytes: Peak of it for running and rounding an expert, or a batch of them.
         disk_bytes: Of temporary files, which go at the end.
     """
 

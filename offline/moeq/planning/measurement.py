@@ -37,7 +37,7 @@ _ALGORITHM_VERSION = 8
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
 _JUDGED_TOKENS = 4096
-"""Held back at most: more hardly change which plan is the best."""
+"""Held back at most, or one sequence: more hardly change which plan is the best."""
 _ENOUGH_TOKENS = 2048
 """That an expert gets, on average, to be measured: more hardly change which of them need bits."""
 
@@ -67,7 +67,8 @@ class Measurement:
         """Sequences that judge plans; none if there is only one plan."""
         if self.options.strategy != "auto":
             return self.tokens[:0]
-        most = math.ceil(_JUDGED_TOKENS / self.tokens.shape[1])
+        judged = self.tokens.shape[1] * self._share_that_counts
+        most = max(1, int(_JUDGED_TOKENS / judged))
         return self.tokens[: min(most, int(len(self.tokens) * _HELD_BACK))]
 
     @property
@@ -75,9 +76,13 @@ class Measurement:
         """Sequences that plans are made from: no more than give experts enough tokens."""
         layer, left = self.source.layers[0], self.tokens[len(self.held_back) :]
         share = experts_of_a_token(self.source, layer) / layer.num_experts
-        if layer.family.encodes:  # experts of its decoder see a quarter of the tokens at most
-            share /= 4
+        share *= self._share_that_counts
         return left[: max(1, math.ceil(_ENOUGH_TOKENS / share / left.shape[1]))]
+
+    @property
+    def _share_that_counts(self) -> float:
+        """Of the tokens: experts of a decoder, beside an encoder, see a quarter at most."""
+        return 1 / 4 if self.source.layers[0].family.encodes else 1
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moeq.checkpoint.linear import INPUT
+from moeq.errors import MoeqError
 from moeq.model import ExpertSource, LayerwiseModel, Watch, run_layer
 from moeq.model.activations import mapped
 from moeq.model.sequences import answered
@@ -19,7 +20,7 @@ from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.linear import LinearBank
 
 _DRAWN_AT_ONCE = 64
-"""Distributions in float64."""
+"""Distributions [V] that are in memory in float64."""
 
 
 def gradients(
@@ -89,6 +90,11 @@ def _of_head(
         with torch.enable_grad():
             inputs = state[places].clone().requires_grad_()
             log_probabilities = model.logits(inputs, watch=watch).log_softmax(-1)
+            if not torch.isfinite(log_probabilities).all():
+                raise MoeqError(
+                    f"{model.source.folder}: the output head gives NaN or infinity on the "
+                    "calibration text; are its weights finite?"
+                )
             drawn = _drawn(log_probabilities.detach(), generator)
             chosen = log_probabilities.gather(1, drawn.to(log_probabilities.device))
             (of_inputs,) = torch.autograd.grad(chosen.sum(), inputs)
