@@ -6,6 +6,7 @@
 #   .github/release.sh [folder]         dist by default
 set -euo pipefail
 unset CDPATH
+unset PYTHONPATH  # nothing but what is pinned
 umask 022  # archives hold the modes of files
 out=$(realpath -m "${1:-dist}")
 cd "$(dirname "$0")/.."
@@ -27,5 +28,7 @@ python -m build --no-isolation --outdir "$work/built" "$work/source"
 
 # Fails if the kernel needs a newer C or C++ library than this, which is what torch's wheels ask for.
 # Adds none: OpenMP's functions are those of torch, which is loaded before the kernel.
-auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --wheel-dir "$out" "$work"/built/*-linux_x86_64.whl
+wheel=$(find "$work/built" -name '*-linux_x86_64.whl')
+[ -n "$wheel" ] || { echo "a release needs a C++ compiler on x86-64 Linux" >&2; exit 1; }
+auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --wheel-dir "$out" "$wheel"
 cp "$work"/built/*.tar.gz "$out"

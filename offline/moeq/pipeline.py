@@ -38,7 +38,7 @@ from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.result import Estimate, QuantizedModel
 from moeq.units import duration, parse_size, public_name
-from moeq.workers import Cluster, Workers, connected, on_devices
+from moeq.workers import PROCESS_BYTES, Cluster, Workers, connected, on_devices
 from vllm_moeq.format import GROUP_SIZES, BitPlan
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ def _workers(
     if ray is None:
         return on_devices(all_devices(text.device))
     costs = (estimate.measuring, estimate.rounding) if estimate else ()
-    memory = max((cost.worker_bytes for cost in costs if cost), default=0)
+    memory = PROCESS_BYTES + max((cost.worker_bytes for cost in costs if cost), default=0)
     return Cluster(text.device.type, torch.get_num_threads(), memory)
 
 

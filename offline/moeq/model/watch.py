@@ -35,7 +35,9 @@ class AllSeen(Exception):
 
 
 def ending(watch: Watch) -> tuple[Watch, Callable[[], None]]:
-    """Return the same watch, which ends a run as soon as all have been told.
+    """Return the same watch, which ends a run as soon as all have been told once.
+
+    No linear layer of a decoder layer runs twice; what a second time would tell is lost.
 
     Returns:
         The watch, which raises :class:`AllSeen`; and what has to be called before each run.

@@ -27,6 +27,8 @@ from vllm_moeq.kernels import cpu
 
 logger = logging.getLogger(__name__)
 
+PROCESS_BYTES = 10**9
+"""Of a worker beside its work: Python, torch and transformers."""
 _RETRIES = 5
 """How often the work of a lost process or machine is done again."""
 _AHEAD = 2

@@ -115,6 +115,48 @@ def test_logits_are_those_of_transformers(family: str, tiny_model: Callable[[str
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_watching_tells_what_dense_layers_get_and_runs_no_further(
+    family: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model(family)
+    tokens = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("moeq.model.layerwise._TOKENS_AT_ONCE", 48)  # two sequences, then one
+    source = SourceModel.open(folder)
+    model = LayerwiseModel(source, CPU)
+    last = len(model) - 1
+    names = [
+        name
+        for group in source.linear
+        for name in group.weights
+        if group.layer == last and ".self_attn." in name
+    ]
+    whole, expected = load_model(folder).eval(), dict[str, torch.Tensor]()
+    for name in names:
+
+        def keep(module: Any, args: Any, output: Any, name: str = name) -> None:
+            expected[name] = args[0]
+
+        whole.get_submodule(name.removesuffix(".weight")).register_forward_hook(keep)
+    with torch.inference_mode():
+        whole(tokens)
+    hidden, x = torch.empty(2, *tokens.shape, model.hidden_size)
+    model.embed(tokens, hidden)
+    for index in range(last):
+        run_layer(model, index, hidden, x, [ExpertSource.original(model)])
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    behind: list[object] = []
+    model._layers[last].post_attention_layernorm.register_forward_hook(
+        lambda *arguments: behind.append(arguments)
+    )
+
+    model.watch(last, hidden, {}, {n: lambda x, _, n=n: found[n].append(x) for n in names})
+
+    assert len(names) >= 4 and not behind
+    for name in names:
+        torch.testing.assert_close(torch.cat(found[name]), expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_logits_are_the_same_again(tiny_model: Callable[[str], Path]) -> None:
     """Also those of a model that scales its embeddings."""
     model = LayerwiseModel(SourceModel.open(tiny_model("granitemoe")), CPU)

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
+from moeq.errors import MoeqError
 from moeq.model.layerwise import LayerwiseModel
-from moeq.sensitivity.fisher import gradients
+from moeq.sensitivity.fisher import _drawn, gradients
 from support.models import VOCABULARY
+from support.sources import load, rewrite
 
 DRAWS, LENGTH, STEP = 400, 10, 1e-2
 
@@ -44,3 +46,26 @@ def test_gradients_foretell_the_divergence(
     divergence = (before.exp() * (before - after)).sum().item()
     # The mean of 400 squares of normal numbers is off by 7 % (standard deviation).
     assert foretold == pytest.approx(divergence, rel=0.25)
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    draws = 20_000
+    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
+    drawn = _drawn(probabilities.log().expand(draws, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (draws, 1)
+    counts = torch.bincount(drawn[:, 0], minlength=len(probabilities))
+    expected = draws * probabilities
+    assert ((counts - expected).abs() <= 4 * (expected * (1 - probabilities)).sqrt()).all()
+
+
+def test_a_head_that_is_not_finite_is_named(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("mixtral")
+    tensors = load(folder)
+    tensors["lm_head.weight"][7, 3] = torch.nan
+    model = LayerwiseModel(
+        SourceModel.open(rewrite(folder, tmp_path / "model", tensors)), torch.device("cpu")
+    )
+    with pytest.raises(MoeqError, match="output head gives NaN"):
+        gradients(model, torch.arange(8)[None], tmp_path, seed=0)

@@ -101,6 +101,8 @@ def test_the_work_of_a_killed_node_is_done_again(
             list(Cluster("cpu").flat_map(_failing, None, range(9)))
         with pytest.raises(MoeqError, match="no node of the Ray cluster has 64 cores"):
             Cluster("cpu", 64)
+        with pytest.raises(MoeqError, match="1 cores .* and 9,000,000,000,000 bytes of memory"):
+            Cluster("cpu", 1, 9 * 10**12)
     assert torch.equal(torch.stack(found).float(), 2 * torch.arange(9.0)[:, None].expand(9, 3))
     assert len(list(tmp_path.glob(f"{lost[0][0]} *"))) == 2  # on another node again
 
