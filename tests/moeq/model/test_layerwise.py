@@ -150,7 +150,10 @@ def test_watching_tells_what_dense_layers_get_and_runs_no_further(
         lambda *arguments: behind.append(arguments)
     )
 
-    model.watch(last, hidden, {}, {n: lambda x, _, n=n: found[n].append(x) for n in names})
+    def told(name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        return lambda x, output: found[name].append(x)
+
+    model.watch(last, hidden, {}, {name: told(name) for name in names})
 
     assert len(names) >= 4 and not behind
     for name in names:
