@@ -301,9 +301,11 @@ class LayerwiseModel(StoredModel):
                 names := self._stored_parts(f"{self._names[part]}weight")
             )
         ]
-        yield
-        for hook in hooks:
-            hook.remove()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _stand_in(self, moe: MoELayer, give: Callable[[Routed], torch.Tensor]) -> nn.Module:
         """Return what stands for the experts of a layer."""
