@@ -13,7 +13,7 @@ shift
 folder=$PWD/.venv/$release
 if [ ! -d "$folder" ]; then
   rm -rf "$folder-unfinished"
-  pip install --quiet --no-deps --only-binary=:all: --target "$folder-unfinished" "$release"
+  pip install --quiet --no-deps --no-compile --only-binary=:all: --target "$folder-unfinished" "$release"
   mv "$folder-unfinished" "$folder"
 fi
 export PYTHONPATH=$folder OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
