@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
+from moeq.checkpoint import Matrix
+
 Tensors = dict[str, torch.Tensor]
 Lowered = tuple[Tensors, torch.Tensor]
 """What is stored for a weight, by suffix, and the bfloat16 weight that it stands for."""
@@ -35,6 +37,36 @@ def rewrite(source: Path, folder: Path, tensors: Tensors, **config: Any) -> Path
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return folder
+
+
+def expert_tensors(experts: Any, expert: int) -> dict[tuple[Matrix, str], torch.Tensor]:
+    """Cut an expert's matrices [outputs, inputs], and biases, out of transformers' own class.
+
+    Args:
+        experts: The module that has all experts of a layer.
+        expert: Which of them.
+
+    Returns:
+        By matrix and kind, ``weight`` or ``bias``.
+    """
+    gated = getattr(experts, "has_gate", True)
+    alternate = not getattr(experts, "is_concatenated", True)
+    first = "gate_up_proj" if gated else "up_proj"
+    parts: dict[tuple[Matrix, str], torch.Tensor] = {}
+    for kind, suffix in {"weight": "", "bias": "_bias"}.items():
+        if kind == "bias" and not getattr(experts, "has_bias", False):
+            continue
+        both, down = (getattr(experts, name + suffix)[expert] for name in (first, "down_proj"))
+        # Llama-4's experts do not say that they are transposed.
+        if getattr(experts, "is_transposed", "Llama4" in type(experts).__name__):
+            both, down = (t.T if kind == "weight" else t for t in (both, down))
+        if gated:
+            halves = (both[::2], both[1::2]) if alternate else both.chunk(2)
+            parts["gate", kind], parts["up", kind] = halves
+        else:
+            parts["up", kind] = both
+        parts["down", kind] = down
+    return parts
 
 
 def block_fp8(weight: torch.Tensor) -> Lowered:

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from support import models
 from support.checkpoints import CONTAINERS, INTERMEDIATE, mixtral_tensors, write_checkpoint
 from support.models import NUM_EXPERTS, as_released, decoder_layers, load_model
 from support.packed import write_packed
-from support.sources import load, rewrite
+from support.reference import FUSED_IN_RELEASES
+from support.sources import expert_tensors, load, rewrite
 from vllm_moeq.format import BitPlan, LayerBits
 
 TinyModel = Callable[[str], Path]
@@ -28,12 +30,39 @@ FUSED_UP = f"{CONTAINERS[0]}.gate_up_proj"
 def _both(source: Path, folder: Path) -> tuple[Path, Path]:
     """Save a model with a tensor per expert, and as transformers has it in memory."""
     model = load_model(source, torch.bfloat16)
+    model_type = json.loads((source / "config.json").read_text())["model_type"]
+    if model_type in FUSED_IN_RELEASES:
+        rewrite(source, folder / "split", _split(model, source))
+        return folder / "split", source
     model.save_pretrained(folder / "split")
-    if json.loads((source / "config.json").read_text())["model_type"] in models.RENAMED_IN_MEMORY:
+    if model_type in models.RENAMED_IN_MEMORY:
         rewrite(folder / "split", folder / "fused", _fused(load(folder / "split")))
     else:
         model.save_pretrained(folder / "fused", save_original_format=False)
     return folder / "split", folder / "fused"
+
+
+def _split(model: Any, source: Path) -> dict[str, torch.Tensor]:
+    """Have a tensor for each expert of a model whose releases are fused."""
+    config = json.loads((source / "config.json").read_text())
+    family, fused = family_of(config), FUSED_IN_RELEASES[config["model_type"]]
+    of_experts = re.compile(rf"(.*layers\.(\d+)\.)({'|'.join(fused)})(_bias)?")
+    split: dict[str, torch.Tensor] = {}
+    for name, tensor in load(source).items():
+        match = of_experts.fullmatch(name)
+        if match is None:
+            split[name] = tensor
+            continue
+        experts = _experts(decoder_layers(model)[int(match[2])])
+        for expert in range(NUM_EXPERTS):
+            for (matrix, kind), part in expert_tensors(experts, expert).items():
+                split[family.tensor_name(match[1] + family.experts, expert, matrix, kind)] = part
+    return split
+
+
+def _experts(layer: torch.nn.Module) -> Any:
+    (experts,) = (m for path, m in layer.named_modules() if path.split(".")[-1] == "experts")
+    return experts
 
 
 def _fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -72,7 +101,7 @@ def test_a_fused_checkpoint_reads_as_the_one_with_a_tensor_per_expert(
     expected, reader = SourceModel.open(released).reader, SourceModel.open(fused).reader
     assert any(tensor.ndim == 3 for tensor in load(fused).values())  # it is really fused
     assert reader.tensors.keys() == set(map(_in_memory, expected.tensors))
-    for tensor_name, tensor in _split(load(released)).items():
+    for tensor_name, tensor in load(released).items():
         ours = _in_memory(tensor_name)
         assert reader.info(ours).shape == tuple(tensor.shape)
         assert reader.info(ours).num_bytes == tensor.nbytes
@@ -84,17 +113,10 @@ def _in_memory(name: str) -> str:
     return as_released(re.sub(r"^backbone\.", "model.", name))
 
 
-def _split(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out what is fused even in releases."""
-    fused = r"\.(experts\.\w+|input_linear\.weight|output_linear\.weight)"
-    return {name: t for name, t in tensors.items() if not re.search(fused + "$", name)}
-
-
 @every_family
 def test_experts_are_as_transformers_has_them(tiny_model: TinyModel, name: str) -> None:
     model = load_model(tiny_model(name), torch.bfloat16)
-    modules = decoder_layers(model)[-1].named_modules()
-    (experts,) = (module for path, module in modules if path.split(".")[-1] == "experts")
+    experts = _experts(decoder_layers(model)[-1])
     family = family_of({"model_type": name})
     # Llama-4's experts are as the defaults, but do not say so.
     assert getattr(experts, "is_concatenated", True) != family.interleaved
@@ -102,7 +124,7 @@ def test_experts_are_as_transformers_has_them(tiny_model: TinyModel, name: str) 
     assert getattr(experts, "has_bias", False) == family.biased
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_both_layouts_are_packed_to_the_same_bytes(
     tiny_model: TinyModel, tmp_path: Path, name: str
 ) -> None:
