@@ -28,8 +28,12 @@ _PREDICT_IN_MTP = {
 _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
     "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
 }
-"""What vLLM computes with whatever ``config.json`` says, by ``model_type``."""
+"""What vLLM computes with whatever ``config.json`` says, by ``model_type``.
+
+Where ``config.json`` says nothing, transformers takes the same, but for switches: those are off.
+"""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,9 +111,10 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
         )
     model_type = str(config.get("model_type"))
     for key, value in _TAKEN_FOR_GRANTED.get(model_type, {}).items():
-        if text.get(key, value) != value:
+        stated = text.get(key, False if value is True else value)
+        if stated != value:
             raise MoeqError(
-                f"{folder}: config.json has {key} {text[key]!r}, but vLLM runs {model_type} with "
+                f"{folder}: config.json has {key} {stated!r}, but vLLM runs {model_type} with "
                 f"{value!r} only"
             )
     if text.get("moe_latent_size"):
