@@ -8,8 +8,9 @@ still holds one after loading is refused.
 That does not do for a reload, which repacks layer by layer and keeps the old weights of a layer
 that got none. A reload must bring every tensor that filled the model at first.
 
-Integers have no NaN: the packed weights of a dense layer must be among the tensors that come. Their
-scales, which take the same way into the layer, began as NaN.
+Integers have no NaN. Tables, as that of DeepSeek-V4 from tokens to experts, begin as the lowest
+number instead. The packed weights of a dense layer may be any number: they must be among the
+tensors that come. Their scales, which take the same way into the layer, began as NaN.
 """
 
 import math
@@ -24,7 +25,8 @@ from vllm_moeq.format import FormatError, first_few
 from vllm_moeq.linear import PACKED_COLUMNS
 from vllm_moeq.moe_method import MoeqMoEMethod
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_INTEGERS = (torch.int32, torch.int64)
 _BUFFERS = ("layer_scalar",)
 """Buffers that a checkpoint fills, of Gemma-4; others are computed, or are vLLM's own."""
 _LOADED = "moeq_loaded_tensors"
@@ -36,8 +38,8 @@ def must_fill(model: Module, predicts: bool) -> Iterator[None]:
     """Check that what runs inside loads a whole checkpoint.
 
     Args:
-        model: Its parameters of 16 and 32 bits are overwritten on entry, and such buffers as a
-            checkpoint fills.
+        model: Its parameters of 16 bits or more are overwritten on entry, but for packed weights;
+            so are such buffers as a checkpoint fills.
         predicts: It is the prediction layer of another model, whose embeddings and head vLLM puts
             into it afterwards.
 
@@ -45,12 +47,12 @@ def must_fill(model: Module, predicts: bool) -> Iterator[None]:
         FormatError: On exit, parameters are not or not wholly loaded.
     """
     for _, tensor in _checked_tensors(model, predicts):
-        tensor.data.fill_(math.nan)
+        tensor.data.fill_(_unfilled(tensor))
     yield
     unfilled = [
         f"{name} ({missing} of {tensor.numel()})"
         for name, tensor in _checked_tensors(model, predicts)
-        if (missing := _count_nan(tensor))
+        if (missing := _count_unfilled(tensor))
     ]
     if unfilled:
         raise FormatError(
@@ -113,10 +115,18 @@ def _checked_tensors(model: Module, predicts: bool) -> Iterator[tuple[str, torch
             if name in _BUFFERS
         ]
         for name, tensor in (*module.named_parameters(prefix, recurse=False), *buffers):
-            if tensor.dtype in _DTYPES and not tensor.is_meta:
+            packed = hasattr(module, PACKED_COLUMNS)
+            dtypes = _FLOATS if packed else (*_FLOATS, *_INTEGERS)
+            if tensor.dtype in dtypes and not tensor.is_meta:
                 yield name, tensor
 
 
-def _count_nan(tensor: torch.Tensor) -> int:
+def _unfilled(tensor: torch.Tensor) -> float:
+    return math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+
+
+def _count_unfilled(tensor: torch.Tensor) -> int:
+    if not tensor.is_floating_point():
+        return int((tensor == _unfilled(tensor)).sum())
     # The sum needs no memory, but is no number either if weights are infinite.
     return int(tensor.isnan().sum()) if tensor.sum().isnan() else 0
