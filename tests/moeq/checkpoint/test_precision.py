@@ -52,7 +52,7 @@ RELEASED = {
     "qwen3_5_moe": "fp8 blocks",
     "qwen3_next": "fp8 blocks",
 }
-"""A precision for each family that is released in one; other families have all kinds."""
+"""Some families with a precision each; two more have all kinds. Fused ones are tested below."""
 
 
 @pytest.mark.parametrize(
