@@ -174,7 +174,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
     },
-    "phimoe": {"num_key_value_heads": 2, **_FEW_LOCAL_EXPERTS, "sliding_window": None},
+    "phimoe": {
+        "num_key_value_heads": 2,
+        **_FEW_LOCAL_EXPERTS,
+        "sliding_window": None,
+        # As released; vLLM has these biases whatever is written here.
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
     "qwen3_next": _LINEAR_ATTENTION,
     "qwen3_5_moe_text": _LINEAR_ATTENTION,
     "flex_olmo": {"num_key_value_heads": 2, **_FEW_EXPERTS, "intermediate_size": 128},
@@ -341,6 +348,21 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
 _IMPLEMENTED_AS = {"kimi_k2": "deepseek_v3"}
 _RELEASED_WITH: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    # What vLLM reads instead of layer_types, mlp_layer_types, rms_norm_eps and rope_parameters.
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "layernorm_epsilon": 1e-5,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 32,
+        "swa_v_head_dim": 32,
+        "sliding_window_size": 128,
+        "add_swa_attention_sink_bias": True,
+        "rope_theta": 5e6,
+        "swa_rope_theta": 1e4,
+        "partial_rotary_factor": 0.334,
+    },
     "kimi_k2": {
         "model_type": "kimi_k2",
         "auto_map": {
@@ -356,17 +378,14 @@ UNKNOWN_TO_TRANSFORMERS = {"kimi_k2"}
 NOT_ON_CPU = {
     "switch_transformers": "vLLM does not have it",
     "minimax_m2": "its router takes sigmoid scores of DeepSeek's expert groups only",
-    "phimoe": "its router gives NaN",
     "deepseek_v32": "no sparse attention",
     "glm_moe_dsa": "no sparse attention",
     "nemotron_h": "no experts without a gate",
-    **dict.fromkeys(
-        ("mimo_v2_flash", "deepseek_v4"), "reads a configuration that transformers does not write"
-    ),
+    "deepseek_v4": "reads a configuration that transformers does not write",
     **dict.fromkeys(("minimax_m3_vl", "glm5_next"), "no sparse attention"),
 }
 """Why vLLM 0.32 cannot run a family on CPUs, quantized or not; for all the tests here know."""
-DIFFERENT_IN_VLLM = {"ernie4_5_moe", "lfm2_moe", "kimi_k2"}
+DIFFERENT_IN_VLLM = {"ernie4_5_moe", "lfm2_moe"}
 """Families whose answers on CPUs are not those of transformers, quantized or not: the reference is
 vLLM itself with the dequantized model."""
 BFLOAT16_IN_VLLM = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
@@ -445,7 +464,8 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(parameter, std=0.05)
-        elif name.endswith("proj_bias"):  # of experts; zeros as transformers makes them
+        # Zeros as transformers makes them. vLLM adds no bias of an output head, so that stays so.
+        elif name.endswith("proj_bias") or (family == "phimoe" and name.endswith("proj.bias")):
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     path = folder / "config.json"

@@ -117,13 +117,14 @@ def predicting(folder: Path) -> Path:
     """Change a model so that its prediction is right far more often than chance.
 
     All layers add little to the residual stream, and the prediction's own starts with the
-    embedding of the latest token.
+    embedding of the latest token. So answers depend little on attention and experts, which other
+    tests compare: what this is for is whether drafts are accepted.
     """
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if re.search(r"\.(o_proj|out_proj|down_proj)(\.weight)?$", name):
-            tensors[name] = tensor / 1024
+            tensors[name] = tensor / 128
         elif re.search(r"\b(eh_proj|mtp\.fc|mtp_linear_proj\.0)\.weight$", name):
             tensors[name] = torch.eye(_HIDDEN, 2 * _HIDDEN, dtype=tensor.dtype)
     save_file(tensors, path, metadata={"format": "pt"})
