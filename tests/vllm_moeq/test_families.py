@@ -42,8 +42,9 @@ WITH_LATENT_ATTENTION = ("deepseek", "glm4_moe_lite", "kimi_k2")
 SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM - BFLOAT16_IN_VLLM
 ON_TWO_RANKS = {"qwen2_moe": 64, "granitemoe": 32, "gpt_oss": 32, "llama4_text": 32}
 """One family of each layout on disk, with a group size: a tensor per expert, fused, fused with
-biases and rows that alternate, and fused and transposed with router weights on the input. Of the 176 columns of Qwen2-MoE the first rank takes two whole
-groups, the second a short one. Mixtral's ranks are in ``test_engine.py``."""
+biases and rows that alternate, and fused and transposed with router weights on the input. Of the
+176 columns of Qwen2-MoE the first rank takes two whole groups, the second a short one. Mixtral's
+ranks are in ``test_engine.py``."""
 
 
 def _tolerance(family: str) -> float:
