@@ -38,7 +38,7 @@ WITH_PREDICTION_LAYER = "deepseek_v3 with a prediction layer"
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-WITH_LATENT_ATTENTION = ("deepseek", "glm4_moe_lite", "kimi_k2")
+WITHOUT_OWN_ROTARY_OP = ("deepseek", "glm4_moe_lite", "kimi_k2", "lfm2_moe")
 SERVED = FAMILIES.keys() - NOT_ON_CPU.keys() - DIFFERENT_IN_VLLM - BFLOAT16_IN_VLLM
 ON_TWO_RANKS = {"qwen2_moe": 64, "granitemoe": 32, "gpt_oss": 32, "llama4_text": 32}
 """One family of each layout on disk, with a group size: a tensor per expert, fused, fused with
@@ -60,9 +60,9 @@ def _options(family: str) -> dict[str, Any]:
         options["language_model_only"] = True  # images are in test_vision.py
     if family in BFLOAT16_IN_VLLM:
         options["dtype"] = "bfloat16"
-    if family.startswith(WITH_LATENT_ATTENTION):
-        # vLLM 0.32's own CPU rotary op is wrong for latent attention, with or without quantization.
-        # It is used in eager mode only, and its torch twin agrees with transformers.
+    if family.startswith(WITHOUT_OWN_ROTARY_OP):
+        # vLLM 0.32's own CPU rotary op is wrong for latent attention and LFM2, quantized or not. It
+        # is used in eager mode only, and its torch twin agrees with transformers.
         options["compilation_config"] = {"custom_ops": ["none"]}
     return options
 

@@ -27,12 +27,13 @@ _PREDICT_IN_MTP = {
 """Models whose prediction layers vLLM finds under the name ``mtp``."""
 _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    "lfm2_moe": {"tie_word_embeddings": True, "tie_embedding": True},
     "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
 }
 """What vLLM computes with whatever ``config.json`` says, by ``model_type``.
 
-Where ``config.json`` says nothing, transformers takes the same, but for switches: those are off.
+Where ``config.json`` says nothing, transformers takes the same, but for biases: there are none.
 """
 
 
@@ -111,7 +112,7 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
         )
     model_type = str(config.get("model_type"))
     for key, value in _TAKEN_FOR_GRANTED.get(model_type, {}).items():
-        stated = text.get(key, False if value is True else value)
+        stated = text.get(key, False if key.endswith("_bias") else value)
         if stated != value:
             raise MoeqError(
                 f"{folder}: config.json has {key} {stated!r}, but vLLM runs {model_type} with "

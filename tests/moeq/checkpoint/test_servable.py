@@ -99,6 +99,11 @@ def test_prediction_layers_that_vllm_refuses_are_left_out(
         ({"moe_latent_size": 32}, "moe_latent_size 32.*not supported"),
         ({"model_type": "phimoe"}, "attention_bias False, but vLLM runs phimoe with True only"),
         ({"model_type": "phimoe", "attention_bias": True}, "lm_head_bias False, but vLLM"),
+        (
+            {"model_type": "lfm2_moe", "tie_word_embeddings": False},
+            "tie_word_embeddings False, but",
+        ),
+        ({"model_type": "lfm2_moe", "tie_embedding": False}, "tie_embedding False, but vLLM"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ is of no layer .*num_hidden_layers 1 "),
         (
             {"num_hidden_layers": 1, "num_nextn_predict_layers": 0},
