@@ -346,6 +346,75 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     },
 }
 """The same of families with an encoder, which vLLM does not have."""
+WITHOUT_A_ROW: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        **_SOME_HEADS,
+        **_FEW_EXPERTS,
+        "intermediate_size": 256,
+        "num_dense_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "axk1": {**_ROUTED, **_LATENT_ATTENTION},
+    "cohere2_moe": {
+        **_SOME_HEADS,
+        **_FEW_EXPERTS,
+        "intermediate_size": 128,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        **_SOME_HEADS,
+        **_ROUTED,
+        "num_experts": NUM_EXPERTS,
+        "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "granitemoehybrid": {
+        "num_key_value_heads": 2,
+        **_FEW_LOCAL_EXPERTS,
+        "shared_intermediate_size": 128,
+        "layer_types": ["attention", "attention"],
+        "mamba_expand": 1,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+    },
+    "hy_v3": {
+        **_SOME_HEADS, **_FEW_EXPERTS, "intermediate_size": 256, "first_k_dense_replace": 1,
+    },
+    "jamba": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "num_experts": NUM_EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+    },
+    "kimi_linear": {
+        **_SOME_HEADS,
+        **_ROUTED,
+        **_LATENT_ATTENTION,
+        "num_experts": NUM_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "laguna": {
+        **_SOME_HEADS,
+        **_FEW_EXPERTS,
+        "intermediate_size": 256,
+        "shared_expert_intermediate_size": 128,
+        "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "mellum": {**_SOME_HEADS, **_FEW_EXPERTS, "layer_types": ["full_attention"] * 2},
+    "minimax": {
+        **_SOME_HEADS,
+        **_FEW_LOCAL_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "block_size": 16,
+    },
+    "solar_open": {**_SOME_HEADS, **_ROUTED},
+}  # fmt: skip
+"""The same of models that are read as transformers describes them."""
 _IMPLEMENTED_AS = {"kimi_k2": "deepseek_v3"}
 _RELEASED_WITH: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
@@ -450,7 +519,7 @@ def make_config(family: str) -> Any:
     """Return the configuration of a tiny model of a family, in transformers."""
     if family in ENCODER_DECODERS:
         return AutoConfig.for_model(family, **ENCODER_DECODERS[family])
-    options = FAMILIES[family]
+    options = (FAMILIES | WITHOUT_A_ROW)[family]
     return AutoConfig.for_model(
         _IMPLEMENTED_AS.get(family, family),
         **options if "text_config" in options else _COMMON | options,

@@ -15,6 +15,7 @@ _GRANITE = ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_lin
 FUSED_IN_RELEASES = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE,
     "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "llama4_text": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
     "gemma4_text": ("experts.gate_up_proj", "experts.down_proj"),

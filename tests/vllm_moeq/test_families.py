@@ -177,3 +177,15 @@ def test_a_prediction_layer_drafts_tokens_that_are_accepted(
     accepted = run.metrics["vllm:spec_decode_num_accepted_tokens"]
     drafted = run.metrics["vllm:spec_decode_num_draft_tokens"]
     assert accepted > 0.5 * drafted  # chance is one in the size of the vocabulary
+
+
+@pytest.mark.parametrize("name", ["granitemoehybrid", "solar_open"])
+def test_a_model_without_a_row_is_served(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    packed = pack_linear(pack_mixed(tiny_model(name), tmp_path / "packed"))
+    plain = dequantize_checkpoint(packed, tmp_path / "plain")
+
+    run = run_engine(packed)
+
+    assert_same(run.completions[0], run_transformers(plain), _tolerance(name))

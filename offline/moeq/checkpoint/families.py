@@ -1,5 +1,6 @@
 """One table: how each model family names its MoE tensors on disk."""
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Family:
-    """Return the family of a model's ``config.json``.
+    """Return the family of a model's ``config.json``: its row here, or what transformers says.
 
     Args:
         config: What is in it.
@@ -271,10 +272,20 @@ def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Famil
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    from moeq.checkpoint.derived import derived_family  # it makes rows of this module
+
+    try:
+        derived = derived_family(json.dumps(config))
+    except MoeqError as error:
+        reason = f". {error}"
+    else:
+        if derived is not None:
+            return derived
+        reason = ""
     known = sorted(name for family in FAMILIES for name in family.model_types)
     message = (
         f"model_type {model_type!r} in config.json is no supported Mixture-of-Experts family; "
-        f"supported: {', '.join(known)}"
+        f"supported: {', '.join(known)}{reason}"
     )
     # Layers and experts are alike: one name of each kind tells how to describe the model.
     kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if "expert" in name}

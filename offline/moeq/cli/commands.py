@@ -226,7 +226,8 @@ def families(options: Namespace) -> int:
             )
     print(
         "a tensor for each expert or fused ones, 16 or 32 bits, FP8, MXFP4 or INT4;\n"
-        "routed experts are quantized, and with --dense-bits attention and dense MLPs"
+        "routed experts are quantized, and with --dense-bits attention and dense MLPs;\n"
+        "other models are read as transformers describes them, where it does"
     )
     return 0
 

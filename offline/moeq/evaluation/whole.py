@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from moeq.checkpoint import CheckpointReader, SourceModel
+from moeq.checkpoint.meta import auto_class
 from moeq.checkpoint.precision import QUANTIZATION_KEYS, in_16_bits
 from moeq.errors import MoeqError
 from moeq.evaluation.scores import Output
 from moeq.model import ExpertSource, Weights
-from moeq.model.architecture import auto_class, model_config, parts_on_disk, stored_names
+from moeq.model.architecture import model_config, parts_on_disk, stored_names
 from moeq.model.sequences import SourceAndTarget, answered
 
 _EXPERTS = re.compile(r"(?:layers\.\d+|block\.\d+\.layer\.\d+)\.(?:[^.]+\.)?experts$")

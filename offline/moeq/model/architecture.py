@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import Version
 
 from moeq.checkpoint.families import Family, family_of
+from moeq.checkpoint.meta import saved_names, without_code
 from moeq.checkpoint.reader import read_json
 from moeq.errors import MoeqError
 
@@ -44,15 +45,6 @@ def model_config(folder: Path) -> Any:
         ) from error
 
 
-def without_code(config: Any) -> Any:
-    """Return a configuration of transformers that names no kernels.
-
-    ``config.json`` may, and transformers would load them from the hub: they are code.
-    """
-    config._attn_implementation = config._experts_implementation = None
-    return config
-
-
 def not_layerwise(config: Any, family: Family) -> str:
     """Return why the layers of a model cannot be run one by one; empty if they can.
 
@@ -69,22 +61,6 @@ def not_layerwise(config: Any, family: Family) -> str:
     if getattr(config, "num_kv_shared_layers", 0):
         return "shares keys and values between layers"
     return ""
-
-
-def auto_class(config: Any) -> Any:
-    """Return what loads a model with all its parts, given its configuration in transformers."""
-    # Takes seconds to import, which other commands should not wait for.
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSeq2SeqLM,
-    )
-
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    return (
-        AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-    )
 
 
 def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -144,12 +120,5 @@ def names_on_disk(model: Any, names: Iterable[str]) -> dict[str, str]:
         names: Of parameters outside the routed experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [
-        transform.reverse_transform()
-        for transform in reversed(get_model_conversion_mapping(model, add_legacy=False))
-        # Other classes of renamings say what may be on disk, not what is saved.
-        if type(transform) is WeightRenaming
-    ]
-    return {name: rename_source_key(name, renamings, [])[0] for name in names}
+    return saved_names(names, get_model_conversion_mapping(model, add_legacy=False))

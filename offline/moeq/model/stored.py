@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from moeq.checkpoint.families import Matrix, MoELayer
+from moeq.checkpoint.meta import auto_class
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
-from moeq.model.architecture import auto_class, parts_on_disk, stored_names
+from moeq.model.architecture import parts_on_disk, stored_names
 
 Weights = Mapping[str, torch.Tensor]
 """Name on disk to float32 weights that stand for those of the checkpoint."""

@@ -8,7 +8,6 @@ transformers builds the model without memory, on its meta device, from headers a
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +15,11 @@ from packaging.version import Version
 
 from moeq.checkpoint import CheckpointReader, MoELayer
 from moeq.checkpoint.families import Family
+from moeq.checkpoint.meta import meta_model
 from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
-from moeq.model.architecture import (
-    auto_class,
-    names_on_disk,
-    parts_on_disk,
-    stored_names,
-    without_code,
-)
+from moeq.model.architecture import names_on_disk, parts_on_disk, stored_names
 from moeq.model.prediction import prediction_problems
 from vllm_moeq.format import first_few
 
@@ -40,10 +34,6 @@ _EXPERTS = re.compile(
 """Matches the parameters of routed experts, which transformers fuses; of T5's kind it does not."""
 _ANY_ROOT = ("deepseek_v4",)
 """Models of which vLLM takes names with and without ``model.`` in front."""
-_COUNTS = re.compile(r"(^|_)(layers|experts|depth|blocks)$|^num_(layers|experts|blocks)")
-"""Matches names in ``config.json`` of what a model has several of, each with tensors of its own."""
-_NOT_MANY = 1000
-"""Layers or experts that are built in no time, whatever the tensors are."""
 _OF_ROTARY = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
 """Matches what older releases saved; it is computed today, and vLLM leaves it out as well."""
 
@@ -109,7 +99,6 @@ def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
     # Takes seconds to import, which other commands should not wait for.
     from transformers import CONFIG_MAPPING, __version__
 
-    _check_counts(reader.config, reader)
     model_type = layers[0].family.runs_as or str(reader.config.get("model_type"))
     if Version(__version__) < _OLDEST or model_type not in CONFIG_MAPPING:
         logger.info(
@@ -120,41 +109,8 @@ def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
             else f"is older than {_OLDEST}",
         )
         return None
-    try:
-        with _silent_transformers(), torch.device("meta"):
-            config = without_code(CONFIG_MAPPING[model_type].from_pretrained(reader.folder))
-            return auto_class(config).from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a wrong value leads to inside transformers
-        raise MoeqError(
-            f"{reader.folder / 'config.json'} describes no model that transformers {__version__} "
-            f"can build; correct it, or update transformers ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _check_counts(config: Mapping[str, Any], reader: CheckpointReader) -> None:
-    """Refuse numbers of layers or experts that the tensors cannot be of; they would be built."""
-    most = max(_NOT_MANY, len(reader.tensors))
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_counts(value, reader)
-        elif _COUNTS.search(key) and isinstance(value, int) and value > most:
-            raise MoeqError(
-                f"{reader.folder / 'config.json'} has {key} {value}, but there are only "
-                f"{len(reader.tensors)} tensors: correct it, or get the checkpoint again"
-            )
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Leave out advice on how to run a model, which is not run here."""
-    from transformers.utils import logging as messages
-
-    verbosity = messages.get_verbosity()
-    messages.set_verbosity_error()
-    try:
-        yield
-    finally:
-        messages.set_verbosity(verbosity)
+    config = {**reader.config, "model_type": model_type}
+    return meta_model(config, str(reader.folder / "config.json"), len(reader.tensors))
 
 
 def _problems(
