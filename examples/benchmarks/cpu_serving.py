@@ -268,8 +268,12 @@ def main() -> None:
     # vLLM's scheduler polls all the time, and threads that wait for each other stand still while it
     # has the core of one of them. vLLM by itself leaves a core to it, too.
     parser.add_argument(
-        "--threads", type=int, default=max(1, len(available) - 1),
-        help="OpenMP threads (default: all cores but one, which vLLM's scheduler takes)",
+        "--no-polling", action="store_true",
+        help="run the model in the scheduler's process (VLLM_ENABLE_V1_MULTIPROCESSING=0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int,
+        help="OpenMP threads (default: all cores, but one if vLLM's scheduler polls there)",
     )  # fmt: skip
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both"
@@ -281,7 +285,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
     exit_on_sigterm()
-    cores = available[: options.threads]
+    polls = not options.no_polling
+    cores = available[: options.threads or max(1, len(available) - polls)]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(polls))
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))  # vLLM sets it in a process of its own only
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_CACHE_GIB)
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
@@ -297,6 +304,8 @@ def main() -> None:
     config.num_hidden_layers = layers
     shape = MODEL + (f" with {json.dumps(options.config)}" if options.config else "")
     title = f"vLLM on a CPU: {shape}, {len(cores)} thread{'s' * (len(cores) > 1)}"
+    if not polls:
+        title += ", nothing polls"
     if options.packed_dtype != "bfloat16":
         title += f", packed in {options.packed_dtype}"
     print(f"== {shape}, {choice}", flush=True)
@@ -315,7 +324,8 @@ def main() -> None:
         set_up = (
             f"The shape of {shape}, random weights, {choice}, on a CPU "
             f"{'with' if avx512 else 'WITHOUT'} AVX-512. vLLM compiled (its default), {len(cores)} "
-            f"thread(s), {KV_CACHE_GIB} GiB of KV cache, packed with "
+            f"thread(s), {'' if polls else 'scheduler and model in one process, '}"
+            f"{KV_CACHE_GIB} GiB of KV cache, packed with "
             f"`dtype={options.packed_dtype}`, "
             f"{', '.join(f'`{name}={value}`' for name, value in LLM_OPTIONS.items())}, no prefix "
             f"caching. {'; '.join(kernels)}."
