@@ -65,6 +65,8 @@ MIXED = {
     r".*layers\.\d+\.mlp\.(gate|up)_proj|.*shared_experts?\.(gate|up)_proj": 4,
     r".*layers\.\d+\.mlp\.down_proj|.*shared_experts?\.down_proj": 8,
     r".*shared_mlp\.(input|output)_linear": 4,
+    r".*self_attn\.out_proj|.*feed_forward\.w2": 8,
+    r".*feed_forward\.w[13]": 4,
     "lm_head": 4,
     r"(.*\.)?embed_tokens": 8,
 }

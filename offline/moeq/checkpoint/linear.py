@@ -18,15 +18,16 @@ FULL_WIDTH = 16
 _STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa")),
     (("q_b_proj",),),
-    (("o_proj",),),
-    (("gate_proj", "up_proj"), ("input_linear",)),
-    (("down_proj",), ("output_linear",)),
+    (("o_proj",), ("self_attn.out_proj",)),
+    (("gate_proj", "up_proj"), ("input_linear",), ("feed_forward.w1", "feed_forward.w3")),
+    (("down_proj",), ("output_linear",), ("feed_forward.w2",)),
     (("embed_tokens",), ("lm_head",)),
 )
 """Dense layers in the order in which they run; those in a tuple are one layer in vLLM, and so have
-one width. Routers, norms, projections of linear attention and of state spaces, and what MLA
-multiplies into attention itself (``kv_b_proj``) are none of them: they keep their 16 bits. The
-embeddings come last: each is alone, before and after all decoder layers."""
+one width. A name with the part in front means that part alone: convolutions have an out_proj, too.
+Routers, norms, projections of linear attention and of state spaces, and what MLA multiplies into
+attention itself (``kv_b_proj``) are none of them: they keep their 16 bits. The embeddings come
+last: each is alone, before and after all decoder layers."""
 _NAMES = {name: group for stage in _STAGES for group in stage for name in group}
 _EMBEDDINGS = re.compile(r"(?:(?:model|language_model)\.)*(embed_tokens|lm_head)\.weight")
 _TIED = {"lfm2_moe"}
@@ -37,6 +38,12 @@ INPUT = -1
 """In the place of a decoder layer: the embeddings of tokens, in front of all."""
 _ROWS = 32
 """Of which the kernels of vLLM take whole multiples."""
+
+
+def _group(weight: str) -> tuple[str, ...] | None:
+    """Return the names of the layers that run as one with that of a weight; None if it is none."""
+    _, parent, name, _ = f"..{weight}".rsplit(".", 3)
+    return _NAMES.get(name) or _NAMES.get(f"{parent}.{name}")
 
 
 class LinearGroup(NamedTuple):
@@ -83,8 +90,8 @@ class LinearGroup(NamedTuple):
     @property
     def stage(self) -> int:
         """Place in the order in which the dense layers of a decoder layer run."""
-        name = self.weights[0].split(".")[-2]
-        return next(i for i, stage in enumerate(_STAGES) if _NAMES[name] in stage)
+        group = _group(self.weights[0])
+        return next(i for i, stage in enumerate(_STAGES) if group in stage)
 
     def num_bytes(self, bits: int, group_size: int) -> int:
         """Return the bytes of all weights at 4 or 8 bits with their scales, or as they are read."""
@@ -125,15 +132,16 @@ def linear_groups(
     root = re.match(r"(.*\blayers\.)\d+\.", layers[0].container)
     if root is None:
         return []
-    pattern = re.compile(rf"({re.escape(root[1])}(\d+)\.(?:.*\.)?)([^.]+)\.weight")
+    pattern = re.compile(rf"({re.escape(root[1])}(\d+)\.(?:.*\.)?)[^.]+\.weight")
     experts = tuple(f"{layer.container}." for layer in layers)
     found: dict[tuple[str, tuple[str, ...]], LinearGroup] = {}
     refused = set()
     for name, info in reader.tensors.items():
         match = pattern.fullmatch(name)
-        if match is None or match[3] not in _NAMES or name.startswith(experts):
+        together = _group(name)
+        if match is None or together is None or name.startswith(experts):
             continue
-        key, index = (match[1], _NAMES[match[3]]), int(match[2])
+        key, index = (match[1], together), int(match[2])
         if drafts_tokens(reader.config, name, index):
             continue
         if len(info.shape) != 2 or info.shape[0] % _ROWS or info.dtype not in FLOATS:

@@ -41,6 +41,12 @@ EXPECTED = {
         ("mlp.shared_experts", "down_proj"),
     },
     "gpt_oss": {("self_attn", *ATTENTION), ("self_attn", "o_proj")},
+    "lfm2_moe": {
+        ("self_attn", *ATTENTION),
+        ("self_attn", "out_proj"),
+        ("feed_forward", "w1", "w3"),
+        ("feed_forward", "w2"),
+    },
     "qwen3_next": {
         ("self_attn", *ATTENTION),
         ("self_attn", "o_proj"),
@@ -63,7 +69,7 @@ def test_layers_that_run_as_one_are_a_group(family: str, tiny_model: Callable[[s
 
 
 def _place(name: str) -> int:
-    order = (*ATTENTION, "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj")
+    order = (*ATTENTION, "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "w1", "w3")
     return order.index(name) if name in order else 0
 
 
