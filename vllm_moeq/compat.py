@@ -5,7 +5,7 @@ A release of vLLM that moves one of these breaks the import of this file only, a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "change_new_models",
+    "complete_cpu_communicator",
     "compressed_tensors_method",
     "cpu_fused_moe_bf16",
     "extract_layer_index",
@@ -78,6 +79,7 @@ _EXPERT_OF_GPT_OSS = re.compile(
 """A packed tensor; vLLM has renamed some of those of down_proj before it asks."""
 Change = Callable[[Any, torch.nn.Module], bool]
 Guard = Callable[[torch.nn.Module, bool], AbstractContextManager[None]]
+RowExchange = Callable[[torch.Tensor, Sequence[int], torch.distributed.ProcessGroup], torch.Tensor]
 Tensors = Iterable[tuple[str, torch.Tensor]]
 Watch = Callable[[torch.nn.Module, Tensors], Iterator[tuple[str, torch.Tensor]]]
 
@@ -310,6 +312,48 @@ def let_gpt_oss_load_packed_experts() -> None:
         return int(match["expert"]), parameter, shard
 
     GptOssModel._get_streamed_expert_info = staticmethod(expert_info)
+
+
+def complete_cpu_communicator(all_gather: RowExchange, reduce_scatter: RowExchange) -> None:
+    """Give vLLM's communicator for CPUs what data parallelism of experts needs, if it lacks it.
+
+    Args:
+        all_gather: Takes rows, the number of rows of each rank, and the group of these ranks; see
+            :func:`vllm_moeq.collectives.all_gather_rows`.
+        reduce_scatter: Likewise :func:`vllm_moeq.collectives.reduce_scatter_rows`.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def all_gatherv(
+        self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(input_, list):
+            return [self.all_gatherv(tensor, dim, sizes) for tensor in input_]
+        return all_gather(input_, _rows(dim, sizes), self.device_group)
+
+    def reduce_scatterv(
+        self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> torch.Tensor:
+        return reduce_scatter(input_, _rows(dim, sizes), self.device_group)
+
+    for method in (all_gatherv, reduce_scatterv):
+        name = method.__name__
+        if getattr(CpuCommunicator, name) is getattr(DeviceCommunicatorBase, name):
+            setattr(CpuCommunicator, name, method)
+
+
+def _rows(dim: int, sizes: list[int] | None) -> list[int]:
+    # All that vLLM's exchange of tokens between ranks asks for.
+    if dim != 0 or sizes is None:
+        raise NotImplementedError(f"dim {dim}, sizes {sizes}: only rows, as many as sizes say")
+    return sizes
 
 
 class CpuFusedMoE(NamedTuple):

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from vllm_moeq.collectives import all_gather_rows, reduce_scatter_rows
 from vllm_moeq.compat import (
     FusedMoEMethodBase,
     RoutedExperts,
     VocabParallelEmbedding,
+    complete_cpu_communicator,
     init_logger,
     keep_out_of_lora,
     let_gpt_oss_load_packed_experts,
@@ -65,6 +67,8 @@ class MoeqMoEMethod(FusedMoEMethodBase):
                 "expert load balancing moves experts into each other's places, which have one size "
                 "for all; packed experts have a size each. Start without --enable-eplb"
             )
+        if moe.moe_parallel_config.dp_size > 1:
+            complete_cpu_communicator(all_gather_rows, reduce_scatter_rows)
         self.bits = bits
         self.group_size = group_size
 

@@ -7,8 +7,10 @@ engines are children of it, with an environment of their own.
 import json
 import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -147,6 +149,7 @@ def launch(
     result: Path = Path(os.devnull),
     corruptions: list[Corruption] | None = None,
     actions: list[Action] | None = None,
+    prompts: list[list[int]] = PROMPTS,
     prompt_logprobs: bool = True,
     spawn_workers: bool = False,
     environment: dict[str, str] | None = None,
@@ -159,6 +162,7 @@ def launch(
         result: File for what ``engine_main`` finds.
         corruptions: See ``engine_main``.
         actions: See ``engine_main``.
+        prompts: Token ids.
         prompt_logprobs: Whether to ask for log-probabilities of the prompts.
         spawn_workers: Whether ranks import vLLM anew, as vLLM has it on CPUs; else they are forked.
         environment: Additional environment variables.
@@ -177,6 +181,7 @@ def launch(
         "llm": options,
         "corruptions": corruptions or [],
         "actions": actions or [],
+        "prompts": prompts,
         "prompt_logprobs": 0 if prompt_logprobs else None,
         "spawn_workers": spawn_workers,
     }
@@ -191,7 +196,7 @@ def run_engine_job(job: dict[str, Any], result: str) -> None:
 
 
 def run_engine(model: Path, **options: Any) -> EngineRun:
-    """Run :data:`PROMPTS`; arguments as in :func:`launch`."""
+    """Run :data:`PROMPTS` or others; arguments as in :func:`launch`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "result")
         process = launch(model, result=file, **options)
@@ -204,6 +209,24 @@ def run_engine(model: Path, **options: Any) -> EngineRun:
         result["metrics"],
         process.log,
     )
+
+
+def run_two_engines(model: Path, **options: Any) -> list[EngineRun]:
+    """Run two ranks of data parallelism: the first gets the first of :data:`PROMPTS`, the second
+    all others. Arguments as in :func:`launch`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(rank: int) -> EngineRun:
+        variables = {"SIZE": 2, "RANK": rank, "RANK_LOCAL": rank, "MASTER_PORT": port}
+        prompts = PROMPTS[1:] if rank else PROMPTS[:1]
+        environment = {f"VLLM_DP_{name}": str(value) for name, value in variables.items()}
+        return run_engine(model, prompts=prompts, environment=environment, **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
 
 
 def text_logits(model: Path) -> Logits:

@@ -9,7 +9,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.executor import multiproc_executor
 
-from support.engine import NEW_TOKENS, PROMPTS
+from support.engine import NEW_TOKENS
 
 
 def _buffer_sizes(model: torch.nn.Module) -> dict[str, int]:
@@ -35,15 +35,15 @@ def _restore(model: torch.nn.Module, name: str, index: list[int], before: torch.
 
 
 def _generate(
-    llm: LLM, prompt_logprobs: int | None, adapter: LoRARequest | None = None
+    llm: LLM, job: dict[str, Any], adapter: LoRARequest | None = None
 ) -> list[dict[str, Any]]:
     outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in PROMPTS],
+        [{"prompt_token_ids": ids} for ids in job["prompts"]],
         SamplingParams(
             temperature=0,
             max_tokens=NEW_TOKENS,
             ignore_eos=True,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=job["prompt_logprobs"],
             logprobs=0,
         ),
         use_tqdm=False,
@@ -64,9 +64,7 @@ def fields_of(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def _act(
-    llm: LLM, prompt_logprobs: int | None, kind: str, path: str | None
-) -> list[dict[str, Any]]:
+def _act(llm: LLM, job: dict[str, Any], kind: str, path: str | None) -> list[dict[str, Any]]:
     adapter = None
     if kind == "reload":
         llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
@@ -74,7 +72,7 @@ def _act(
         adapter = LoRARequest(path, 1, path)
     elif kind == "add adapter":
         llm.llm_engine.add_lora(LoRARequest(path, 2, path))
-    return _generate(llm, prompt_logprobs, adapter)
+    return _generate(llm, job, adapter)
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -87,21 +85,20 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The fields of ``support.engine.EngineRun`` but the log, ready for JSON.
     """
-    prompt_logprobs = job["prompt_logprobs"]
     if not job["spawn_workers"]:
         # vLLM spawns them on CPUs because of OpenMP's threads, which are one a rank here.
         multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
     llm = LLM(model=job["model"], **job["llm"])
     buffers = llm.apply_model(_buffer_sizes)
-    completions = [_generate(llm, prompt_logprobs)]
+    completions = [_generate(llm, job)]
     for name, index, value in job["corruptions"]:
         (before,) = llm.apply_model(partial(_corrupt, name=name, index=index, value=value))
-        completions.append(_generate(llm, prompt_logprobs))
+        completions.append(_generate(llm, job))
         llm.apply_model(partial(_restore, name=name, index=index, before=before))
     refusals = []
     for kind, path in job["actions"]:
         try:
-            completions.append(_act(llm, prompt_logprobs, kind, path))
+            completions.append(_act(llm, job, kind, path))
         except Exception as error:
             refusals.append(f"{type(error).__name__}: {error}")
     metrics = {}

@@ -14,6 +14,7 @@ from support.engine import (
     assert_same,
     run_engine,
     run_transformers,
+    run_two_engines,
 )
 from support.linear import pack_linear
 from support.models import load_model
@@ -81,6 +82,14 @@ def test_expert_parallel(packed: Path, expected: list[Completion]) -> None:
 
     assert_same(run.completions[0], expected)
     _assert_buffers(run, [[0, 1, 2, 3], [4, 5, 6, 7]], ranks_per_expert=1)
+
+
+def test_data_parallel(packed: Path, expected: list[Completion]) -> None:
+    runs = run_two_engines(packed)
+
+    assert_same([answer for run in runs for answer in run.completions[0]], expected)
+    for run in runs:
+        _assert_buffers(run, [list(range(8))], ranks_per_expert=2)
 
 
 def test_compiled_cache_is_not_reused_for_another_plan(

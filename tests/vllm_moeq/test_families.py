@@ -17,6 +17,7 @@ from support.engine import (
     assert_same,
     run_engine,
     run_transformers,
+    run_two_engines,
     text_logits,
 )
 from support.linear import pack_linear
@@ -151,6 +152,15 @@ def test_two_ranks_split_the_experts(
     _assert_two_ranks_equal_the_dequantized_model(
         family, tiny_model(family), tmp_path, enable_expert_parallel=True
     )
+
+
+def test_two_engines_split_the_experts(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    packed = pack_linear(pack_mixed(tiny_model("gpt_oss"), tmp_path / "packed"))
+    plain = dequantize_checkpoint(packed, tmp_path / "plain")
+
+    runs = run_two_engines(packed, enable_expert_parallel=True)
+
+    assert_same([answer for run in runs for answer in run.completions[0]], run_transformers(plain))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "ernie4_5_moe"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_moeq.collectives import all_gather_rows, reduce_scatter_rows
 from vllm_moeq.format import FormatError, LayerBits
 
 pytestmark = pytest.mark.vllm
@@ -52,3 +53,24 @@ def test_a_group_that_does_not_divide_the_hidden_size_is_named() -> None:
     layer: Any = SimpleNamespace(layer_name="layer", activation=method.moe.activation)
     with pytest.raises(FormatError, match="layer: group size 128 does not divide hidden_size 64"):
         method.create_weights(layer, 2, 64, 64, torch.float32)
+
+
+def test_collectives_that_vllm_has_itself_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    from vllm_moeq.compat import complete_cpu_communicator
+
+    def of_vllm(self: Any, input_: torch.Tensor, dim: int, sizes: list[int]) -> torch.Tensor:
+        return input_
+
+    missing = DeviceCommunicatorBase.reduce_scatterv
+    monkeypatch.setattr(CpuCommunicator, "all_gatherv", of_vllm, raising=False)
+    monkeypatch.setattr(CpuCommunicator, "reduce_scatterv", missing, raising=False)
+    complete_cpu_communicator(all_gather_rows, reduce_scatter_rows)
+    assert CpuCommunicator.all_gatherv is of_vllm
+    assert CpuCommunicator.reduce_scatterv is not missing
+    with pytest.raises(NotImplementedError, match="dim 1, .* only rows"):
+        CpuCommunicator.reduce_scatterv(SimpleNamespace(), torch.zeros(2, 2), 1, [1, 1])
