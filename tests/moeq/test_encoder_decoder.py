@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 import moeq
 from moeq.errors import MoeqError
+from support.models import load_model
+from support.reference import dequantize_checkpoint
 from support.sources import load
 
 TINY = "switch_transformers"
@@ -27,7 +31,9 @@ WORDS = [
     "some",
     "more",
 ]
-SIZES: dict[str, Any] = {"nsamples": 24, "seqlen": 48}
+PAIRS, LENGTH, SOURCE = 40, 48, 36
+START = 2
+SIZES: dict[str, Any] = {"nsamples": 24, "seqlen": LENGTH}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = []
-    for _ in range(40):
+    for _ in range(PAIRS):
         words = generator.choices(WORDS, k=generator.randint(4, 14))
         rows.append(json.dumps({"source": " ".join(words), "target": " ".join(words[:2])}))
     path.write_text("\n".join(rows))
@@ -54,20 +60,43 @@ def model(
     ).path  # fmt: skip
 
 
-def test_both_backends_judge_alike(
-    model: Path, tiny_model: Callable[[str], Path], pairs: Path
+@torch.no_grad()
+def _scores(source: Path, packed: Path, pairs: Path, plain: Path) -> tuple[float, float]:
+    """Return loss and divergence of a packed model by transformers, a pair at a time, unfilled."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    models = [load_model(path).eval() for path in (source, dequantize_checkpoint(packed, plain))]
+    losses, divergences = [], []
+    for line in pairs.read_text().splitlines():
+        row = json.loads(line)
+        asked = torch.tensor([tokenizer(row["source"])["input_ids"][:SOURCE]])
+        target = torch.tensor([[START, *tokenizer(row["target"])["input_ids"]]])[:, : LENGTH - SOURCE]
+        p, q = (
+            model(input_ids=asked, decoder_input_ids=target).logits[0, :-1].double().log_softmax(-1)
+            for model in models
+        )
+        losses.append(-q.gather(-1, target[0, 1:, None]))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(losses).mean().item(), torch.cat(divergences).mean().item()
+
+
+@pytest.mark.parametrize("family", [TINY])  # for the table of families
+def test_scores_are_those_of_transformers(
+    family: str, model: Path, tiny_model: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
+    source, options = tiny_model(family), SIZES | {"nsamples": PAIRS}
     scores = [
-        moeq.evaluate(model, against=tiny_model(TINY), text=str(pairs), backend=backend, **SIZES)
+        moeq.evaluate(model, against=source, text=str(pairs), backend=backend, **options)
         for backend in ("reference", "transformers")
     ]
-    layerwise, whole = (score.total for score in scores)
-    assert layerwise.tokens == whole.tokens
-    assert layerwise.divergence == pytest.approx(whole.divergence, rel=1e-3) and whole.divergence
-    assert layerwise.loss == pytest.approx(whole.loss, rel=1e-5)
+    loss, divergence = _scores(source, model, pairs, tmp_path / "plain")
+    assert divergence > 0
+    for score in scores:
+        assert score.total.loss == pytest.approx(loss, rel=1e-5)
+        assert score.total.divergence == pytest.approx(divergence, rel=1e-3)
+    assert scores[0].total.tokens == scores[1].total.tokens
     assert scores[0].routing_shift == pytest.approx(scores[1].routing_shift)
     with pytest.raises(MoeqError, match="vLLM has no switch_transformers; use reference or tran"):
-        moeq.evaluate(model, against=tiny_model(TINY), text=str(pairs), backend="vllm", **SIZES)
+        moeq.evaluate(model, against=source, text=str(pairs), backend="vllm", **options)
 
 
 def test_calibration_makes_it_better(
