@@ -15,6 +15,7 @@ from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_grou
 from moeq.checkpoint.linear import FULL_WIDTH, group_widths, linear_groups, lost_integers
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
+from moeq.checkpoint.servable import not_added
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
 from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
 from moeq.checkpoint.writer import Conversion, PackedSource
@@ -214,6 +215,13 @@ def _opened(model: str, embeddings: bool = False) -> SourceModel:
             source.folder,
             len(source.left_out),
             source.left_out[0],
+        )
+    bias = not_added(source.reader.config)
+    if bias is not None and source.reader.tensor(bias).any():
+        logger.warning(
+            "%s: vLLM does not add %s, packed or not: its answers are not those of transformers",
+            source.folder,
+            bias,
         )
     return source
 

@@ -31,8 +31,10 @@ pytest.importorskip("torchvision")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROMPT = "see <|vision_start|><|image_pad|><|vision_end|> say"
+PROMPT_OF_GEMMA = "see <|image|> say"
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 FIRST_SPECIAL = 300
+TOKENS_OF_GEMMA = ["image", "boi", "eoi", "video", "audio", "boa", "eoa"]
 SECTIONS = {"qwen3_vl_moe": [6, 5, 5], "qwen3_5_moe": [2, 1, 1]}
 """Which part of the rotary frequencies stands for time, height and width."""
 
@@ -72,7 +74,33 @@ def _with_processor(source: Path, model: Path, sections: list[int]) -> None:
         (model / f"{name}.json").write_text(json.dumps(sizes | kind))
 
 
-def _engine_job(model: str, dtype: str, result: str) -> None:
+def _with_processor_of_gemma(source: Path, model: Path) -> None:
+    from transformers import (
+        AutoTokenizer,
+        Gemma4AudioFeatureExtractor,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    shutil.copytree(source, model)
+    special = {f"{name}_token": f"<|{name}|>" for name in TOKENS_OF_GEMMA}
+    tokenizer = AutoTokenizer.from_pretrained(model, extra_special_tokens=special)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(len(tokenizer), FIRST_SPECIAL)])
+    Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(max_soft_tokens=70),
+        tokenizer,
+        Gemma4VideoProcessor(),
+    ).save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    for name, token in special.items():
+        config[f"{name}_id"] = tokenizer.convert_tokens_to_ids(token)
+    config["vision_config"]["default_output_length"] = 70  # as released, but for the number
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def _engine_job(model: str, prompt: str, dtype: str, result: str) -> None:
     from vllm import LLM, SamplingParams
 
     from support.engine_main import fields_of
@@ -89,33 +117,34 @@ def _engine_job(model: str, dtype: str, result: str) -> None:
     sampling = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0
     )
-    request = {"prompt": PROMPT, "multi_modal_data": {"image": _image()}}
+    request = {"prompt": prompt, "multi_modal_data": {"image": _image()}}
     (output,) = llm.generate([request], sampling, use_tqdm=False)
     Path(result).write_text(json.dumps(fields_of(output)))
     llm.llm_engine.engine_core.shutdown()
 
 
-def _in_vllm(model: Path, dtype: str) -> Completion:
+def _in_vllm(model: Path, prompt: str, dtype: str) -> Completion:
     result = model.parent / "result.json"
-    process = in_fork(_engine_job, str(model), dtype, str(result))
+    process = in_fork(_engine_job, str(model), prompt, dtype, str(result))
     assert process.returncode == 0, process.log[-9000:]
     return Completion(**json.loads(result.read_text()))
 
 
-def _in_transformers(model: Path, packed: Path) -> tuple[list[int], Logits]:
+def _in_transformers(model: Path, packed: Path, text: str) -> tuple[list[int], Logits]:
     """Return the ids of the prompt and its image, and what gives the logits of those and more."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(packed)
-    inputs: dict[str, Any] = dict(processor(text=PROMPT, images=[_image()], return_tensors="pt"))
+    inputs: dict[str, Any] = dict(processor(text=text, images=[_image()], return_tensors="pt"))
     network = load_model(model, attn_implementation="eager").eval()
     prompt = inputs.pop("input_ids")[0].tolist()
     kinds = inputs.pop("mm_token_type_ids")
     del inputs["attention_mask"]
+    inputs.pop("num_soft_tokens_per_image", None)
 
     def logits(ids: list[int]) -> torch.Tensor:
-        text = torch.zeros(1, len(ids) - len(prompt), dtype=kinds.dtype)
-        more = inputs | {"mm_token_type_ids": torch.cat([kinds, text], 1)}
+        of_text = torch.zeros(1, len(ids) - len(prompt), dtype=kinds.dtype)
+        more = inputs | {"mm_token_type_ids": torch.cat([kinds, of_text], 1)}
         with torch.no_grad():
             result: torch.Tensor = network(input_ids=torch.tensor([ids]), **more).logits[0]
         return result
@@ -123,14 +152,20 @@ def _in_transformers(model: Path, packed: Path) -> tuple[list[int], Logits]:
     return prompt, logits
 
 
-@pytest.mark.parametrize("family", SECTIONS)
+@pytest.mark.parametrize("family", [*SECTIONS, "gemma4"])
 def test_an_image_and_text(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    _with_processor(tiny_model(family), tmp_path / "model", SECTIONS[family])
-    packed = pack_linear(pack_mixed(tmp_path / "model", tmp_path / "packed"))
+    source, model = tiny_model(family), tmp_path / "model"
+    if family in SECTIONS:
+        text = PROMPT
+        _with_processor(source, model, SECTIONS[family])
+    else:
+        text = PROMPT_OF_GEMMA
+        _with_processor_of_gemma(source, model)
+    packed = pack_linear(pack_mixed(model, tmp_path / "packed"))
     plain = dequantize_checkpoint(packed, tmp_path / "plain")
-    prompt, logits = _in_transformers(plain, packed)
+    prompt, logits = _in_transformers(plain, packed, text)
 
-    found = _in_vllm(packed, "bfloat16" if family in BFLOAT16_IN_VLLM else "float32")
+    found = _in_vllm(packed, text, "bfloat16" if family in BFLOAT16_IN_VLLM else "float32")
 
     if family in BFLOAT16_IN_VLLM:
         assert_likely([found], logits, [prompt])

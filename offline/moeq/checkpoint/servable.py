@@ -35,6 +35,8 @@ _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
 
 Where ``config.json`` says nothing, transformers takes the same, but for biases: there are none.
 """
+_NOT_ADDED = {"phimoe": "lm_head.bias"}
+"""A bias that vLLM loads and never adds, by ``model_type``."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -90,6 +92,11 @@ def is_left_out(config: Mapping[str, Any], name: str) -> bool:
         and drafts_tokens(config, name, int(match[1]))
         and model_type not in PREDICT_AFTER_LAYERS
     )
+
+
+def not_added(config: Mapping[str, Any]) -> str | None:
+    """Return the bias that a model has and vLLM does not add, if there is one."""
+    return _NOT_ADDED.get(str(config.get("model_type")))
 
 
 def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[str]) -> None:

@@ -181,6 +181,17 @@ def test_what_vllm_takes_for_granted_is_refused_otherwise(
         SourceModel.open(model)
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_bias_that_vllm_does_not_add_is_told(
+    tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    tensors = load(tiny_model("phimoe"))
+    tensors["lm_head.bias"][-1] = value
+    model = rewrite(tiny_model("phimoe"), tmp_path / "model", tensors)
+    moeq.plan(model, bits=2, group_size=32, strategy="uniform")
+    assert ("vLLM does not add lm_head.bias, packed or not" in caplog.text) == (value != 0)
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
 def test_nan_outside_the_experts_is_refused(tmp_path: Path, name: str) -> None:
     tensors = mixtral_tensors()
