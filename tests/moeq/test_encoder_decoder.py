@@ -68,8 +68,9 @@ def _scores(source: Path, packed: Path, pairs: Path, plain: Path) -> tuple[float
     losses, divergences = [], []
     for line in pairs.read_text().splitlines():
         row = json.loads(line)
-        asked = torch.tensor([tokenizer(row["source"])["input_ids"][:SOURCE]])
-        target = torch.tensor([[START, *tokenizer(row["target"])["input_ids"]]])[:, : LENGTH - SOURCE]
+        asked, target = (tokenizer(row[name])["input_ids"] for name in ("source", "target"))
+        asked = torch.tensor([asked[:SOURCE]])
+        target = torch.tensor([[START, *target][: LENGTH - SOURCE]])
         p, q = (
             model(input_ids=asked, decoder_input_ids=target).logits[0, :-1].double().log_softmax(-1)
             for model in models

@@ -212,8 +212,9 @@ def run_engine(model: Path, **options: Any) -> EngineRun:
 
 
 def run_two_engines(model: Path, **options: Any) -> list[EngineRun]:
-    """Run two ranks of data parallelism: the first gets the first of :data:`PROMPTS`, the second
-    all others. Arguments as in :func:`launch`.
+    """Run two ranks of data parallelism; arguments as in :func:`launch`.
+
+    The first gets the first of :data:`PROMPTS`, the second all others.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
