@@ -121,10 +121,10 @@ def test_two_devices_calibrate_to_the_bytes_of_one(
     config = CalibrationConfig(source, plan, tokens)
     options = PlanOptions(2.5, group_size=32, strategy="sensitivity")
     measurement = Measurement(source, options, tokens, "gptq", CPU)
-    two = Threads([CPU, torch.device("cpu:0")], cores=1)
+    beside = Threads([CPU, torch.device("cpu:0")], cores=1)
     measured = []
     with _threads(1):
-        for name, workers in (("one", OneByOne(CPU)), ("two", two)):
+        for name, workers in (("one", OneByOne(CPU)), ("two", beside)):
             calibrate(config, tmp_path / name, resume=False, workers=workers)
             measured.append(measured_plan(measurement, workers=workers))
     assert measured[0] == measured[1]
