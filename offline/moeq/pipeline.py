@@ -22,8 +22,8 @@ from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation, PackedModel
-from moeq.model.cost import Cost
-from moeq.model.device import all_devices, torch_device
+from moeq.model.cost import Cost, at_once
+from moeq.model.device import all_devices, local_workers, torch_device
 from moeq.model.structure import check_structure, structure_problems
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from moeq.planning import (
@@ -39,7 +39,7 @@ from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.result import Estimate, QuantizedModel
 from moeq.units import duration, parse_size, public_name
-from moeq.workers import PROCESS_BYTES, Cluster, Workers, connected, on_devices
+from moeq.workers import PROCESS_BYTES, Cluster, Workers, connected
 from vllm_moeq.format import GROUP_SIZES, BitPlan
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
         disk_errors(f"cannot write {output}", then),
     ):
         workspace.check_space(estimate.disk_bytes)
-        workers = _workers(text, request.ray, estimate)
+        workers = _workers(source, text, request.ray, estimate)
         by_cluster = request.ray is not None and not request.is_calibrated
         writers = Cluster("cpu") if by_cluster else None
         _announce(request, text, estimate.measuring, estimate.rounding)
@@ -136,7 +136,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     _announce(request, text, None if measurement is None else measurement.cost(), None)
-    result = decide(source, request, measurement, None, progress, _workers(text)).plan
+    result = decide(source, request, measurement, None, progress, _workers(source, text)).plan
     if request.output is not None:
         write_plan(result, request.output)
     return result
@@ -279,16 +279,20 @@ def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None
 
 
 def _workers(
-    text: _Text | None, ray: str | None = None, estimate: Estimate | None = None
+    source: SourceModel,
+    text: _Text | None,
+    ray: str | None = None,
+    estimate: Estimate | None = None,
 ) -> Workers | None:
     """Return who runs and rounds experts with text: all GPUs that are asked for, or a cluster."""
     if text is None:
         return None
     if ray is None:
-        return on_devices(all_devices(text.device))
+        return local_workers(source.layers, *all_devices(text.device))
     costs = (estimate.measuring, estimate.rounding) if estimate else ()
     memory = PROCESS_BYTES + max((cost.worker_bytes for cost in costs if cost), default=0)
-    return Cluster(text.device.type, torch.get_num_threads(), memory)
+    cores = torch.get_num_threads() // at_once(source.layers, text.device)  # as they are here
+    return Cluster(text.device.type, cores, memory)
 
 
 def _measurement(

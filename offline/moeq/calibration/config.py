@@ -12,6 +12,7 @@ from moeq.checkpoint.sizes import plan_sizes
 from moeq.checkpoint.workspace import fingerprint
 from moeq.model.cost import (
     Cost,
+    at_once,
     experts_of_a_token,
     fit_operations,
     forward_operations,
@@ -21,6 +22,7 @@ from moeq.model.cost import (
     linear_operations,
     linear_working_bytes,
     other_operations,
+    tokens_of_experts,
     working_bytes,
 )
 from moeq.rounding import FEWEST_TOKENS
@@ -28,7 +30,7 @@ from vllm_moeq.format import BitPlan
 
 STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
-_ALGORITHM_VERSION = 7
+_ALGORITHM_VERSION = 8
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
 
 
@@ -69,7 +71,9 @@ class CalibrationConfig:
         return (self.tokens.numel() if self.route_all else tokens) >= self.fewest_tokens
 
     def batch_size(self, layer: MoELayer) -> int:
-        """Return how many experts of a layer are rounded at once."""
+        """Return how many experts of a layer are rounded in one batch."""
+        if torch.device(self.device).type == "cpu":  # where batches are not faster
+            return 1
         # As many as take no more memory than the 16-bit weights of the layer, but at least one.
         each = working_bytes(layer) + (self._input_bytes(layer) if self.route_all else 0)
         return max(1, 2 * layer.num_experts * layer.expert_weights // each)
@@ -91,7 +95,11 @@ class CalibrationConfig:
             for layer in self.source.layers
         )
         memory, worker = self._memory_bytes(), self._worker_bytes()
-        return Cost(self._operations(), steps, memory, worker, self._disk_bytes())
+        largest = max(self.source.layers, key=working_bytes)
+        return Cost(
+            self._operations(), steps, memory, worker, self._disk_bytes(), self._at_once,
+            (largest.hidden_size, largest.intermediate_size),
+        )  # fmt: skip
 
     @property
     def _activation_bytes(self) -> int:
@@ -129,7 +137,12 @@ class CalibrationConfig:
         dense = linear_operations(self.linear, 1, tokens)
         return gptq_operations(layers) + tokens * passes + fits + dense
 
-    def _worker_bytes(self) -> int:
+    @property
+    def _at_once(self) -> int:
+        return at_once(self.source.layers, torch.device(self.device))
+
+    def _worker_bytes(self, workers: int = 1) -> int:
+        """Return what so many workers take together."""
         largest = max(self.source.layers, key=working_bytes)
         hidden, inner = largest.hidden_size, largest.intermediate_size
         size = self.batch_size(largest)
@@ -137,10 +150,12 @@ class CalibrationConfig:
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
         one = 4 * self.tokens.numel() * (hidden + 2 * inner)
-        return inputs + one + size * working_bytes(largest)
+        times = tokens_of_experts(workers, most, largest.num_experts)
+        return round(times * (inputs + one)) + workers * size * working_bytes(largest)
 
     def _memory_bytes(self) -> int:
-        return self._stream_bytes + max(self._worker_bytes(), linear_working_bytes(self.linear))
+        workers = self._worker_bytes(self._at_once)
+        return self._stream_bytes + max(workers, linear_working_bytes(self.linear))
 
     def _disk_bytes(self) -> int:
         """Bytes of finished layers, activations and their snapshots."""

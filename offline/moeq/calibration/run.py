@@ -21,8 +21,9 @@ from moeq.checkpoint.linear import INPUT
 from moeq.checkpoint.workspace import clear
 from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
 from moeq.model.activations import mapped
+from moeq.model.device import local_workers
 from moeq.progress import Progress, silent, stage
-from moeq.workers import OneByOne, Workers
+from moeq.workers import Workers
 
 
 @torch.inference_mode()
@@ -54,7 +55,7 @@ def calibrate(
     snapshots = Snapshots(folder)
     snapshots.start(config.fingerprint(), resume)
     try:
-        workers = workers or OneByOne(torch.device(config.device))
+        workers = workers or local_workers(config.source.layers, torch.device(config.device))
         return _calibrate(config, snapshots, resume, progress, workers)
     except BaseException:  # Ctrl-C, too
         if not snapshots.has_finished:

@@ -14,7 +14,7 @@ from moeq.checkpoint.workspace import check_space, temporary_folder
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation
 from moeq.model import layerwise_model
-from moeq.model.device import all_devices
+from moeq.model.device import all_devices, local_workers
 from moeq.planning import judge
 from moeq.planning.cost import measuring_bytes
 from moeq.progress import Progress, silent
@@ -22,7 +22,6 @@ from moeq.requests import CompareRequest
 from moeq.sensitivity import Bank, build, gradients
 from moeq.signals import load_base_routers
 from moeq.signals.table import SIGNALS, Evidence
-from moeq.workers import on_devices
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance
 
 ALLOCATED = {"sensitivity": "loss", "output-error": "output", "weight-error": "weight"}
@@ -133,7 +132,7 @@ class Study:
                 folder.mkdir()
                 bank = build(
                     model, self.tokens, widths, self.group_size, method, of_outputs, folder,
-                    progress, on_devices(all_devices(self.device)),
+                    progress, local_workers(self.source.layers, *all_devices(self.device)),
                 )  # fmt: skip
                 for width in sorted({_floor(bits) for bits in request.bits}, reverse=True):
                     evidence = Evidence(model, base, bank, width)

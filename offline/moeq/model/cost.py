@@ -1,23 +1,30 @@
 """What running and rounding experts takes: estimates that can be told before it runs."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.servable import text_config
-from moeq.rounding import GRAM_BLOCK, REFINEMENT, Hessian, block_size, quantize_gptq
+from moeq.rounding import REFINEMENT, Hessian, block_size, gram, gram_block, quantize_gptq
+from moeq.workers import on_devices
+from moeq.workers.local import Shared, Work
 
 _TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"
 """Names of the number of experts that get each token."""
 _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
 _REACHED = 0.75
-"""Share of the speed of a product of square matrices that all the work reaches together."""
+"""Share of the speed that is measured here that all the work reaches together."""
+
+
+_TOGETHER = 2**30
+"""Bytes that rounding experts beside each other may take, beside their inputs."""
 
 
 class Cost(NamedTuple):
@@ -29,6 +36,8 @@ class Cost(NamedTuple):
         memory_bytes: Peak of the memory in use.
         worker_bytes: Peak of it for running and rounding an expert, or a batch of them.
         disk_bytes: Of temporary files, which go at the end.
+        at_once: Experts that are worked on beside each other, on a device.
+        sizes: hidden_size and intermediate_size of an expert.
     """
 
     operations: float
@@ -36,10 +45,12 @@ class Cost(NamedTuple):
     memory_bytes: int
     worker_bytes: int
     disk_bytes: int
+    at_once: int
+    sizes: tuple[int, int]
 
     def seconds(self, device: torch.device) -> float:
         """Estimate the time from how fast the device is right now."""
-        speed = _measured_speed(str(device))
+        speed = _measured_speed(str(device), self.at_once, self.sizes)
         return self.operations / speed.operations_per_second + self.steps * speed.step_seconds
 
 
@@ -48,33 +59,85 @@ class _Speed(NamedTuple):
     step_seconds: float
 
 
-_MATRIX, _COLUMNS = 1024, 128
+_MATRIX, _COLUMNS, _TOKENS = 1024, 128, 512
 _SECONDS = 0.3
 """For which each of two kinds of work is timed: long enough to feel what else the device does."""
 
 
 @cache
-def _measured_speed(name: str) -> _Speed:
-    """Time products of matrices, and GPTQ on a matrix so small that only its steps count."""
+def _measured_speed(name: str, at_once: int, sizes: tuple[int, int]) -> _Speed:
+    """Time what a device does most, and GPTQ on a matrix so small that only its steps count.
+
+    That is experts on a CPU, beside each other as they will be, of the sizes given or smaller
+    ones; products of square matrices elsewhere.
+    """
     device = torch.device(name)
     generator = torch.Generator().manual_seed(0)
-    square = torch.rand(_MATRIX, _MATRIX, generator=generator).to(device)
-    small = torch.rand(1, 16, _COLUMNS, generator=generator).to(device)
-    hessian = Hessian.of(small.mT @ small, [16])
+    workers, count = on_devices([device], at_once), 4 * at_once
 
-    def mean_time(work: Callable[[], object]) -> float:
-        work()  # compiles, allocates
-        count, start, passed = 0, time.perf_counter(), 0.0
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    def mean_time(work: Work[Shared, int, None], shared: Shared) -> float:
+        """Return the seconds for each time that work is done."""
+        list(workers.flat_map(work, shared, range(count)))  # compiles, allocates
+        done, start, passed = 0, time.perf_counter(), 0.0
         while passed < _SECONDS:
-            work()
+            list(workers.flat_map(work, shared, range(count)))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            count, passed = count + 1, time.perf_counter() - start
-        return passed / count
+            done, passed = done + count, time.perf_counter() - start
+        return passed / done
 
-    product = mean_time(lambda: square @ square)
-    step = mean_time(lambda: quantize_gptq(small, hessian, 2, _COLUMNS))
-    return _Speed(_REACHED * 2 * _MATRIX**3 / product, step / (_COLUMNS * REFINEMENT.visits))
+    if device.type == "cpu":
+        hidden, inner = (min(size, _MATRIX) for size in sizes)
+        expert = random(_TOKENS, hidden), random(2 * inner, hidden), random(hidden, inner)
+        operations = _TOKENS * (6 * hidden * inner + _hessian(hidden) + _hessian(inner))
+        seconds = mean_time(_run, expert)
+    else:
+        operations = 2 * _MATRIX**3
+        seconds = mean_time(_multiply, random(_MATRIX, _MATRIX))
+    small = random(1, 16, _COLUMNS)
+    step = mean_time(_round, (small, Hessian.of(small.mT @ small, [16])))
+    return _Speed(_REACHED * operations / seconds, step / (_COLUMNS * REFINEMENT.visits))
+
+
+def _run(
+    device: torch.device, expert: tuple[torch.Tensor, torch.Tensor, torch.Tensor], turn: int
+) -> Iterator[None]:
+    """Do what is done to an expert of w13 and w2 for each of its tokens [n, hidden_size]."""
+    x, w13, w2 = expert
+    gate, up = F.linear(x, w13).chunk(2, -1)
+    hidden = F.silu(gate) * up
+    F.linear(hidden, w2)
+    gram(x)
+    gram(hidden)
+    yield
+
+
+def _multiply(device: torch.device, square: torch.Tensor, turn: int) -> Iterator[None]:
+    square @ square
+    yield
+
+
+def _round(
+    device: torch.device, problem: tuple[torch.Tensor, Hessian], turn: int
+) -> Iterator[None]:
+    weights, hessian = problem
+    quantize_gptq(weights, hessian, 2, weights.shape[-1])
+    yield
+
+
+def at_once(layers: Sequence[MoELayer], device: torch.device) -> int:
+    """Return how many experts a device works on beside each other.
+
+    Several cores share the work on small matrices badly: on a CPU, each expert gets a share of the
+    cores, down to a single one, as long as all that are worked on take little memory.
+    """
+    if device.type != "cpu":
+        return 1
+    each = max(working_bytes(layer) for layer in layers)
+    return max(1, min(torch.get_num_threads(), _TOGETHER // each))
 
 
 def working_bytes(layer: MoELayer) -> int:
@@ -89,6 +152,14 @@ def experts_of_a_token(source: SourceModel, layer: MoELayer) -> int:
     stated = (config[name] for name in _TOP_K if name in config)
     top_k = layer.family.top_k or next(stated, layer.num_experts)
     return int(max(top_k) if isinstance(top_k, list) else top_k)  # one for each layer
+
+
+def tokens_of_experts(count: int, top_k: int, num_experts: int) -> float:
+    """Return what so many experts get together if all tokens choose one, and any the others.
+
+    As a multiple of all tokens; each expert gets a token once at most.
+    """
+    return 1 + (count - 1) * (top_k - 1) / max(1, num_experts - 1)
 
 
 def gptq_operations(layers: list[MoELayer], widths: int = 1) -> float:
@@ -141,7 +212,7 @@ def _rounding(rows: int, columns: int, widths: int) -> float:
 
 def _hessian(columns: int) -> int:
     # Little more than a half of it is computed.
-    return columns * (columns + min(columns, GRAM_BLOCK))
+    return columns * (columns + min(columns, gram_block(columns)))
 
 
 def _working(rows: int, columns: int) -> float:

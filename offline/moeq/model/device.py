@@ -1,8 +1,13 @@
 """Where models run."""
 
+from collections.abc import Sequence
+
 import torch
 
+from moeq.checkpoint import MoELayer
 from moeq.errors import MoeqError
+from moeq.model.cost import at_once
+from moeq.workers import Workers, on_devices
 
 
 def all_devices(device: torch.device) -> list[torch.device]:
@@ -10,6 +15,11 @@ def all_devices(device: torch.device) -> list[torch.device]:
     if device.type != "cuda" or device.index is not None:
         return [device]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def local_workers(layers: Sequence[MoELayer], *devices: torch.device) -> Workers:
+    """Return who runs and rounds the experts of layers in this process."""
+    return on_devices(devices, at_once(layers, devices[0]))
 
 
 def torch_device(name: str) -> torch.device:

@@ -162,7 +162,7 @@ class EncoderDecoderModel(LayerwiseModel):
         norm: nn.Module = self._layers[layer.index].layer[-1].get_submodule(layer.family.norm)
         return norm
 
-    def expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
+    def _expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
         hidden: torch.Tensor = self._act(F.linear(x, matrices.w13, matrices.w13_bias))
         return hidden

@@ -9,11 +9,12 @@ import torch
 
 from moeq.checkpoint.families import Matrix, MoELayer
 from moeq.checkpoint.reader import CheckpointReader
+from moeq.model.device import local_workers
 from moeq.model.layerwise import LayerwiseModel
 from moeq.model.stand_ins import Routed
 from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
 from moeq.rounding import QuantizedWeight
-from moeq.workers import OneByOne, Workers
+from moeq.workers import Workers
 from vllm_moeq.format import BitPlan
 
 
@@ -156,7 +157,7 @@ def add_experts(
     """
     flat = sums.view(-1, sums.shape[-1])
     task = _Experts(model, layer, routed, sources, len(flat) // len(sources))
-    workers = workers or OneByOne(model.device)
+    workers = workers or local_workers(model.source.layers, model.device)
     for places, output in workers.flat_map(_shares, task, range(layer.num_experts)):
         flat.index_add_(0, places, output)
 

@@ -7,7 +7,7 @@ another, so that the caller decides which weights they have and sees what reache
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ from moeq.model.watch import AllSeen, Watch, ending, telling
 _NO_WATCH: Watch = {}
 _TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
+_EXPERTS_TOKENS_AT_ONCE = 512
+"""That an expert gets on a CPU: what it computes in between stays in the cache."""
 
 
 class LayerwiseModel(StoredModel):
@@ -332,7 +334,7 @@ class LayerwiseModel(StoredModel):
         Raises:
             MoeqError: It is not finite.
         """
-        if not torch.isfinite(hidden).all():
+        if not torch.isfinite(hidden.sum()):  # without as much memory again
             raise MoeqError(
                 f"{self.source.folder}: layer {index} gives NaN or infinity on the calibration "
                 "text; are its weights finite?"
@@ -396,10 +398,17 @@ class LayerwiseModel(StoredModel):
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""
-        return F.linear(self.expert_hidden(matrices, x), matrices.w2, matrices.w2_bias)
+
+        def output(tokens: torch.Tensor) -> torch.Tensor:
+            return F.linear(self._expert_hidden(matrices, tokens), matrices.w2, matrices.w2_bias)
+
+        return _in_parts(output, x, matrices.w2.shape[0])
 
     def expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
+        return _in_parts(partial(self._expert_hidden, matrices), x, matrices.w2.shape[1])
+
+    def _expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         experts = self._experts_of_transformers
         output = F.linear(x, matrices.w13, matrices.w13_bias)
         apply_gate = getattr(experts, "_apply_gate", None)
@@ -425,6 +434,19 @@ def _made(
 ) -> LayerwiseModel:
     """Return a model that another process has made, the same for equal calls."""
     return kind(opened(folder, name, stamp), torch.device(device))
+
+
+def _in_parts(
+    work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, columns: int
+) -> torch.Tensor:
+    """Do work on tokens x [n, K] that gives [n, columns], on a CPU for some of them at a time."""
+    if x.device.type != "cpu" or len(x) <= _EXPERTS_TOKENS_AT_ONCE:
+        return work(x)
+    result = x.new_empty(len(x), columns)
+    for first in range(0, len(x), _EXPERTS_TOKENS_AT_ONCE):
+        part = slice(first, first + _EXPERTS_TOKENS_AT_ONCE)
+        result[part] = work(x[part])
+    return result
 
 
 def _layers(body: Any) -> Any:

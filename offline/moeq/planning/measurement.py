@@ -14,6 +14,7 @@ from moeq.checkpoint.workspace import fingerprint
 from moeq.errors import MoeqError
 from moeq.model.cost import (
     Cost,
+    at_once,
     experts_of_a_token,
     forward_operations,
     gptq_operations,
@@ -22,6 +23,7 @@ from moeq.model.cost import (
     linear_operations,
     linear_working_bytes,
     other_operations,
+    tokens_of_experts,
     working_bytes,
 )
 from moeq.planning.cost import measuring_bytes
@@ -32,7 +34,7 @@ from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 8
+_ALGORITHM_VERSION = 9
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
@@ -196,7 +198,8 @@ class Measurement:
             for group_size in self.group_sizes
         )
         memory, worker = self._memory_bytes(), self._worker_bytes()
-        return Cost(self._operations(), self._steps(), memory, worker, disk)
+        sizes = self._largest.hidden_size, self._largest.intermediate_size
+        return Cost(self._operations(), self._steps(), memory, worker, disk, self._at_once, sizes)
 
     def _steps(self) -> float:
         if self.method in DATA_FREE:
@@ -208,14 +211,20 @@ class Measurement:
     def _largest(self) -> MoELayer:
         return max(self.source.layers, key=lambda layer: layer.expert_weights)
 
-    def _worker_bytes(self) -> int:
+    @property
+    def _at_once(self) -> int:
+        return at_once(self.source.layers, self.device)
+
+    def _worker_bytes(self, workers: int = 1) -> int:
+        """Return what so many workers take together."""
         layer, count = self._largest, self.measured.numel()
-        return working_bytes(layer) + count * (
-            16 * layer.hidden_size + 12 * layer.intermediate_size
-        )
+        inputs = count * (16 * layer.hidden_size + 12 * layer.intermediate_size)
+        top_k = experts_of_a_token(self.source, layer)
+        times = tokens_of_experts(workers, top_k, layer.num_experts)
+        return workers * working_bytes(layer) + round(times * inputs)
 
     def _memory_bytes(self) -> int:
-        layer, alone = self._largest, self._worker_bytes()
+        layer, alone = self._largest, self._worker_bytes(self._at_once)
         count, size = self.measured.numel(), 4 * layer.hidden_size
         together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
         judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size

@@ -1,7 +1,7 @@
 """Rounding: weights to codes, scales and zero points."""
 
 from moeq.rounding.calibrated import DATA_FREE, FEWEST_TOKENS, METHODS, quantize_by_inputs
-from moeq.rounding.gptq import GRAM_BLOCK, REFINEMENT, Hessian, block_size, gram, quantize_gptq
+from moeq.rounding.gptq import REFINEMENT, Hessian, block_size, gram, gram_block, quantize_gptq
 from moeq.rounding.grid import QuantizedWeight
 from moeq.rounding.hqq import quantize_hqq
 from moeq.rounding.rtn import quantize_rtn
@@ -11,7 +11,6 @@ from moeq.rounding.target import fitted
 __all__ = [
     "DATA_FREE",
     "FEWEST_TOKENS",
-    "GRAM_BLOCK",
     "METHODS",
     "REFINEMENT",
     "Hessian",
@@ -20,6 +19,7 @@ __all__ = [
     "block_size",
     "fitted",
     "gram",
+    "gram_block",
     "quantize_by_inputs",
     "quantize_gptq",
     "quantize_hqq",

@@ -91,8 +91,13 @@ class Hessian(NamedTuple):
         return cls(sums, orders, factors, damping)
 
 
-GRAM_BLOCK = 1024
-"""Columns of a Gram matrix that are computed at once."""
+_MOST_COLUMNS = 1024
+"""Of a Gram matrix that are computed at once."""
+
+
+def gram_block(columns: int) -> int:
+    """Return how many columns of a Gram matrix of so many are computed at once."""
+    return max(128, min(_MOST_COLUMNS, columns // 8))
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -101,9 +106,10 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     Symmetric, so that little more than a half is computed.
     """
     columns = x.shape[1]
+    block = gram_block(columns) if x.device.type == "cpu" else _MOST_COLUMNS
     result = x.new_empty(columns, columns)
-    for first in range(0, columns, GRAM_BLOCK):
-        last = min(first + GRAM_BLOCK, columns)
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
         result[first:last, first:] = x[:, first:last].T @ x[:, first:]
         result[last:, first:last] = result[first:last, last:].T
     return result

@@ -20,6 +20,7 @@ from moeq.model import (
     dequantized,
     run_layer,
 )
+from moeq.model.device import local_workers
 from moeq.progress import Progress, silent, stage
 from moeq.sensitivity.expert import (
     Choice,
@@ -28,7 +29,7 @@ from moeq.sensitivity.expert import (
     RoutingStatistics,
 )
 from moeq.sensitivity.linear import LinearBank
-from moeq.workers import OneByOne, Workers
+from moeq.workers import Workers
 from vllm_moeq.format import BitPlan, Projection
 
 
@@ -113,7 +114,7 @@ def build(
         MoeqError: A weight is not finite; names it.
     """
     widths = sorted(widths)
-    workers = workers or OneByOne(model.device)
+    workers = workers or local_workers(model.source.layers, model.device)
     hidden, x = torch.empty(2, *tokens.shape, model.hidden_size)
     model.embed(tokens, hidden)
     errors: dict[Choice, QuantizationError] = {}

@@ -1,14 +1,18 @@
-"""Work in this process: on one device, or by a thread for each of several."""
+"""Work in this process: on one device, or by threads beside each other."""
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from threading import local
 from typing import Protocol, TypeVar
 
 import torch
 
+_AHEAD = 2
+"""Items for each thread that are begun before their results are asked for."""
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -86,11 +90,27 @@ class Threads:
         def results(item: Item) -> list[Result]:
             return list(work(own.device, shared, item))
 
-        with ThreadPoolExecutor(len(self.devices), initializer=begin) as pool:
-            for found in pool.map(results, items):
-                yield from found
+        remaining, pending = iter(items), deque[Future[list[Result]]]()
+        pool = ThreadPoolExecutor(len(self.devices), initializer=begin)
+        try:
+            while True:
+                for item in islice(remaining, _AHEAD * len(self.devices) - len(pending)):
+                    pending.append(pool.submit(results, item))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def on_devices(devices: Sequence[torch.device]) -> Workers:
-    """Return who works on these devices."""
-    return OneByOne(devices[0]) if len(devices) == 1 else Threads(devices)
+def on_devices(devices: Sequence[torch.device], at_once: int = 1) -> Workers:
+    """Return who works on these devices.
+
+    Args:
+        devices: Which.
+        at_once: Items that each works on beside each other, with equal shares of the cores.
+    """
+    if len(devices) == at_once == 1:
+        return OneByOne(devices[0])
+    cores = torch.get_num_threads() // at_once if at_once > 1 else None
+    return Threads([device for device in devices for _ in range(at_once)], cores)

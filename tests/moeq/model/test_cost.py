@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moeq.checkpoint import SourceModel
-from moeq.model.cost import experts_of_a_token
+from moeq.checkpoint.families import MoELayer, family_of
+from moeq.model.cost import at_once, experts_of_a_token, tokens_of_experts
 from support.checkpoints import NUM_EXPERTS, write_checkpoint
 
 
@@ -27,3 +29,29 @@ def test_the_experts_of_a_token_are_known_by_all_their_names(
 ) -> None:
     source = SourceModel.open(write_checkpoint(tmp_path, **config))
     assert experts_of_a_token(source, source.layers[0]) == top_k
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "threads", "experts"),
+    [
+        (256, 512, 2, 2),  # tiny-mixtral
+        (2048, 768, 64, 7),  # Qwen3-30B-A3B: 144 MB each
+        (2048, 1408, 2, 2),  # DeepSeek-V2-Lite
+        (4096, 14336, 64, 1),  # Mixtral-8x7B, whose matrices keep all cores busy
+    ],
+)
+def test_small_experts_are_worked_on_beside_each_other(
+    hidden: int, inner: int, threads: int, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = family_of({"model_type": "mixtral"})
+    layer = MoELayer(0, "experts", "router", family, 8, hidden, inner)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert at_once([layer], torch.device("cpu")) == experts
+    assert at_once([layer], torch.device("cuda")) == 1
+
+
+def test_experts_beside_each_other_cannot_all_have_all_tokens() -> None:
+    assert tokens_of_experts(1, 2, 8) == 1
+    assert tokens_of_experts(8, 2, 8) == 2  # all experts have two for each token
+    assert tokens_of_experts(3, 8, 8) == 3
+    assert tokens_of_experts(1, 1, 1) == 1
