@@ -210,11 +210,13 @@ def _opened(model: str, embeddings: bool = False) -> SourceModel:
     check_structure(source.reader, source.layers)
     if source.left_out:
         logger.warning(
-            "%s: %d tensors of prediction layers are left out, the first is %s: vLLM has none for "
-            "this model and would not start",
+            "%s: %d tensors of prediction layers are left out, the first is %s: %s",
             source.folder,
             len(source.left_out),
             source.left_out[0],
+            "it is not known where vLLM looks for them, and it might not start"
+            if source.layers[0].family.derived
+            else "vLLM has none for this model and would not start",
         )
     bias = not_added(source.reader.config)
     if bias is not None and source.reader.tensor(bias).any():

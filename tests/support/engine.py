@@ -226,6 +226,7 @@ def run_two_engines(model: Path, **options: Any) -> list[EngineRun]:
         environment = {f"VLLM_DP_{name}": str(value) for name, value in variables.items()}
         return run_engine(model, prompts=prompts, environment=environment, **options)
 
+    _fork_server()  # before two threads want it
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))
 

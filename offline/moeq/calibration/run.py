@@ -46,7 +46,7 @@ def calibrate(
         resume: Go on with what is there; otherwise it is removed.
         progress: Hears of every expert.
         workers: Run experts and round them; by default ``config.device`` does. It makes no
-            difference to the result.
+            difference to the result, as long as an expert gets as many cores.
 
     Raises:
         MoeqError: A weight or an activation is not finite, or what is there was made from

@@ -8,17 +8,25 @@ experts, nor what a layer does with their sum: a derived row takes nothing for g
 import json
 import logging
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 from moeq.checkpoint.families import Family
-from moeq.checkpoint.meta import meta_model, saved_names
+from moeq.checkpoint.meta import OLDEST, meta_model, saved_names
+from moeq.errors import MoeqError
 
 logger = logging.getLogger(__name__)
 
 _FUSED_DOWN = re.compile(r"(?P<layer>.*\blayers\.\d+\.)(?P<path>(?:.*\.)?experts)\.down_proj")
-_OF_ONE_EXPERT = re.compile(r"\.experts\.\*\.(?P<matrix>\w+)\.weight")
+_OF_ONE_EXPERT = re.compile(r"(?:.*\.)?experts\.\*\.(?P<matrix>\w+)\.weight\$?")
 """Matches the names of which transformers makes a fused tensor, a star for each expert's number."""
+_STACKED = {"MergeModulelist", "Concatenate"}
+"""What transformers does to experts that are on disk as we read them."""
+_MOST_LAYERS = 4096
+"""Of a model whose tensors have not been counted."""
 
 
 class _Experts(NamedTuple):
@@ -47,15 +55,17 @@ def derived_family(config: str) -> Family | None:
         is none that it fuses, or has a gate of its own, or no weight is seen to be their router.
 
     Raises:
-        MoeqError: ``config.json`` describes no model.
+        MoeqError: ``config.json`` describes no model, or transformers is too old to ask it.
     """
     from transformers import CONFIG_MAPPING, __version__  # takes seconds to import
 
     stated = json.loads(config)
     model_type = stated.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
-    model = meta_model(stated, "config.json")
+    if Version(__version__) < OLDEST:
+        raise MoeqError(f"transformers {OLDEST} might describe it; this is {__version__}")
+    model = meta_model(stated, "config.json", _MOST_LAYERS)
     experts = _experts(model)
     router = None if experts is None else _router(model, experts)
     if experts is None or router is None:
@@ -63,8 +73,9 @@ def derived_family(config: str) -> Family | None:
     family = _row(model_type, model, experts, router)
     if family is not None:
         logger.warning(
-            "model_type %r is not among the tested families: what its tensors are called was taken "
-            "from transformers %s. Compare the packed checkpoint with `moeq eval`",
+            "model_type %r is not among the tested families: what its tensors are called is taken "
+            "from transformers %s, and whether vLLM runs it is not known. Compare the packed "
+            "checkpoint with `moeq eval`, also with `--backend vllm`",
             model_type,
             __version__,
         )
@@ -93,6 +104,7 @@ def _router(model: Any, experts: _Experts) -> str | None:
         name.removeprefix(experts.layer)
         for name, parameter in model.named_parameters()
         if name.startswith(beside) and name.endswith(".weight") and parameter.shape == shape
+        if ".shared" not in name  # experts, as wide as there are others
     ]
     return found[0] if len(found) == 1 else None
 
@@ -101,21 +113,16 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     transforms = get_model_conversion_mapping(model, add_legacy=False)
-    one_by_one = [
-        match["matrix"]
-        for transform in transforms
-        for source in transform.source_patterns
-        if (match := _OF_ONE_EXPERT.search(source.replace("\\", "")))
-    ]
     has_gate = experts.module.has_gate
+    first = "gate_up_proj" if has_gate else "up_proj"
     usual = ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
+    one_by_one = [
+        name for target in (first, "down_proj") for name in _of_one_expert(transforms, target)
+    ]
     if len(one_by_one) not in (0, len(usual)):
         return None
     gate, up, down = one_by_one or usual if has_gate else (None, *(one_by_one or usual))
-    container, *fused = (
-        f"{experts.path}.{name}"
-        for name in ("", "gate_up_proj" if has_gate else "up_proj", "down_proj")
-    )
+    container, *fused = (f"{experts.path}.{name}" for name in ("", first, "down_proj"))
     in_memory = [container, router, *fused]
     on_disk = saved_names((experts.layer + name for name in in_memory), transforms).values()
     saved = [re.split(r"\blayers\.\d+\.", name)[-1] for name in on_disk]
@@ -133,4 +140,16 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
         interleaved=not experts.module.is_concatenated,
         norm="",
         normalized=True,
+        derived=True,
     )
+
+
+def _of_one_expert(transforms: Sequence[Any], target: str) -> list[str]:
+    """Return what the matrices of an expert are called, of which a fused tensor is made."""
+    for transform in transforms:
+        found = [_OF_ONE_EXPERT.fullmatch(s.replace("\\", "")) for s in transform.source_patterns]
+        names = [match["matrix"] for match in found if match is not None]
+        if names and transform.target_patterns[0].endswith(f"experts.{target}"):
+            done = {type(operation).__name__ for operation in transform.operations}
+            return names if done <= _STACKED else []
+    return []

@@ -12,6 +12,7 @@ from vllm_moeq.format import BitPlan, Projection
 
 Matrix = Literal["gate", "up", "down"]
 _NAMES_TOLD = 6
+_LIKE_EXPERTS = re.compile("expert|moe|router")
 _LAYER = r"layers\.(?P<index>\d+)\."
 _BLOCK = r"(?P<stack>encoder|decoder)\.block\.(?P<index>\d+)\.layer\.\d+\."
 """Match the end of the path of what has experts: a decoder layer; a part of a block of T5."""
@@ -45,6 +46,7 @@ class Family:
         encodes: Whether it is an encoder and a decoder, which vLLM does not have: such models run
             in transformers alone. The layers of the decoder come after those of the encoder.
         top_k: Experts of a token, where ``config.json`` does not tell.
+        derived: Whether it is no row here, but made of what transformers says (``derived.py``).
     """
 
     model_types: tuple[str, ...]
@@ -64,6 +66,7 @@ class Family:
     layer: str = _LAYER
     encodes: bool = False
     top_k: int | None = None
+    derived: bool = False
 
     @property
     def projections(self) -> dict[Projection, tuple[Matrix, ...]]:
@@ -288,7 +291,7 @@ def family_of(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Famil
         f"supported: {', '.join(known)}{reason}"
     )
     # Layers and experts are alike: one name of each kind tells how to describe the model.
-    kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if "expert" in name}
+    kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in tensors if _LIKE_EXPERTS.search(name)}
     if kinds:
         message += (
             f". Its experts are {', '.join(sorted(kinds)[:_NAMES_TOLD])}: a row in "

@@ -42,7 +42,7 @@ _ROWS = 32
 
 def _group(weight: str) -> tuple[str, ...] | None:
     """Return the names of the layers that run as one with that of a weight; None if it is none."""
-    _, parent, name, _ = f"..{weight}".rsplit(".", 3)
+    _, parent, name, _ = f"...{weight}".rsplit(".", 3)
     return _NAMES.get(name) or _NAMES.get(f"{parent}.{name}")
 
 

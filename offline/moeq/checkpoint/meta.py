@@ -8,8 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from packaging.version import Version
+
 from moeq.errors import MoeqError
 
+OLDEST = Version("5.15")
+"""Of transformers: releases before build some models in another way than they are on disk."""
 _COUNTS = re.compile(r"(^|_)(layers|experts|depth|blocks)$|^num_(layers|experts|blocks)")
 """Matches names in ``config.json`` of what a model has several of, each with tensors of its own."""
 _NOT_MANY = 1000
@@ -31,17 +35,17 @@ def meta_model(config: Mapping[str, Any], where: str, tensors: int = 0) -> Any:
     from transformers import CONFIG_MAPPING, __version__  # takes seconds to import
 
     _check_counts(config, where, tensors)
-    try:
-        with _silent_transformers(), torch.device("meta"), TemporaryDirectory() as folder:
-            # Only from a file are infinite numbers read as they are written.
-            Path(folder, "config.json").write_text(json.dumps(config))
+    with TemporaryDirectory() as folder, _silent_transformers(), torch.device("meta"):
+        # Only from a file are infinite numbers read as they are written.
+        Path(folder, "config.json").write_text(json.dumps(config))
+        try:
             known = without_code(CONFIG_MAPPING[config["model_type"]].from_pretrained(folder))
             return auto_class(known).from_config(known, trust_remote_code=False)
-    except Exception as error:  # whatever a wrong value leads to inside transformers
-        raise MoeqError(
-            f"{where} describes no model that transformers {__version__} can build; correct it, "
-            f"or update transformers ({type(error).__name__}: {error})"
-        ) from error
+        except Exception as error:  # whatever a wrong value leads to inside transformers
+            raise MoeqError(
+                f"{where} describes no model that transformers {__version__} can build; correct "
+                f"it, or update transformers ({type(error).__name__}: {error})"
+            ) from error
 
 
 def without_code(config: Any) -> Any:

@@ -17,12 +17,12 @@ _SAVED_OTHERWISE = {"minimax_m3_vl": {"silu": "swigluoai"}}
 """What transformers writes as the activation of a model, and what vLLM's model asks for."""
 PREDICT_AFTER_LAYERS = {
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
-    "kimi_k2",
+    "kimi_k2", "glm5_next", "hy_v3",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds after their own layers."""
 _PREDICT_IN_MTP = {
-    "deepseek_v4", "ernie4_5_moe", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_next",
+    "deepseek_v4", "ernie4_5_moe", "exaone_moe", "mimo_v2_flash", "minimax_m3_vl", "nemotron_h",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 """Models whose prediction layers vLLM finds under the name ``mtp``."""
 _TAKEN_FOR_GRANTED: dict[str, dict[str, Any]] = {
@@ -115,7 +115,8 @@ def check_servable(config: Mapping[str, Any], folder: object, names: Iterable[st
     if key is not None and _served_activation(text[key]) not in family.activations:
         raise MoeqError(
             f"{folder}: config.json has {key} {text[key]!r}, but experts of {config['model_type']} "
-            f"are served with {' or '.join(family.activations)} only"
+            f"are {'read' if family.derived else 'served'} with {' or '.join(family.activations)} "
+            f"only{', without a row in families.py' if family.derived else ''}"
         )
     model_type = str(config.get("model_type"))
     for key, value in _TAKEN_FOR_GRANTED.get(model_type, {}).items():

@@ -54,7 +54,7 @@ def not_layerwise(config: Any, family: Family) -> str:
     """
     if family.scaled_inputs and config.num_experts_per_tok > 1:
         return "scales what several experts get of a token"  # vLLM refuses it, too
-    if getattr(config, "hc_mult", 1) > 1:
+    if max(getattr(config, name, 1) for name in ("hc_mult", "hc_count")) > 1:
         return "has several residual streams, and mixes them"
     if getattr(config, "hidden_size_per_layer_input", 0):
         return "gives each layer another embedding of the tokens"

@@ -21,8 +21,6 @@ _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""
 _REACHED = 0.75
 """Share of the speed that is measured here that all the work reaches together."""
-
-
 _TOGETHER = 2**30
 """Bytes that rounding experts beside each other may take, beside their inputs."""
 
@@ -136,8 +134,10 @@ def at_once(layers: Sequence[MoELayer], device: torch.device) -> int:
     """
     if device.type != "cpu":
         return 1
+    cores, experts = torch.get_num_threads(), max(layer.num_experts for layer in layers)
     each = max(working_bytes(layer) for layer in layers)
-    return max(1, min(torch.get_num_threads(), _TOGETHER // each))
+    most = max(1, min(cores, experts, _TOGETHER // each))
+    return cores // -(-cores // most)  # shares are equal: fewer experts may leave fewer cores idle
 
 
 def working_bytes(layer: MoELayer) -> int:

@@ -44,6 +44,8 @@ class _Style(NamedTuple):
 
 _JOINED = ("{block}eh_proj.weight", "{block}enorm.weight", "{block}hnorm.weight")
 """What brings the embedding of a token and a hidden state together."""
+_LIKE_DEEPSEEK = PREDICT_AFTER_LAYERS - {"glm5_next", "hy_v3"}
+"""Of the others it is not known which tensors they have."""
 _QWEN = _Style(
     beside=(
         "fc.weight",
@@ -54,7 +56,7 @@ _QWEN = _Style(
 )
 _STYLES = {
     **dict.fromkeys(
-        PREDICT_AFTER_LAYERS, _Style(None, beside=(*_JOINED, "{block}shared_head.norm.weight"))
+        _LIKE_DEEPSEEK, _Style(None, beside=(*_JOINED, "{block}shared_head.norm.weight"))
     ),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), _QWEN),
     "ernie4_5_moe": _Style(

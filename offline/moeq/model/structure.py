@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from moeq.checkpoint import CheckpointReader, MoELayer
 from moeq.checkpoint.families import Family
-from moeq.checkpoint.meta import meta_model
+from moeq.checkpoint.meta import OLDEST, meta_model
 from moeq.checkpoint.reader import FLOATS
 from moeq.checkpoint.servable import drafts_tokens
 from moeq.errors import MoeqError
@@ -25,8 +25,6 @@ from vllm_moeq.format import first_few
 
 logger = logging.getLogger(__name__)
 
-_OLDEST = Version("5.15")
-"""Of transformers: releases before build some models in another way than they are on disk."""
 _EXPERTS = re.compile(
     r"\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)?experts\.(?P<tensor>[^.]+)"
     r"|\b(?:encoder|decoder)\.block\.\d+\.layer\.\d+\.mlp\.experts\."
@@ -100,13 +98,13 @@ def _meta_model(reader: CheckpointReader, layers: Sequence[MoELayer]) -> Any:
     from transformers import CONFIG_MAPPING, __version__
 
     model_type = layers[0].family.runs_as or str(reader.config.get("model_type"))
-    if Version(__version__) < _OLDEST or model_type not in CONFIG_MAPPING:
+    if Version(__version__) < OLDEST or model_type not in CONFIG_MAPPING:
         logger.info(
             "transformers %s %s: tensors outside the experts are not checked",
             __version__,
             f"does not know model_type {model_type!r}"
             if model_type not in CONFIG_MAPPING
-            else f"is older than {_OLDEST}",
+            else f"is older than {OLDEST}",
         )
         return None
     config = {**reader.config, "model_type": model_type}

@@ -101,7 +101,7 @@ class Cluster:
 
     Attributes:
         kind: ``cuda``: a GPU for each worker; or ``cpu``.
-        cores: Of each worker. As many as torch takes here: another number gives other bytes.
+        cores: Of each worker. As many as an expert gets here: another number gives other bytes.
         memory: Bytes that each may take beside a GPU.
 
     Raises:

@@ -91,6 +91,7 @@ class Threads:
             return list(work(own.device, shared, item))
 
         remaining, pending = iter(items), deque[Future[list[Result]]]()
+        before = torch.get_num_threads()
         pool = ThreadPoolExecutor(len(self.devices), initializer=begin)
         try:
             while True:
@@ -101,6 +102,8 @@ class Threads:
                 yield from pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+            if self.cores is not None:  # threads to come take what was set last in any of them
+                torch.set_num_threads(before)
 
 
 def on_devices(devices: Sequence[torch.device], at_once: int = 1) -> Workers:

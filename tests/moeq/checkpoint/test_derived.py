@@ -44,6 +44,13 @@ def test_the_table_says_what_transformers_says(name: str) -> None:
             assert family.canonical_name(name_in_layer) == f"model.layers.3.{canonical}"
 
 
+def test_shared_experts_are_not_taken_for_a_router() -> None:
+    config = make_config("qwen3_next")
+    config.num_experts = config.shared_expert_intermediate_size  # as released: both are 512
+    derived = derived_family(config.to_json_string(use_diff=False))
+    assert derived is not None and derived.router == "mlp.gate.weight"
+
+
 @pytest.mark.parametrize("name", WITHOUT_A_ROW)
 def test_a_model_without_a_row_is_read_as_transformers_does(
     name: str,
@@ -75,6 +82,12 @@ def test_a_model_without_a_row_is_read_as_transformers_does(
     for expected, sequences in zip((original, plain), found, strict=True):
         ours = torch.stack([output.log_probabilities for output in sequences])
         torch.testing.assert_close(ours, expected.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", [["solar_open"], {}, 5, "timm_wrapper"])
+def test_a_model_type_that_is_none_is_refused(model_type: object) -> None:
+    with pytest.raises(MoeqError, match="is no supported Mixture-of-Experts family"):
+        family_of({"model_type": model_type})
 
 
 @pytest.mark.parametrize("name", ["longcat_flash", "llama"])

@@ -195,7 +195,7 @@ def test_a_model_that_transformers_does_not_know_is_not_checked(
     tensors.pop(HEAD)
     source = SourceModel.open(write_checkpoint(tmp_path, tensors))
     source.reader.config["model_type"] = model_type
-    monkeypatch.setattr(structure, "_OLDEST", Version(oldest))
+    monkeypatch.setattr(structure, "OLDEST", Version(oldest))
     with caplog.at_level(logging.INFO):
         assert structure_problems(source.reader, source.layers) == []
     assert message in caplog.text

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_workers_on_a_device_share_its_cores() -> None:
         assert on_devices([CPU], at_once=2) == Threads([CPU, CPU], cores=2)
         [seen] = set(on_devices([CPU], at_once=2).flat_map(_threads_of_torch, None, range(4)))
         assert (seen, torch.get_num_threads()) == (2, 5)
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 5
 
 
 def _threads_of_torch(device: torch.device, shared: None, item: int) -> Iterator[int]:
