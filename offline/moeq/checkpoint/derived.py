@@ -121,7 +121,7 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
     ]
     if len(one_by_one) not in (0, len(usual)):
         return None
-    gate, up, down = one_by_one or usual if has_gate else (None, *(one_by_one or usual))
+    *gate, up, down = one_by_one or usual
     container, *fused = (f"{experts.path}.{name}" for name in ("", first, "down_proj"))
     in_memory = [container, router, *fused]
     on_disk = saved_names((experts.layer + name for name in in_memory), transforms).values()
@@ -132,7 +132,7 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
         (model_type,),
         experts=canonical[0].removesuffix("."),
         router=canonical[1],
-        gate=gate,
+        gate=gate[0] if has_gate else None,
         up=up,
         down=down,
         aliases=tuple((old, new) for old, new in zip(other, canonical, strict=True) if old != new),
