@@ -103,8 +103,9 @@ def _router(model: Any, experts: _Experts) -> str | None:
     found = [
         name.removeprefix(experts.layer)
         for name, parameter in model.named_parameters()
-        if name.startswith(beside) and name.endswith(".weight") and parameter.shape == shape
-        if ".shared" not in name  # experts, as wide as there are others
+        # Shared experts may be as wide as there are others.
+        if name.startswith(beside) and name.endswith(".weight") and ".shared" not in name
+        if parameter.shape == shape
     ]
     return found[0] if len(found) == 1 else None
 
@@ -116,9 +117,12 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
     has_gate = experts.module.has_gate
     first = "gate_up_proj" if has_gate else "up_proj"
     usual = ["gate_proj", "up_proj", "down_proj"] if has_gate else ["up_proj", "down_proj"]
-    one_by_one = [
-        name for target in (first, "down_proj") for name in _of_one_expert(transforms, target)
-    ]
+    one_by_one: list[str] = []
+    for target in (first, "down_proj"):
+        names = _of_one_expert(transforms, target)
+        if names is None:
+            return None
+        one_by_one += names
     if len(one_by_one) not in (0, len(usual)):
         return None
     *gate, up, down = one_by_one or usual
@@ -144,12 +148,19 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
     )
 
 
-def _of_one_expert(transforms: Sequence[Any], target: str) -> list[str]:
-    """Return what the matrices of an expert are called, of which a fused tensor is made."""
+def _of_one_expert(transforms: Sequence[Any], target: str) -> list[str] | None:
+    """Return what the matrices of an expert are called, of which a fused tensor is made.
+
+    None are where it is on disk as in memory. The result is None if transformers does more to them
+    than to put them together.
+    """
     for transform in transforms:
+        if not transform.target_patterns[0].endswith(f"experts.{target}"):
+            continue
+        done = {type(operation).__name__ for operation in getattr(transform, "operations", ())}
+        if not done <= _STACKED:
+            return None
         found = [_OF_ONE_EXPERT.fullmatch(s.replace("\\", "")) for s in transform.source_patterns]
-        names = [match["matrix"] for match in found if match is not None]
-        if names and transform.target_patterns[0].endswith(f"experts.{target}"):
-            done = {type(operation).__name__ for operation in transform.operations}
-            return names if done <= _STACKED else []
+        if names := [match["matrix"] for match in found if match is not None]:
+            return names
     return []
