@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 _FUSED_DOWN = re.compile(r"(?P<layer>.*\blayers\.\d+\.)(?P<path>(?:.*\.)?experts)\.down_proj")
 _OF_ONE_EXPERT = re.compile(r"(?:.*\.)?experts\.\*\.(?P<matrix>\w+)\.weight\$?")
 """Matches the names of which transformers makes a fused tensor, a star for each expert's number."""
-_STACKED = {"MergeModulelist", "Concatenate"}
-"""What transformers does to experts that are on disk as we read them."""
+_TOGETHER, _TURNED = {"MergeModulelist", "Concatenate"}, {"Transpose"}
+"""What transformers may do to experts that are on disk as we read them: one by one, and fused."""
 _MOST_LAYERS = 4096
 """Of a model whose tensors have not been counted."""
 
@@ -151,16 +151,17 @@ def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family 
 def _of_one_expert(transforms: Sequence[Any], target: str) -> list[str] | None:
     """Return what the matrices of an expert are called, of which a fused tensor is made.
 
-    None are where it is on disk as in memory. The result is None if transformers does more to them
-    than to put them together.
+    There are none where it is fused on disk as well. The result is None if transformers does more
+    to them than we do.
     """
     for transform in transforms:
         if not transform.target_patterns[0].endswith(f"experts.{target}"):
             continue
-        done = {type(operation).__name__ for operation in getattr(transform, "operations", ())}
-        if not done <= _STACKED:
-            return None
         found = [_OF_ONE_EXPERT.fullmatch(s.replace("\\", "")) for s in transform.source_patterns]
-        if names := [match["matrix"] for match in found if match is not None]:
+        names = [match["matrix"] for match in found if match is not None]
+        done = {type(operation).__name__ for operation in getattr(transform, "operations", ())}
+        if not done <= (_TOGETHER if names else _TURNED):
+            return None
+        if names:
             return names
     return []
