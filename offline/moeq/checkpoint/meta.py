@@ -1,11 +1,8 @@
 """The model that transformers builds of a ``config.json``, without memory for its tensors."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from packaging.version import Version
@@ -35,17 +32,24 @@ def meta_model(config: Mapping[str, Any], where: str, tensors: int = 0) -> Any:
     from transformers import CONFIG_MAPPING, __version__  # takes seconds to import
 
     _check_counts(config, where, tensors)
-    with TemporaryDirectory() as folder, _silent_transformers(), torch.device("meta"):
-        # Only from a file are infinite numbers read as they are written.
-        Path(folder, "config.json").write_text(json.dumps(config))
+    with _silent_transformers(), torch.device("meta"):
         try:
-            known = without_code(CONFIG_MAPPING[config["model_type"]].from_pretrained(folder))
-            return auto_class(known).from_config(known, trust_remote_code=False)
+            known = CONFIG_MAPPING[config["model_type"]].from_dict(_with_infinities(config))
+            return auto_class(known).from_config(without_code(known), trust_remote_code=False)
         except Exception as error:  # whatever a wrong value leads to inside transformers
             raise MoeqError(
                 f"{where} describes no model that transformers {__version__} can build; correct "
                 f"it, or update transformers ({type(error).__name__}: {error})"
             ) from error
+
+
+def _with_infinities(value: Any) -> Any:
+    """Return what is in a file of transformers, which writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(inner) for key, inner in value.items()}
+    return [_with_infinities(inner) for inner in value] if isinstance(value, list) else value
 
 
 def without_code(config: Any) -> Any:
