@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,19 @@ def _drawn(windows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=generator)[:count]]
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokens(folder: Path, texts: Iterable[str], special: bool) -> list[torch.Tensor]:
+    """Return the tokens of texts, int64 [T] each, with or without those of the tokenizer itself."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return [
+            torch.tensor(
+                tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"],
+                dtype=torch.int64,
+            )
+            for text in texts
+        ]
     except Exception as error:  # whatever its files lead to inside transformers and tokenizers
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise MoeqError(
@@ -111,14 +119,7 @@ def tokenized(folder: Path, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     Raises:
         MoeqError: The checkpoint has no tokenizer that transformers can read.
     """
-    tokenizer = _tokenizer(folder)
-    return {
-        name: torch.tensor(
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            dtype=torch.int64,
-        )
-        for name, text in texts.items()
-    }
+    return dict(zip(texts, _tokens(folder, texts.values(), special=False), strict=True))
 
 
 def _windows_of_texts(folder: Path, source: str, length: int) -> dict[str, torch.Tensor]:
@@ -152,9 +153,9 @@ def _joined(
     folder: Path, parts: SourceAndTarget, pairs: list[tuple[str, str]], length: int
 ) -> torch.Tensor:
     """Return the sequences of pairs, with the special tokens that the tokenizer adds to each."""
-    tokenizer = _tokenizer(folder)
     sources, targets = (
-        tokenizer(list(texts), verbose=False)["input_ids"] for texts in zip(*pairs, strict=True)
+        [tokens.tolist() for tokens in _tokens(folder, texts, special=True)]
+        for texts in zip(*pairs, strict=True)
     )
     sequences = [parts.joined(*pair, length) for pair in zip(sources, targets, strict=True)]
     return torch.tensor(sequences, dtype=torch.int64)

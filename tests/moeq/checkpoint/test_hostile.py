@@ -216,6 +216,15 @@ def test_lies_of_a_tokenizer(source: Path, scratch: Path, data: st.DataObject) -
             assert tokens.shape[1] == 16 and tokens.max() < VOCABULARY
 
 
+def test_a_tokenizer_that_fails_at_a_text_is_named(source: Path, tmp_path: Path) -> None:
+    folder, text = copied(source, tmp_path / "tokenizer"), tmp_path / "text.txt"
+    text.write_text("Bytes are tokens. " * 20)
+    unknown = '{"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "missing"}'
+    tell(Lie("tokenizer.json", "value", ("model",), unknown), folder)
+    with pytest.raises(MoeqError, match=f"{folder}: cannot read its tokenizer"):
+        calibration_sequences(folder, str(text), 4, 16, 0)
+
+
 FOUND = (
     Lie("config.json", "value", (), "[" * 100_000),
     Lie("config.json", "value", ("num_hidden_layers",), "1000000000"),
