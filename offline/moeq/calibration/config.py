@@ -95,11 +95,9 @@ class CalibrationConfig:
             for layer in self.source.layers
         )
         memory, worker = self._memory_bytes(), self._worker_bytes()
-        largest = max(self.source.layers, key=working_bytes)
-        return Cost(
-            self._operations(), steps, memory, worker, self._disk_bytes(), self._at_once,
-            (largest.hidden_size, largest.intermediate_size),
-        )  # fmt: skip
+        sizes = self._largest.hidden_size, self._largest.intermediate_size
+        disk = self._disk_bytes()
+        return Cost(self._operations(), steps, memory, worker, disk, self._at_once, sizes)
 
     @property
     def _activation_bytes(self) -> int:
@@ -138,12 +136,16 @@ class CalibrationConfig:
         return gptq_operations(layers) + tokens * passes + fits + dense
 
     @property
+    def _largest(self) -> MoELayer:
+        return max(self.source.layers, key=working_bytes)
+
+    @property
     def _at_once(self) -> int:
         return at_once(self.source.layers, torch.device(self.device))
 
     def _worker_bytes(self, workers: int = 1) -> int:
         """Return what so many workers take together."""
-        largest = max(self.source.layers, key=working_bytes)
+        largest = self._largest
         hidden, inner = largest.hidden_size, largest.intermediate_size
         size = self.batch_size(largest)
         # All tokens may choose the same experts.

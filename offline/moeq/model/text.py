@@ -153,11 +153,11 @@ def _joined(
     folder: Path, parts: SourceAndTarget, pairs: list[tuple[str, str]], length: int
 ) -> torch.Tensor:
     """Return the sequences of pairs, with the special tokens that the tokenizer adds to each."""
-    sources, targets = (
-        [tokens.tolist() for tokens in _tokens(folder, texts, special=True)]
-        for texts in zip(*pairs, strict=True)
-    )
-    sequences = [parts.joined(*pair, length) for pair in zip(sources, targets, strict=True)]
+    texts = [text for pair in pairs for text in pair]
+    tokens = [ids.tolist() for ids in _tokens(folder, texts, special=True)]
+    sequences = [
+        parts.joined(*pair, length) for pair in zip(tokens[::2], tokens[1::2], strict=True)
+    ]
     return torch.tensor(sequences, dtype=torch.int64)
 
 

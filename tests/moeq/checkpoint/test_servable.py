@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 import moeq
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.servable import is_left_out
 from moeq.errors import MoeqError
 from support.checkpoints import mixtral_tensors, write_checkpoint
 from support.models import add_prediction_layer
@@ -30,7 +31,13 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "prefix"), [("deepseek_v3", "model.layers.2."), ("qwen3_next", "mtp.layers.0.")]
+    ("family", "prefix"),
+    [
+        ("deepseek_v3", "model.layers.2."),
+        ("qwen3_next", "mtp.layers.0."),
+        ("hy_v3", "model.layers.2."),
+        ("exaone_moe", "mtp.layers.0."),
+    ],
 )
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
 def test_layers_that_predict_more_tokens_stay_as_they_are(
@@ -58,6 +65,19 @@ def test_layers_that_predict_more_tokens_stay_as_they_are(
     assert all(
         torch.equal(packed["with"][name], packed["without"][name]) for name in packed["with"]
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("glm5_next", "model.language_model.layers.2.mlp.experts.0.up_proj.weight"),
+        ("minimax_m3_vl", "language_model.model.mtp.layers.0.block_sparse_moe.gate.weight"),
+    ],
+)
+def test_prediction_layers_inside_vision_models_stay(model_type: str, name: str) -> None:
+    text = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    assert is_left_out({"model_type": "mixtral", "text_config": text}, name)
+    assert not is_left_out({"model_type": model_type, "text_config": text}, name)
 
 
 @pytest.mark.parametrize(
