@@ -9,6 +9,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
+from moeq.checkpoint.workspace import Workspace
+from support.cli import environment
 from support.faults import Ended, Fault, Run, Server, server
 
 pytestmark = pytest.mark.slow
@@ -133,11 +138,40 @@ def test_runs_killed_at_random_moments_are_resumed(
         run.kill()
         if run.ended().status == -signal.SIGKILL:
             stages[_stage(measured.folder)] += 1
-    if (measured.folder / "out").exists():  # killed after it had appeared
-        shutil.rmtree(measured.folder / "out")
+        if (measured.folder / "out").exists():  # it appears as a whole, then the run cleans up
+            assert _files(measured.folder / "out") == measured.expected
+            shutil.rmtree(measured.folder / "out")
     measured.check_and_remove(measured.resume().ended())
     record_property("kills", dict(stages))
     print(dict(stages))
+
+
+def test_a_run_killed_while_it_removes_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    # Without its note of what it was for, a plan might be taken for that of other options.
+    (plan := tmp_path / ".out.moeq" / "plan").mkdir(parents=True)
+    for number in range(5):
+        (plan / str(number)).touch()
+    killed = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from moeq.checkpoint.workspace import Workspace
+
+        removed = []
+        def kill(event, arguments):
+            if event == "os.remove":
+                removed.append(arguments)
+                if len(removed) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        with Workspace.open(Path(sys.argv[1]), resume=True) as workspace:
+            sys.addaudithook(kill)
+            workspace.clear()
+    """)
+    command = [sys.executable, "-c", killed, str(tmp_path / "out")]
+    assert subprocess.run(command, env=environment()).returncode == -signal.SIGKILL
+    with Workspace.open(tmp_path / "out", resume=True) as workspace:
+        assert not workspace.plan.exists()
+    assert not any(tmp_path.iterdir())
 
 
 def _numbers(calls: int) -> list[int]:

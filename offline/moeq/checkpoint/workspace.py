@@ -28,6 +28,8 @@ _REMEDIES = {
 }
 _OS_ERROR = re.compile(r"\b(?:code: |os error )(\d+)")
 """Matches what safetensors says of an error of the system."""
+_REMOVED = ".removed"
+"""Suffix of a folder that is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Workspace:
         busy = f"another `moeq quantize` is writing {output}"
         with disk_errors(f"cannot write {folder}"), locked(folder, busy):
             with disk_errors(f"cannot remove what an earlier run left in {folder}"):
+                for path in folder.glob(f"*{_REMOVED}"):
+                    shutil.rmtree(path)
                 workspace.clear(workspace.partial)
                 if not resume:
                     workspace.clear()
@@ -116,10 +120,13 @@ class Workspace:
             ) from error
 
     def clear(self, *folders: Path) -> None:
-        """Remove what an earlier run has left: in these folders, or else in all."""
+        """Remove what an earlier run has left: in these folders, or else in all.
+
+        Each goes as a whole: half of one, without its note, might be taken for other work.
+        """
         for folder in folders or (self.plan, self.calibration, self.partial):
             if folder.exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
 
 
 @contextmanager
