@@ -34,12 +34,12 @@ MOEQ_INLINE Vector shift(Vector v) {
   return count ? _mm256_srli_epi16(v, count) : v;
 }
 
-// Fetch what the next kilobyte of a tile needs: with this much work per byte the hardware does not
+// Fetch what a tile needs two kilobytes later: with this much work per byte the hardware does not
 // run far enough ahead by itself.
 template <int bits>
 MOEQ_INLINE void prefetch(const uint8_t* p) {
   for (int i = 0; i < kWords<bits>; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 1024 + 64 * i, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + 64 * i, _MM_HINT_T0);
 }
 
 // The words of one step for 8 rows; at 3 bits the spare bits make a fourth.

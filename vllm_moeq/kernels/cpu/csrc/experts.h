@@ -226,8 +226,9 @@ class Pass {
     const int first_column = tile * kTileRows;
     const int columns = std::min(kTileRows, layer_.hidden - first_column);
     const int step = kRowsPerTile / planes_;
-    for (const int expert : routing_.active) {
-      const int end = routing_.begin[expert + 1];
+    for (size_t i = 0; i < routing_.active.size(); ++i) {
+      const int expert = routing_.active[i], end = routing_.begin[expert + 1];
+      if (i + 1 < routing_.active.size()) prefetch_tile(layer_.w2[routing_.active[i + 1]], tile);
       for (int first = routing_.begin[expert]; first < end; first += step) {
         const int last = std::min(first + step, end);
         run_tile(layer_.w2[expert], tile, hidden_, hidden_rows_.data(), first, last, sums);

@@ -1,6 +1,9 @@
 // What the layers have in common: the kernels of this instruction set, a matrix as tiles, and
 // memory.
 #pragma once
+#include <immintrin.h>
+
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -18,6 +21,7 @@ namespace moeq {
 
 constexpr int64_t kTokensPerPass = 1024;  // bounds the scratch memory of a long prefill
 constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the first-level cache
+constexpr size_t kTileStart = 2048;       // bytes after which the kernels' own fetches take effect
 
 // The kernels of this instruction set, for 16-bit and for 8-bit activations.
 #ifdef MOEQ_ISA_AVX2
@@ -63,6 +67,14 @@ void multiply(const Matrix& matrix, int tile, const Tokens<typename Kernel::Code
     default:
       return multiply_tile<Kernel, 8>(weights, matrix.groups, tokens, rows, count, sums);
   }
+}
+
+// Fetch the beginning of the tile that comes next, if it does not lie behind this one: the kernels
+// fetch ahead within a tile.
+inline void prefetch_tile(const Matrix& matrix, int tile) {
+  const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
+  for (size_t i = 0; i < std::min(matrix.tile_bytes, kTileStart); i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(weights + i), _MM_HINT_T0);
 }
 
 // The 64 sums of token `index`, planes added.
