@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,6 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 OLD_TRITON = Path(__file__).parents[2] / ".venv" / "triton-3.6"
 """Triton of the oldest supported vLLM; ``tests/run.sh`` installs it."""
@@ -44,7 +43,12 @@ class GpuCode:
     @property
     def spills(self) -> int:
         """Instructions that move registers to local memory or back."""
-        return self.count("STL") + self.count("LDL")
+        return _spills(self.instructions)
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Those of them that run again and again."""
+        return sum(map(_spills, self.loops))
 
     def count(self, name: str) -> int:
         """Return how often instructions occur whose name begins so."""
@@ -55,11 +59,19 @@ class GpuCode:
 def compiler(triton: Path | None) -> Iterator[ProcessPoolExecutor]:
     """Start a process that compiles with the Triton in a folder; None takes the installed one."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            if triton is not None:
-                patch.setenv("PYTHONPATH", str(triton))
-            pool.submit(int).result()  # starts it with this environment
+        version = pool.submit(_import_triton, triton).result()
+        assert triton is None or f"triton-{version}".startswith(triton.name)
         yield pool
+
+
+def _import_triton(folder: Path | None) -> str:
+    """Import Triton, from a folder if one is given, and return its version."""
+    if folder is not None:  # PYTHONPATH would not do: a spawned process gets the parent's sys.path
+        sys.path.insert(0, str(folder))
+    import triton
+
+    version: str = triton.__version__
+    return version
 
 
 def compile_kernel(
@@ -147,7 +159,8 @@ def _written(text: str) -> range:
         return range(0)
     count = 1
     if found[1].startswith("LDSM"):
-        count = int(found[1].rsplit(".", 1)[1])
+        number = found[1].rsplit(".", 1)[1]
+        count = int(number) if number.isdigit() else 1
     elif ".128" in found[1]:
         count = 4
     elif ".64" in found[1] or ".WIDE" in found[1]:
@@ -161,6 +174,10 @@ def _run(*command: str | Path) -> str:
 
 def _instructions(lines: list[str]) -> Counter[str]:
     return Counter(found[2] for found in map(_INSTRUCTION.search, lines) if found)
+
+
+def _spills(instructions: Counter[str]) -> int:
+    return _count(instructions, "STL") + _count(instructions, "LDL")
 
 
 def _count(instructions: Counter[str], name: str, part: str = "") -> int:

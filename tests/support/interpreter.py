@@ -30,6 +30,14 @@ def _fill_new_memory() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def columns_loop(name: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one of the loops over columns that GPTQ has."""
+    from vllm_moeq.kernels.triton import columns
+
+    result: tuple[torch.Tensor, torch.Tensor] = getattr(columns, name)(*arguments)
+    return result
+
+
 def route(
     topk_ids: torch.Tensor,
     turns: torch.Tensor,

@@ -1,18 +1,29 @@
-"""What GPTQ does column after column: in C++ on a CPU, else in torch, where each is a few launches.
+"""What GPTQ does column after column: in C++ on a CPU, in Triton on a GPU, else in torch.
+
+In torch each column is a few operations.
 
 Matrices are transposed, [B, K, N], so that a column is contiguous; all are float32, and blocks of
 columns have their grids column by column. Rows do not depend on each other, nor on the number of
 threads.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from moeq.rounding.grid import largest_code, nearest_codes
-from vllm_moeq.kernels import cpu
+from vllm_moeq.kernels import cpu, triton
 from vllm_moeq.kernels.cpu import library
 
 BLOCK = 128
 """Columns after which what lies to the right is updated, in one matrix product."""
+
+DescendBlock = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""Takes a block's own part of H, its gradient, scales, codes and the largest code; returns codes
+and the changes of the quantized weights."""
 
 
 def round_columns(
@@ -39,6 +50,10 @@ def round_columns(
     Returns:
         Codes and differences, [B, k, N].
     """
+    if on_gpu(wanted):
+        from vllm_moeq.kernels.triton import columns  # Triton takes long to import
+
+        return columns.round_columns(factor, wanted, sums, scale, zero, largest_code(bits))
     if not compiled(wanted):
         return round_columns_torch(factor, wanted, sums, scale, zero, bits)
     codes, difference = torch.empty_like(wanted), torch.empty_like(wanted)
@@ -65,6 +80,11 @@ def descend(
         gradient: d H in the columns of the block, of the same form, changed in place.
         bits: Width of the codes.
     """
+    if on_gpu(codes):
+        from vllm_moeq.kernels.triton import columns  # Triton takes long to import
+
+        in_blocks(columns.descend, hessian, scale, codes, gradient, bits)
+        return
     if not compiled(codes):
         descend_torch(hessian, scale, codes, gradient, bits)
         return
@@ -77,6 +97,11 @@ def descend(
 def compiled(tensor: torch.Tensor) -> bool:
     """Tell whether the loops over a tensor run in C++."""
     return cpu.unavailable(tensor.device) is None
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Tell whether the loops over a tensor run in Triton."""
+    return tensor.is_cuda and triton.unavailable(tensor.device) is None
 
 
 def round_columns_torch(
@@ -107,20 +132,43 @@ def descend_torch(
     bits: int,
 ) -> None:
     """Do what :func:`descend` does, on any device."""
+    in_blocks(_descend_block, hessian, scale, codes, gradient, bits)
+
+
+def in_blocks(
+    descend_block: DescendBlock,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    gradient: torch.Tensor,
+    bits: int,
+) -> None:
+    """Do what :func:`descend` does, by what does it for at most BLOCK columns."""
     columns = codes.shape[1]
     for first in range(0, columns, BLOCK):
         part = slice(first, min(first + BLOCK, columns))
-        local, near, chosen = (
-            hessian[:, part, part, None],
-            gradient[:, part].clone(),
-            codes[:, part],
-        )
-        change = torch.empty_like(near)
-        for i in range(near.shape[1]):
-            step = scale[:, first + i]
-            code = chosen[:, i] - near[:, i] / (local[:, i, i] * step)
-            code = code.round_().clamp_(0, largest_code(bits))
-            change[:, i] = (code - chosen[:, i]) * step
-            chosen[:, i] = code
-            near[:, i:].addcmul_(local[:, i, i:], change[:, i : i + 1])
+        codes[:, part], change = descend_block(
+            hessian[:, part, part], gradient[:, part], scale[:, part], codes[:, part],
+            largest_code(bits),
+        )  # fmt: skip
         gradient.baddbmm_(hessian[:, part].mT, change)
+
+
+def _descend_block(
+    hessian: torch.Tensor,
+    gradient: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    largest: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes of at most BLOCK columns, and how much the quantized weights have changed."""
+    near, chosen, change = gradient.clone(), codes.clone(), torch.empty_like(gradient)
+    local = hessian[..., None]
+    for i in range(near.shape[1]):
+        step = scale[:, i]
+        code = chosen[:, i] - near[:, i] / (local[:, i, i] * step)
+        code = code.round_().clamp_(0, largest)
+        change[:, i] = (code - chosen[:, i]) * step
+        chosen[:, i] = code
+        near[:, i:].addcmul_(local[:, i, i:], change[:, i : i + 1])
+    return chosen, change

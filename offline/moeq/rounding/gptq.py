@@ -85,10 +85,26 @@ class Hessian(NamedTuple):
         """
         if not torch.isfinite(sums).all():
             raise ValueError("the calibration activations are NaN or infinite")
-        factors = torch.empty_like(sums)
-        found = [_factor(*parts) for parts in zip(sums, factors, samples, strict=True)]
-        orders, damping = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return cls(sums, orders, factors, damping)
+        undamped = sums.diagonal(dim1=1, dim2=2).clone()
+        mean = undamped.mean(1)
+        for b in (mean <= 0).nonzero().flatten().tolist():  # no input: all columns count the same
+            sums[b].zero_()
+            mean[b] = 1
+        order = undamped.argsort(descending=True, stable=True)
+        columns, factor = sums.shape[1], torch.empty_like(sums)
+        shares = [max(DAMPING, DAMPING_PER_COLUMN * columns / max(1, count)) for count in samples]
+        damping, left = mean.new_tensor(shares) * mean, list(range(len(sums)))
+        while left:
+            failed = []
+            for b in left:
+                torch.add(undamped[b], damping[b], out=sums[b].diagonal())
+                failed.append(_factor(sums[b], order[b], factor[b]))
+            # One question to the device for all of them.
+            left = [b for b, fails in zip(left, torch.stack(failed).tolist(), strict=True) if fails]
+            damping[left] *= 10
+            if (damping[left] > _MOST_DAMPING * mean[left]).any():
+                raise ValueError(f"the Hessian is singular even with {_MOST_DAMPING:g} x damping")
+        return cls(sums, order, factor, damping)
 
 
 _MOST_COLUMNS = 1024
@@ -115,28 +131,13 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _factor(
-    hessian: torch.Tensor, out: torch.Tensor, samples: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damp one Hessian, write its factor to ``out``, and return the order and the damping."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if mean <= 0:  # no input at all: every column counts the same
-        hessian.zero_()
-        mean = torch.ones_like(mean)
-    order = diagonal.argsort(descending=True, stable=True)
+def _factor(damped: torch.Tensor, order: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the factor of one Hessian to ``out``; return whether that has failed."""
     reverse = order.flip(0)  # a lower factor is an upper one with everything in reverse
-    undamped = diagonal.clone()
-    damping = max(DAMPING, DAMPING_PER_COLUMN * len(hessian) / max(1, samples))
-    while True:
-        diagonal.copy_(undamped + damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian[reverse[:, None], reverse])
-        if not failed.item():
-            out.copy_(factor.flip(0, 1))
-            return order, damping * mean
-        damping *= 10
-        if damping > _MOST_DAMPING:
-            raise ValueError(f"the Hessian is singular even with {_MOST_DAMPING:g} x damping")
+    failed: torch.Tensor
+    lower, failed = torch.linalg.cholesky_ex(damped[reverse[:, None], reverse])
+    out.copy_(lower.flip(0, 1))
+    return failed
 
 
 def quantize_gptq(

@@ -1,16 +1,21 @@
-"""What rounding does group after group: in C++ on a CPU, else in torch.
+"""What rounding does group after group: in C++ on a CPU, else in torch, codes on a GPU in Triton.
 
 Grids are searched before any code is chosen, and refined in turns with the codes afterwards. What
 is refined is transposed, [B, K, N], all float32. Rows do not depend on each other, nor on the
 number of threads.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from moeq.rounding.columns import compiled, descend_torch
+from moeq.rounding.columns import compiled, descend, descend_torch
 from moeq.rounding.grid import IMPOSSIBLE, Grid, in_groups, largest_code, search_shares, storable
 from vllm_moeq.format import num_groups, spread, zero_point_unit
 from vllm_moeq.kernels.cpu import library
+
+Descent = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+"""Takes H, scales, codes, their gradient and the width; changes codes and gradient."""
 
 
 def search_grids(
@@ -87,7 +92,7 @@ def refine_block(
         sweeps: How often grids and codes have their turn.
     """
     if not compiled(codes):
-        refine_block_torch(hessian, gradient, codes, scale, zero, bits, group_size, sweeps)
+        refine_block_torch(hessian, gradient, codes, scale, zero, bits, group_size, sweeps, descend)
         return
     for local, slope, chosen, steps, origins in zip(
         hessian, gradient, codes, scale, zero, strict=True
@@ -128,12 +133,13 @@ def refine_block_torch(
     bits: int,
     group_size: int,
     sweeps: int,
+    descent: Descent = descend_torch,
 ) -> None:
-    """Do what :func:`refine_block` does, on any device."""
+    """Do what :func:`refine_block` does, on any device, with a descent on the codes."""
     for _ in range(sweeps):
         _fit_grids(hessian, gradient, codes, scale, zero, bits, group_size)
         step = spread(scale, group_size, codes.shape[1])
-        descend_torch(hessian, step, codes, gradient, bits)
+        descent(hessian, step, codes, gradient, bits)
 
 
 def _fit_grids(

@@ -1,7 +1,6 @@
 """The compiled column loops against those in torch, and these against float64."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from moeq.rounding.columns import (
     round_columns_torch,
 )
 from moeq.rounding.grid import largest_code
+from support.rounding import Block
 from vllm_moeq.kernels import cpu
 
 COMPILED = cpu.unavailable(torch.device("cpu")) is None
@@ -21,46 +21,17 @@ WIDTHS = [1, 2, 3, 4, 8]
 SHAPES = [(1, 1), (8, 3), (100, 65), (300, 130)]  # columns, rows
 
 
-class _Block(NamedTuple):
-    """A block of columns of two matrices, with Hessians of columns that depend on each other."""
-
-    factor: torch.Tensor
-    wanted: torch.Tensor
-    sums: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-
-    @classmethod
-    def drawn(cls, columns: int, rows: int, bits: int) -> "_Block":
-        source = torch.Generator().manual_seed(columns + rows + bits)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(2, *shape, generator=source)
-
-        factor = normal(columns, columns).triu() / (2 * columns**0.5)
-        factor.diagonal(dim1=1, dim2=2).abs_().add_(0.5)
-        scale = 3 / largest_code(bits) * (1 + 0.1 * normal(columns, rows).clamp(-3, 3))
-        zero = (largest_code(bits) / 2 + normal(columns, rows)).clamp(0, largest_code(bits))
-        return cls(factor, normal(columns, rows), normal(columns, rows) / 4, scale, zero)
-
-
-def _error(block: _Block, difference: torch.Tensor) -> torch.Tensor:
-    """Return the objective of each row, in float64: of the whole of d R."""
-    total = block.sums.double() + block.factor.double().mT @ difference.double()
-    return total.square().sum(1)
-
-
 @needs_compiler
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
 def test_compiled_rounding_is_that_of_torch(columns: int, rows: int, bits: int) -> None:
-    block = _Block.drawn(columns, rows, bits)
+    block = Block.drawn(columns, rows, bits)
     codes, difference = round_columns(*block, bits)
     same, expected = round_columns_torch(*block, bits)
     # A sum that is rounded differently may fall on the other side of a tie.
     assert (codes != same).any(1).float().mean() < 0.02
     torch.testing.assert_close(difference, (codes - block.zero) * block.scale - block.wanted)
-    ours, theirs = _error(block, difference).sum(), _error(block, expected).sum()
+    ours, theirs = block.error(difference).sum(), block.error(expected).sum()
     assert ours <= (1 + 1e-3) * theirs
 
 
@@ -70,7 +41,7 @@ def test_each_column_is_the_best_after_those_before(
 ) -> None:
     """Brute force over all codes of a column, for what it adds to its own component of d R."""
     bits = 2
-    block = _Block.drawn(40, 7, bits)
+    block = Block.drawn(40, 7, bits)
     codes, difference = rounding(*block, bits)
     factor, wanted, sums, scale, zero = (part.double() for part in block)
     for column in range(40):
@@ -91,7 +62,7 @@ def test_each_column_is_the_best_after_those_before(
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
 def test_compiled_descent_is_that_of_torch(columns: int, rows: int, bits: int) -> None:
-    block = _Block.drawn(columns, rows, bits)
+    block = Block.drawn(columns, rows, bits)
     hessian = block.factor @ block.factor.mT
     codes, difference = round_columns_torch(*block, bits)
     gradient = block.factor @ (block.sums + block.factor.mT @ difference)
@@ -103,7 +74,7 @@ def test_compiled_descent_is_that_of_torch(columns: int, rows: int, bits: int) -
     (ours, slope), (theirs, _) = results
     assert (ours != theirs).any(1).float().mean() < 0.02
     errors = [
-        _error(block, (chosen - block.zero) * block.scale - block.wanted)
+        block.error((chosen - block.zero) * block.scale - block.wanted)
         for chosen in (codes, ours, theirs)
     ]
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
@@ -116,7 +87,7 @@ def test_compiled_descent_is_that_of_torch(columns: int, rows: int, bits: int) -
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_do_not_depend_on_threads_or_on_each_other(threads: int) -> None:
     bits = 3
-    block = _Block.drawn(70, 201, bits)
+    block = Block.drawn(70, 201, bits)
     hessian, before = block.factor @ block.factor.mT, torch.get_num_threads()
 
     def both(part: slice) -> list[torch.Tensor]:

@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moeq.rounding import QuantizedWeight, quantize_gptq
+from moeq.rounding.gptq import Hessian
 from support.experts import Experts, random_experts
+from support.reference import dequantize
 from vllm_moeq.kernels import KERNELS, ExpertWeights, fused_experts, select_kernel
 
 pytestmark = [
@@ -117,3 +120,21 @@ def test_equal_inputs_give_equal_bits_whatever_memory_held(layer: Layer, tokens:
         poison = torch.full((1 << 28,), float("nan"), device=DEVICE)
         del poison  # the allocator hands it out again
         assert torch.equal(layer.run(*inputs), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_gptq_is_that_of_the_cpu(bits: int) -> None:
+    """Up to codes that flip, since sums are ordered differently."""
+    source = torch.Generator().manual_seed(bits)
+    x = torch.randn(2, 2000, 600, generator=source)
+    x += torch.randn(2, 2000, 1, generator=source)
+    weights, hessian = torch.randn(2, 300, 600, generator=source), x.mT @ x
+    errors = []
+    for device in ("cpu", DEVICE):
+        curvature = Hessian.of(hessian.to(device, copy=True), [2000] * 2)
+        found = quantize_gptq(weights.to(device), curvature, bits, 128)
+        stored = [QuantizedWeight._make(part.cpu() for part in weight) for weight in found]
+        rounded = torch.stack([dequantize(*weight, 128, bits) for weight in stored])
+        difference = (rounded - weights).double()
+        errors.append(((difference @ hessian.double()) * difference).sum())
+    assert errors[1] <= (1 + 1e-3) * errors[0]
