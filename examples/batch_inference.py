@@ -11,61 +11,69 @@ and may have its own max_tokens, temperature, top_p, seed and stop. Lines of RES
 of their requests. Requests that failed are in RESULTS.errors.jsonl, each with the reason.
 
 A run that was killed goes on with the same command: what it has finished is in RESULTS.jsonl.part.
+It goes on with the same requests and the same model only, which its files or its commit tell, not
+its name.
 Options of vLLM (--max-model-len, --data-parallel-size, ...) are taken as they are.
 """
 
 import argparse
 import asyncio
 import fcntl
+import filecmp
 import hashlib
 import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, Self
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed", "stop")
 KNOWN = {"id", "prompt", "messages", *SAMPLING}
-DECISIVE = ("max_tokens", "temperature", "tokenizer", "revision", "dtype", "quantization", "seed")
+DECISIVE = ("max_tokens", "temperature", "dtype", "quantization", "seed")
 """Options on which results depend: a run cannot go on with others."""
+TEXTS = {".json", ".jinja", ".model", ".txt"}
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+MANIFEST = "moeq_manifest.json"
+"""Of packed checkpoints: has a hash of every file."""
 
 
 class Journal:
     """What a run has finished, in a file that survives its end.
 
     Its first line says what the run was asked; another one cannot go on with it. Every other line
-    is a result with the number of its request.
+    is a result with the number of its request. A file without a result is of no run.
 
     Args:
-        path: Made if it is not there.
+        path: Made if it is not there; removed at the end if there is no result.
         asked: What results depend on, as JSON.
 
     Raises:
-        SystemExit: The file is of another run, or in use.
+        SystemExit: The file is of another run, in use, or damaged.
     """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"{path} is in use by another run")
-        except OSError as error:
-            sys.exit(f"{path} cannot be locked ({error}): write to a file system that has locks")
-        self._drop_torn_line()
+        self.path, self._asked = path, asked
         self._places: dict[int, int] = {}
-        if not self._file.seek(0, os.SEEK_END):
-            self._write(asked)
-        for place, entry in self._entries():
-            if place:
-                self._places[entry["line"]] = place
-            elif entry != asked:
-                changed = ", ".join(name for name in asked if asked[name] != entry.get(name))
-                sys.exit(f"{path} is of a run with another {changed}: finish that, or delete it")
+        self._finished = False
+        self._file = self._locked()
+        os.register_at_fork(after_in_child=self._file.close)  # an orphan would keep the lock
+        try:
+            self._read()
+        except SystemExit:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._finished or not self._places:
+            self.path.unlink()
+        self._file.close()
 
     def __contains__(self, line: int) -> bool:
         return line in self._places
@@ -75,10 +83,18 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a result."""
+        if not self._places:
+            self._write(self._asked)
         self._places[entry["line"]] = self._write(entry)
 
     def finish(self, results: Path, errors: Path) -> int:
-        """Write results and errors in the order of their requests; return the number of errors."""
+        """Write results and errors in the order of their requests; return the number of errors.
+
+        A run that was killed in here does it again.
+
+        Raises:
+            SystemExit: There is another file in the place of one of them.
+        """
         failed = 0
         names = [path.with_name(path.name + ".unfinished") for path in (results, errors)]
         with names[0].open("wb") as good, names[1].open("wb") as bad:
@@ -88,13 +104,51 @@ class Journal:
                 is_error = "error" in json.loads(line)
                 failed += is_error
                 (bad if is_error else good).write(line)
-        if failed:
-            names[1].replace(errors)
-        else:
+        wanted = dict(zip(names, (results, errors), strict=True))
+        if not failed:
             names[1].unlink()
-        names[0].replace(results)
-        self.path.unlink()
+            del wanted[names[1]]
+        for name, path in wanted.items():
+            if path.exists() and not filecmp.cmp(name, path, shallow=False):
+                sys.exit(f"{path} exists already; move it, then give the same command")
+        for name, path in reversed(wanted.items()):
+            name.replace(path)
+        self._finished = True
         return failed
+
+    def _locked(self) -> BinaryIO:
+        while True:
+            file = self.path.open("a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"{self.path} is in use by another run")
+            except OSError as error:
+                sys.exit(
+                    f"{self.path} cannot be locked ({error}): write to a file system that has locks"
+                )
+            # A run that ended just now may have removed the file that was opened.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            file.close()
+
+    def _read(self) -> None:
+        self._drop_torn_line()
+        found = self._asked
+        for number, (place, entry) in enumerate(self._entries(), 1):
+            if number == 1:
+                found = entry
+            elif isinstance(entry.get("line"), int):
+                self._places[entry["line"]] = place
+            else:
+                self._damaged(number)
+        if not self._places:
+            self._file.truncate(0)
+        elif found != self._asked:
+            names = dict.fromkeys([*self._asked, *found])
+            changed = ", ".join(n for n in names if self._asked.get(n) != found.get(n))
+            sys.exit(f"{self.path} is of a run with another {changed}: finish that, or delete it")
 
     def _write(self, entry: dict[str, Any]) -> int:
         place = self._file.seek(0, os.SEEK_END)
@@ -105,15 +159,29 @@ class Journal:
     def _entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         self._file.seek(0)
         place = 0
-        for line in self._file:
-            yield place, json.loads(line)
+        for number, line in enumerate(self._file, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                self._damaged(number)
+            yield place, entry
             place += len(line)
+
+    def _damaged(self, number: int) -> NoReturn:
+        remedy = "the file" if number == 1 else "this line, and its request is completed again"
+        sys.exit(f"{self.path}, line {number} is damaged: delete {remedy}")
 
     def _drop_torn_line(self) -> None:
         """A kill can leave the last line without its end."""
         self._file.seek(0)
         whole = sum(len(line) for line in self._file if line.endswith(b"\n"))
         self._file.truncate(whole)
+
+
+Run = Callable[[argparse.Namespace, Journal, int], Coroutine[Any, Any, None]]
+"""Completes those of so many requests that a journal does not have."""
 
 
 def arguments() -> argparse.Namespace:
@@ -253,9 +321,51 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def main() -> None:
-    """Complete all requests, or go on where an earlier run has ended."""
-    options = arguments()
+def identity(model: str, revision: str | None) -> str:
+    """Return what tells a model from others that had its name before.
+
+    Of a folder or a file: a hash of the configuration, index, manifest and tokenizer, and of sizes
+    and times of weights; of a model of the hub: its commit.
+
+    Raises:
+        SystemExit: There is no such model.
+    """
+    path = Path(model)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        try:
+            cached = snapshot_download(model, revision=revision, allow_patterns=["*.json"])
+        except (OSError, ValueError) as error:
+            sys.exit(
+                f"{model} is no folder, and the hub does not give a model of that name: {error}"
+            )
+        return f"commit {Path(cached).name}"
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        about: list[object] = [file.name]
+        if file.suffix in TEXTS:
+            about.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        elif file.suffix in WEIGHTS:
+            about.append(file.stat().st_size)
+            if not (path / MANIFEST).exists():
+                about.append(file.stat().st_mtime_ns)
+        else:
+            continue
+        digest.update(json.dumps(about).encode())
+    return f"sha256 {digest.hexdigest()}"
+
+
+def complete_all(options: argparse.Namespace, run: Run) -> None:
+    """Complete all requests, or go on where an earlier run has ended.
+
+    Args:
+        options: Ours and the engine's.
+        run: With the engine of the options.
+
+    Raises:
+        SystemExit: It cannot begin or go on; says why.
+    """
     results, requests = options.results, options.requests
     if not requests.is_file():
         sys.exit(f"{requests} is no file: REQUESTS are JSON lines, see --help")
@@ -265,32 +375,33 @@ def main() -> None:
     errors, part = (
         results.with_name(name) for name in (f"{stem}.errors.jsonl", f"{results.name}.part")
     )
-    for path in (results, errors):
-        if path.exists() and (path is results or not part.exists() or path.samefile(requests)):
-            sys.exit(f"{path} exists already; remove it or choose another name for RESULTS")
     with requests.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    asked = {"requests (sha256)": digest} | {
-        name: str(getattr(options, name)) for name in ("model", *DECISIVE)
-    }
-    journal = Journal(part, asked)
+        asked = {"requests": hashlib.file_digest(file, "sha256").hexdigest()}
+    asked["model"] = identity(options.model, options.revision)
+    if options.tokenizer:
+        asked["tokenizer"] = identity(options.tokenizer, options.tokenizer_revision)
+    asked |= {name: str(getattr(options, name)) for name in DECISIVE}
     total = sum(1 for _ in numbered(requests))
-    if len(journal) < total:
-        try:
-            asyncio.run(run(options, journal, total))
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
-        except ExceptionGroup as errors_of_tasks:
-            sys.exit(
-                f"stopped by {errors_of_tasks.exceptions[0]!r}; what is finished is in {part}, and "
-                "the same command goes on"
-            )
-    failed = journal.finish(results, errors)
+    with Journal(part, asked) as journal:
+        if len(journal) < total:
+            for path in (results, errors):
+                if path.exists():
+                    sys.exit(f"{path} exists already; remove it or choose another name for RESULTS")
+            try:
+                asyncio.run(run(options, journal, total))
+            except KeyboardInterrupt:
+                print("stopped; the same command goes on", file=sys.stderr)
+                sys.exit(130)
+            except ExceptionGroup as group:
+                sys.exit(
+                    f"stopped by {group.exceptions[0]!r}; what is finished is in {part}, and the "
+                    "same command goes on"
+                )
+        failed = journal.finish(results, errors)
     print(f"{total - failed} of {total} requests completed: {results}")
     if failed:
         print(f"{failed} failed: {errors}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    complete_all(arguments(), run)

