@@ -149,6 +149,13 @@ def test_generates_what_the_dequantized_model_does(mixtral: Path) -> None:
     assert torch.equal(found, expected)
 
 
+def test_compiles_to_one_graph(mixtral: Path) -> None:
+    # Where it breaks, torch.compile traces into the kernel, whose Python it cannot run.
+    model = load_model(mixtral)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(_logits(compiled), _logits(model))
+
+
 def test_memory_is_that_of_the_packed_tensors(mixtral: Path, tmp_path: Path) -> None:
     model = load_model(mixtral, dtype=torch.bfloat16)
 
