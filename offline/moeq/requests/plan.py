@@ -13,6 +13,7 @@ from moeq.requests.checks import (
     NO_TEXT,
     REORDERS,
     STRATEGIES,
+    check_not_empty,
     check_one_of,
     check_positive,
     check_seed,
@@ -164,6 +165,7 @@ class PlanRequest:
     def _check_values(self) -> None:
         from vllm_moeq.format import GROUP_SIZES, WIDTHS
 
+        check_not_empty(self)
         check_positive(self, "nsamples", "seqlen")
         check_one_of("method", self.method, METHODS)
         check_one_of("maxvar", self.maxvar, MAXVARS)
