@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from moeq.errors import MoeqError
 from moeq.requests.checks import (
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_ZETA,
     DENSE_BITS,
     MAXVARS,
     MEASURED,
@@ -103,7 +105,7 @@ class PlanRequest:
     strategy: str | None = None
     base_router: str | None = None
     group_size: int | tuple[int, ...] | None = None
-    zeta: float = 3.0
+    zeta: float = DEFAULT_ZETA
     maxvar: str = "max-row"
     reorder: str = "stable"
     ranks: int = 1
@@ -246,7 +248,7 @@ class QuantizeRequest(PlanRequest):
     output: Path = field()  # unlike that of a plan, needed
     plan: "Path | BitPlan | None" = None
     route_all_experts: bool = False
-    max_shard_size: str | int = "1GB"
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE
     resume: bool = False
     dry_run: bool = False
     ray: str | None = None
