@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeq.progress import Progress, silent
-from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
+from moeq.requests import (
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_ZETA,
+    CompareRequest,
+    EvaluateRequest,
+    PlanRequest,
+    QuantizeRequest,
+)
 
 if TYPE_CHECKING:
     from moeq.comparison import Findings
@@ -39,7 +46,7 @@ def quantize(
     strategy: str | None = None,
     base_router: AnyPath | None = None,
     group_size: int | Sequence[int] | None = None,
-    zeta: float = 3.0,
+    zeta: float = DEFAULT_ZETA,
     maxvar: str = "max-row",
     reorder: str = "stable",
     ranks: int = 1,
@@ -53,7 +60,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     route_all_experts: bool = False,
-    max_shard_size: str | int = "1GB",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     resume: bool = False,
     dry_run: bool = False,
     ray: str | None = None,
@@ -66,7 +73,7 @@ def quantize(
     al. (ICLR 2026, arXiv 2604.06515) and rounding to nearest.
 
     Args:
-        model: Folder or hub id of a checkpoint with 16- or 32-bit experts.
+        model: Folder or hub id of a checkpoint, its experts in 16 or 32 bits, FP8, MXFP4 or INT4.
         output: Folder to create; it appears when it is complete.
         bits: Average width of the expert weights in bits; 2.5 if no size is given. Of a measured
             plan that chooses the widths of dense layers: its size is that with dense layers of 8.
@@ -162,7 +169,7 @@ def plan(
     strategy: str | None = None,
     base_router: AnyPath | None = None,
     group_size: int | Sequence[int] | None = None,
-    zeta: float = 3.0,
+    zeta: float = DEFAULT_ZETA,
     maxvar: str = "max-row",
     reorder: str = "stable",
     ranks: int = 1,
@@ -182,10 +189,10 @@ def plan(
     The plan's provenance holds its sizes in bytes and, with ``auto``, what was tried.
 
     Args:
-        model: Folder or hub id of a checkpoint with 16- or 32-bit experts.
+        model: Folder or hub id of a checkpoint, its experts in 16 or 32 bits, FP8, MXFP4 or INT4.
         output: A ``plan.json`` to create.
         bits: As in :func:`quantize`, here and below.
-        bits_per_weight: Instead of ``bits``: the same with scales and zero points.
+        bits_per_weight: Instead of ``bits``: average of all weights of the result, with scales.
         target_size: Instead of ``bits``: size of all tensors.
         dense_bits: As in :func:`quantize`.
         quantize_embeddings: Count the token embeddings and the output head among the dense layers.

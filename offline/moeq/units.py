@@ -30,7 +30,7 @@ def parse_size(size: str | float, parameter: str) -> int:
     Raises:
         MoeqError: No size, none above zero, or one without a unit.
     """
-    if isinstance(size, int | float) and size == int(size):
+    if isinstance(size, int | float) and math.isfinite(size) and size == int(size):
         size = f"{int(size)}B"
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", str(size).lower())

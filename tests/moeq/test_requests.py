@@ -140,6 +140,12 @@ def test_defaults_go_by_the_text(
         ({"dry_run": True, "resume": True}, "`resume` has no effect with `dry_run`"),
         ({"dense_bits": 16, "quantize_embeddings": True}, "beside dense layers of 16 bits"),
         ({"plan": Path("p"), "quantize_embeddings": True}, "no effect with `plan`"),
+        ({"calib": ""}, "`calib` is empty; give it a value, or leave it out"),
+        ({"strategy": " "}, "`strategy` is empty"),
+        ({"base_router": ""}, "`base_router` is empty"),
+        ({"ray": ""}, "`ray` is empty"),
+        ({"target_size": float("nan")}, "`target_size` nan is no size with a unit"),
+        ({"target_size": float("inf")}, "`target_size` inf is no size with a unit"),
     ],
 )
 def test_what_does_not_go_together_is_named(parameters: dict[str, Any], message: str) -> None:
@@ -173,6 +179,7 @@ def test_a_plan_alone_needs_less(parameters: dict[str, Any], message: str) -> No
         ({"random": 1}, "`random` 1 must be at least 2"),
         ({"eval_nsamples": 0}, "`eval_nsamples` 0 is not a positive number"),
         ({"group_size": 1}, "`group_size` 1 is not one of"),
+        ({"text": ""}, "`text` is empty; give it a value"),
     ],
 )
 def test_a_comparison_is_checked(parameters: dict[str, Any], message: str) -> None:
@@ -187,9 +194,10 @@ def test_a_comparison_is_checked(parameters: dict[str, Any], message: str) -> No
         ({"seqlen": 1}, "`seqlen` 1 leaves no token to predict"),
         ({"dtype": "float32"}, "`dtype` has no effect with `backend` reference"),
         ({"backend": "onnx"}, "`backend` onnx is not one of"),
+        ({"text": ""}, "`text` is empty; give it a value"),
     ],
 )
 def test_an_evaluation_is_checked(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(MoeqError) as error:
-        EvaluateRequest(packed=Path("p"), against="m", text="t", **parameters)
+        EvaluateRequest(**{"packed": Path("p"), "against": "m", "text": "t", **parameters})
     assert message in str(error.value)

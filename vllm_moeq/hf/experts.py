@@ -280,21 +280,19 @@ class PackedExperts(Module):
     def _run(
         self, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        # Triton launches on the current GPU, which is not that of every layer of a device map.
-        with torch.cuda.device_of(hidden_states):  # type: ignore[no-untyped-call]
-            result: torch.Tensor = fused_experts(
-                hidden_states,
-                weights.float(),
-                ids.int(),
-                [getattr(self, name) for name in WEIGHT_BUFFERS],
-                getattr(self, "w13_bias", None),
-                getattr(self, "w2_bias", None),
-                self.layout,
-                None,
-                self.activation,
-                False,
-                *(self.swiglu or (None, None, None)),
-            )
+        result: torch.Tensor = fused_experts(
+            hidden_states,
+            weights.float(),
+            ids.int(),
+            [getattr(self, name) for name in WEIGHT_BUFFERS],
+            getattr(self, "w13_bias", None),
+            getattr(self, "w2_bias", None),
+            self.layout,
+            None,
+            self.activation,
+            False,
+            *(self.swiglu or (None, None, None)),
+        )
         return result
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import Embedding, Linear, Module
 
 from vllm_moeq.format import FormatError, linear_tensors
-from vllm_moeq.hf.packed import OFFLOADED, ForwardOnly, refuse_to_move
+from vllm_moeq.hf.packed import OFFLOADED, ForwardOnly, NoWeight, refuse_to_move
 from vllm_moeq.kernels import (
     KERNELS,
     LinearLayout,
@@ -62,16 +62,18 @@ class _Packed(Module):
     qweight: torch.Tensor
     scale: torch.Tensor
 
-    def _hold(self, name: str, layout: LinearLayout) -> None:
+    def _hold(self, name: str, layout: LinearLayout, dtype: torch.dtype) -> None:
         self.name, self.sizes = name, layout
         # On the meta device: transformers moves them to where its device map says.
-        for kind, (_, dtype, shape) in zip(
+        for kind, (_, stored, shape) in zip(
             ("qweight", "scale"),
             linear_tensors(layout.rows, layout.columns, layout.bits, layout.group_size),
             strict=False,  # the shape itself is not held
         ):
-            buffer = torch.empty(shape, dtype=dtype, device="meta")
+            buffer = torch.empty(shape, dtype=stored, device="meta")
             self.register_buffer(kind, buffer, persistent=False)
+        # A buffer, so that it changes with the type of the model.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def _on_device(self, weight: LinearWeight) -> LinearWeight:
         device = self.get_buffer("qweight").device
@@ -102,9 +104,13 @@ class PackedLinear(_Packed, Linear):
         Module.__init__(self)  # nn.Linear's would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.register_parameter("weight", None)
         self.layout = layout.to_tensor()  # no buffer: it stays on the CPU
-        self._hold(name, layout)
+        self._hold(name, layout, linear.weight.dtype)
+
+    @property
+    def weight(self) -> NoWeight:  # type: ignore[override]
+        """No weight, which it says to what would read or change one, as peft merging an adapter."""
+        return NoWeight(self.name, self.qweight.device, self.get_buffer("like").dtype)
 
     def fill(self, weight: LinearWeight) -> None:
         """Repack the canonical weight for the kernel of the device.
@@ -143,9 +149,7 @@ class PackedEmbedding(_Packed):
 
     def __init__(self, name: str, embedding: Embedding, layout: LinearLayout) -> None:
         super().__init__()
-        self._hold(name, layout)
-        # A buffer, so that it changes with the type of the model.
-        self.register_buffer("like", torch.empty(0, dtype=embedding.weight.dtype), persistent=False)
+        self._hold(name, layout, embedding.weight.dtype)
 
     @property
     def weight(self) -> torch.Tensor:

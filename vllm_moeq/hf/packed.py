@@ -10,6 +10,33 @@ OFFLOADED = (
 )
 
 
+class NoWeight:
+    """Stands for a packed weight: all that can be asked of it is its device and type.
+
+    Args:
+        name: Of the layer.
+        device: Where it is.
+        dtype: Of the weight if it were not packed.
+    """
+
+    _is_hf_initialized = True  # transformers leaves such weights as they are
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(
+            f"{self.name} is packed and has no weight that can be read or changed (`{name}`): to "
+            "merge an adapter, load the model with "
+            "`quantization_config=MoeqConfig(dequantize=True)`"
+        )
+
+
 class ForwardOnly(torch.autograd.Function):
     """Without it autograd would take an op for a constant, and lower layers would not train."""
 

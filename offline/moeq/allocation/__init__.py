@@ -14,7 +14,7 @@ from moeq.allocation.losses import (
     possible_group_sizes,
 )
 from moeq.allocation.milp import solve_constrained
-from moeq.allocation.order import REORDER_VARIANTS, combined_order, maxvar_order, router_norm_order
+from moeq.allocation.order import combined_order, maxvar_order, router_norm_order
 from moeq.allocation.strategies import (
     DEFAULT_GROUP_SIZE,
     PlanOptions,
@@ -26,7 +26,6 @@ __all__ = [
     "DEFAULT_GROUP_SIZE",
     "EXPERTS_ONLY",
     "LINEAR_OPTIONS",
-    "REORDER_VARIANTS",
     "Constraints",
     "LinearChoice",
     "LossTable",

@@ -1,13 +1,14 @@
 """How many bytes the packed experts may take: what the options for the size of a model ask for."""
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 
 from moeq.checkpoint import MoELayer, SourceModel
-from moeq.checkpoint.linear import FULL_WIDTH
+from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, linear_groups
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
-from vllm_moeq.format import WIDTHS
+from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 _LARGEST_DENOMINATOR = 10**6
 
@@ -114,13 +115,9 @@ def file_budget(
         asked: What asks for it, for the message.
 
     Raises:
-        MoeqError: No plan is as small; names the least possible.
+        MoeqError: No plan is as small; names the least possible, and options that make it smaller.
     """
-    other = source.other_bytes + sum(
-        group.num_bytes(group.width(linear, group_size), group_size) - group.full_bytes
-        for group in source.linear
-        if group.fits(group_size)
-    )
+    other = _other_bytes(source, source.linear, group_size, linear)
     budget = target - other
     least = _uniform_bytes(source.layers, group_size, min(widths))
     if budget < least:
@@ -128,8 +125,45 @@ def file_budget(
             f"{asked} allows {target:,} bytes: the model takes at least {other + least:,} bytes "
             f"({(other + least) * 8 / source.weights:.4g} bits per weight), {other:,} for all but "
             f"the experts and {least:,} for experts of {min(widths)} bits with their scales"
+            f"{_way_out(target, source, group_size, other, least)}"
         )
     return budget
+
+
+def _other_bytes(
+    source: SourceModel, groups: Iterable[LinearGroup], group_size: int, linear: int
+) -> int:
+    """Return the bytes of all but the experts, with dense layers of one width."""
+    return source.other_bytes + sum(
+        group.num_bytes(group.width(linear, group_size), group_size) - group.full_bytes
+        for group in groups
+        if group.fits(group_size)
+    )
+
+
+def _way_out(target: int, source: SourceModel, group_size: int, other: int, least: int) -> str:
+    """Name options with which all but the experts is smaller: those that reach the target, if any.
+
+    Args:
+        target: Bytes of the whole checkpoint.
+        source: The model.
+        group_size: Weights of a row that share a scale.
+        other: Bytes of all but the experts as they are.
+        least: Bytes of the experts.
+    """
+    width = min(LINEAR_WIDTHS)
+    every = linear_groups(source.reader, source.layers, embeddings=True)
+    ways = {
+        f"`dense_bits` {width}": source.linear,
+        f"`dense_bits` {width} and `quantize_embeddings`": every,
+    }
+    sizes = {way: _other_bytes(source, groups, group_size, width) for way, groups in ways.items()}
+    smaller = {way: size + least for way, size in sizes.items() if size < other}
+    if not smaller:
+        return ""
+    smallest = min(smaller, key=smaller.__getitem__)
+    way = next((way for way, size in smaller.items() if size <= target), smallest)
+    return f". With {way} it takes {smaller[way]:,}"
 
 
 def _uniform_bytes(layers: list[MoELayer], group_size: int, width: int) -> int:

@@ -3,9 +3,8 @@
 import torch
 
 from moeq.errors import MoeqError
-
-REORDER_VARIANTS = ("stable", "one-pass")
-DEFAULT_ZETA = 3.0
+from moeq.requests import DEFAULT_ZETA as DEFAULT_ZETA
+from moeq.requests import REORDERS
 
 
 def router_norm_order(change: torch.Tensor) -> list[int]:
@@ -44,8 +43,8 @@ def combined_order(
     """
     if not zeta >= 1:
         raise MoeqError(f"`zeta` {zeta:g} must be at least 1")
-    if variant not in REORDER_VARIANTS:
-        raise MoeqError(f"`reorder` {variant} is not one of {', '.join(REORDER_VARIANTS)}")
+    if variant not in REORDERS:
+        raise MoeqError(f"`reorder` {variant} is not one of {', '.join(REORDERS)}")
     order = router_norm_order(change)
     value = variance.tolist()
 

@@ -8,17 +8,13 @@ import torch
 from moeq.allocation.budget import bits_by_layer
 from moeq.allocation.constraints import NO_CONSTRAINTS, Constraints
 from moeq.allocation.counts import expert_counts
-from moeq.allocation.order import (
-    DEFAULT_ZETA,
-    combined_order,
-    maxvar_order,
-    router_norm_order,
-)
+from moeq.allocation.order import combined_order, maxvar_order, router_norm_order
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import FULL_WIDTH, uniform_linear_bits
 from moeq.checkpoint.sizes import with_sizes
 from moeq.errors import MoeqError
+from moeq.requests import DEFAULT_ZETA
 from moeq.signals import load_base_routers, max_var, router_norms
 from vllm_moeq._version import __version__
 from vllm_moeq.format import WIDTHS, BitPlan, LayerBits, Provenance

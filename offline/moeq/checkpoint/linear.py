@@ -9,7 +9,12 @@ import torch
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.reader import FLOATS, CheckpointReader
-from moeq.checkpoint.servable import DECODER_LAYER, drafts_tokens, text_config
+from moeq.checkpoint.servable import (
+    DECODER_LAYER,
+    drafts_tokens,
+    linear_attention_layers,
+    text_config,
+)
 from moeq.errors import MoeqError
 from vllm_moeq.format import BitPlan, linear_bytes
 
@@ -25,9 +30,11 @@ _STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 """Dense layers in the order in which they run; those in a tuple are one layer in vLLM, and so have
 one width. A name with the part in front means that part alone: convolutions have an out_proj, too.
-Routers, norms, projections of linear attention and of state spaces, and what MLA multiplies into
-attention itself (``kv_b_proj``) are none of them: they keep their 16 bits. The embeddings come
+Routers, norms, projections of linear attention (whatever their names: see
+``linear_attention_layers``) and of state spaces, and what MLA multiplies into attention itself
+(``kv_b_proj``) are none of them: they keep their 16 bits. The embeddings come
 last: each is alone, before and after all decoder layers."""
+_ATTENTION = {group for stage in _STAGES[:3] for group in stage}
 _NAMES = {name: group for stage in _STAGES for group in stage for name in group}
 _EMBEDDINGS = re.compile(r"(?:(?:model|language_model)\.)*(embed_tokens|lm_head)\.weight")
 _TIED = {"lfm2_moe"}
@@ -134,6 +141,7 @@ def linear_groups(
         return []
     pattern = re.compile(rf"({re.escape(root[1])}(\d+)\.(?:.*\.)?)[^.]+\.weight")
     experts = tuple(f"{layer.container}." for layer in layers)
+    linear_attention = linear_attention_layers(reader.config)
     found: dict[tuple[str, tuple[str, ...]], LinearGroup] = {}
     refused = set()
     for name, info in reader.tensors.items():
@@ -143,6 +151,8 @@ def linear_groups(
             continue
         key, index = (match[1], together), int(match[2])
         if drafts_tokens(reader.config, name, index):
+            continue
+        if index in linear_attention and together in _ATTENTION:
             continue
         if len(info.shape) != 2 or info.shape[0] % _ROWS or info.dtype not in FLOATS:
             refused.add(key)

@@ -102,16 +102,33 @@ def write_model_card(folder: Path, plan: BitPlan, source: str, encodes: bool = F
         total_bytes=provenance.total_bytes or 0,
         dense=linear_summary(plan),
         precision=provenance.details.get(SOURCE_PRECISION, "16 or 32 bits"),
-        others="Routers, attention, norms and embeddings are not quantized."
-        if not plan.linear_bits
-        else "Attention, shared experts and dense MLPs have 4, 8 or 16 bits, in the format of\n"
-        "compressed-tensors. Routers, norms and embeddings are not quantized.",
+        others=_others(plan),
         quality=_quality(plan),
         vllm=_NO_VLLM if encodes else _VLLM,
         auto_class="AutoModelForSeq2SeqLM" if encodes else "AutoModelForCausalLM",
         plan=_plan(plan),
     )
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _others(plan: BitPlan) -> str:
+    """Say which tensors besides experts are quantized, and which are not."""
+    if not plan.linear_bits:
+        return "Routers, attention, norms and embeddings are not quantized."
+    quantized = ["attention", "shared experts", "dense MLPs"]
+    kept = ["routers", "norms"]
+    names = {name.rpartition(".")[2] for name in plan.linear_bits}
+    for name, words in (("embed_tokens", "token embeddings"), ("lm_head", "the output head")):
+        (quantized if name in names else kept).append(words)
+    return (
+        f"{_listed(quantized)} have 4, 8 or 16 bits, in the format of\ncompressed-tensors. "
+        f"{_listed(kept)} are not quantized."
+    )
+
+
+def _listed(words: list[str]) -> str:
+    text = f"{', '.join(words[:-1])} and {words[-1]}"
+    return text[0].upper() + text[1:]
 
 
 def _quality(plan: BitPlan) -> str:

@@ -77,6 +77,29 @@ def drafts_tokens(config: Mapping[str, Any], block: str, index: int) -> bool:
     return "mtp" in block.split(".") or (isinstance(layers, int) and index >= layers)
 
 
+def linear_attention_layers(config: Mapping[str, Any]) -> set[int]:
+    """Return the numbers of the decoder layers whose attention is linear.
+
+    Releases say it in their own ways: transformers by ``layer_types``, MiniMax by a list with 0 for
+    linear, Kimi by numbers that count from 1.
+    """
+    text = text_config(config)
+    kimi = text.get("linear_attn_config")
+    types, zeros, numbers = (
+        value if isinstance(value, list) else []
+        for value in (
+            text.get("layer_types"),
+            text.get("attn_type_list"),
+            kimi.get("kda_layers") if isinstance(kimi, Mapping) else None,
+        )
+    )
+    return {
+        *(index for index, kind in enumerate(types) if kind == "linear_attention"),
+        *(index for index, kind in enumerate(zeros) if kind == 0),
+        *(number - 1 for number in numbers if isinstance(number, int)),
+    }
+
+
 def is_left_out(config: Mapping[str, Any], name: str) -> bool:
     """Say whether a tensor is one of a prediction layer that vLLM's class of the model refuses.
 

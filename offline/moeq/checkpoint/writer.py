@@ -24,6 +24,8 @@ from moeq.checkpoint.source import SourceModel
 from moeq.checkpoint.workspace import writing
 from moeq.errors import MoeqError
 from moeq.progress import Progress, silent, stage
+from moeq.requests import DEFAULT_SHARD_SIZE
+from moeq.units import parse_size
 from moeq.workers import Threads, Workers
 from vllm_moeq.format import (
     MANIFEST_NAME,
@@ -35,7 +37,7 @@ from vllm_moeq.format import (
     write_manifest,
 )
 
-DEFAULT_SHARD_BYTES = 10**9
+DEFAULT_SHARD_BYTES = parse_size(DEFAULT_SHARD_SIZE, "max_shard_size")
 _WORKING_BYTES_PER_WEIGHT = 5
 """Copies of one weight while it is quantized: codes, packed codes and float chunks."""
 _WEIGHTS_AT_ONCE = 2**24

@@ -23,16 +23,18 @@ def local_workers(layers: Sequence[MoELayer], *devices: torch.device) -> Workers
 
 
 def torch_device(name: str) -> torch.device:
-    """Return a device that torch can use; ``auto`` is a CUDA GPU where there is one.
+    """Return the CPU or a GPU that torch can use; ``auto`` is a CUDA GPU where there is one.
 
     Raises:
-        MoeqError: There is no such device here; says why.
+        MoeqError: There is no such device here, or it is neither; says why.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise MoeqError(f"`device` {name} cannot be used: {reason}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise MoeqError(f"`device` {name} cannot be used: give auto, cpu or cuda")
     return torch.device(name)

@@ -8,6 +8,8 @@ those who do the work.
 from moeq.requests.checks import (
     BACKENDS,
     DEFAULT_BITS,
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_ZETA,
     MAXVARS,
     MEASURED,
     METHODS,
@@ -21,6 +23,8 @@ from moeq.requests.plan import PlanRequest, QuantizeRequest
 __all__ = [
     "BACKENDS",
     "DEFAULT_BITS",
+    "DEFAULT_SHARD_SIZE",
+    "DEFAULT_ZETA",
     "MAXVARS",
     "MEASURED",
     "METHODS",

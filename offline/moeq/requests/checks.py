@@ -1,7 +1,7 @@
 """What values of parameters can be, and checks that several requests share."""
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from moeq.errors import MoeqError
@@ -13,10 +13,23 @@ MEASURED = ("auto", "sensitivity")
 STRATEGIES = (*MEASURED, "combined", "router-norm", "maxvar", "uniform", "random:SEED")
 MAXVARS = ("max-row", "highest-norm-row")
 REORDERS = ("stable", "one-pass")
+DEFAULT_ZETA = 3.0
+DEFAULT_SHARD_SIZE = "1GB"
 BACKENDS = ("reference", "transformers", "vllm")
 DENSE_BITS = ("auto", 16, 8, 4)
 DEFAULT_BITS = 2.5
 NO_TEXT = "none"
+
+
+def check_not_empty(request: Any) -> None:
+    """Refuse empty text, as of a variable of the shell that is not set."""
+    for parameter in fields(request):
+        value = getattr(request, parameter.name)
+        if isinstance(value, str) and not value.strip():
+            way = "give it a value"
+            if parameter.default is not MISSING:
+                way += ", or leave it out"
+            raise MoeqError(f"`{parameter.name}` is empty; {way}")
 
 
 def check_positive(request: Any, *names: str) -> None:

@@ -8,6 +8,7 @@ from moeq.requests.checks import (
     BACKENDS,
     METHODS,
     NO_TEXT,
+    check_not_empty,
     check_one_of,
     check_positive,
     check_seed,
@@ -59,6 +60,7 @@ class CompareRequest:
     def __post_init__(self) -> None:
         from vllm_moeq.format import GROUP_SIZES, WIDTHS
 
+        check_not_empty(self)
         check_positive(self, "nsamples", "seqlen", "eval_nsamples")
         check_one_of("group_size", self.group_size, GROUP_SIZES)
         check_seed(self.seed)
@@ -110,6 +112,7 @@ class EvaluateRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_not_empty(self)
         check_positive(self, "nsamples", "seqlen")
         check_seed(self.seed)
         check_one_of("backend", self.backend, BACKENDS)

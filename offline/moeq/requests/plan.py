@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from moeq.errors import MoeqError
 from moeq.requests.checks import (
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_ZETA,
     DENSE_BITS,
     MAXVARS,
     MEASURED,
@@ -13,6 +15,7 @@ from moeq.requests.checks import (
     NO_TEXT,
     REORDERS,
     STRATEGIES,
+    check_not_empty,
     check_one_of,
     check_positive,
     check_seed,
@@ -102,7 +105,7 @@ class PlanRequest:
     strategy: str | None = None
     base_router: str | None = None
     group_size: int | tuple[int, ...] | None = None
-    zeta: float = 3.0
+    zeta: float = DEFAULT_ZETA
     maxvar: str = "max-row"
     reorder: str = "stable"
     ranks: int = 1
@@ -164,6 +167,7 @@ class PlanRequest:
     def _check_values(self) -> None:
         from vllm_moeq.format import GROUP_SIZES, WIDTHS
 
+        check_not_empty(self)
         check_positive(self, "nsamples", "seqlen")
         check_one_of("method", self.method, METHODS)
         check_one_of("maxvar", self.maxvar, MAXVARS)
@@ -244,7 +248,7 @@ class QuantizeRequest(PlanRequest):
     output: Path = field()  # unlike that of a plan, needed
     plan: "Path | BitPlan | None" = None
     route_all_experts: bool = False
-    max_shard_size: str | int = "1GB"
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE
     resume: bool = False
     dry_run: bool = False
     ray: str | None = None

@@ -4,8 +4,8 @@ import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.errors import MoeqError
+from moeq.requests import MAXVARS
 
-MAXVAR_VARIANTS = ("max-row", "highest-norm-row")
 _WEIGHTS_AT_ONCE = 1 << 22
 """In float32: a whole matrix would take twice its own memory."""
 
@@ -32,7 +32,7 @@ def max_var(source: SourceModel, layer: MoELayer, variant: str = "max-row") -> t
             norms = torch.cat([part.float().norm(dim=1) for part in parts])
             value = weight[norms.argmax()].float().var(correction=1)
         else:
-            raise MoeqError(f"`maxvar` {variant} is not one of {', '.join(MAXVAR_VARIANTS)}")
+            raise MoeqError(f"`maxvar` {variant} is not one of {', '.join(MAXVARS)}")
         if not torch.isfinite(value):
             raise MoeqError(f"{name} holds NaN or infinite weights")
         values.append(value)

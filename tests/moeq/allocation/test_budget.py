@@ -3,11 +3,15 @@
 import functools
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from moeq import plan, quantize
 from moeq.allocation import PlanOptions, expert_counts, make_plan
 from moeq.allocation.budget import bits_budget, bits_by_layer, file_budget, file_bytes
 from moeq.checkpoint import SourceModel
@@ -102,6 +106,25 @@ def test_target_size_counts_all_tensors(source: SourceModel) -> None:
         assert message.startswith(f"`target_size` 5 allows {target:,} bytes")
         assert f"at least {least:,} bytes" in message
         assert f"{other:,} " in message and f"{_experts(1):,} " in message
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_size_too_small_names_the_options_that_reach_it(
+    embeddings: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def stored(dense_bits: int, quantize_embeddings: bool = False) -> int:
+        folder = tmp_path / f"{dense_bits}"
+        quantize(
+            tiny_model("mixtral"), folder, calib=None, strategy="uniform", bits=1,
+            dense_bits=dense_bits, quantize_embeddings=quantize_embeddings,
+        )  # fmt: skip
+        return sum(t.nbytes for f in folder.glob("*.safetensors") for t in load_file(f).values())
+
+    least = stored(4, quantize_embeddings=embeddings)
+    with pytest.raises(MoeqError, match=f"at least {stored(16):,} bytes") as error:
+        plan(tiny_model("mixtral"), calib=None, target_size=least)
+    options = " and `quantize_embeddings`" if embeddings else ""
+    assert str(error.value).endswith(f". With `dense_bits` 4{options} it takes {least:,}")
 
 
 def test_the_smallest_budget_follows_the_widths(source: SourceModel) -> None:

@@ -284,6 +284,7 @@ def test_values_that_are_not_finite_are_named(
         (("--calib", "none", "--resume"), "--resume has no effect with --method rtn"),
         (("--calib", "short.txt", "--device", "gpu"), "--device gpu cannot be used: "),
         (("--calib", "short.txt", "--device", "cuda:7"), "--device cuda:7 cannot be used: "),
+        (("--calib", "short.txt", "--device", "meta"), "--device meta cannot be used: "),
         (("--calib", "short.txt", "--nsamples", "0"), "--nsamples 0 is not a positive number"),
     ],
 )

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,33 @@ def test_they_are_linear_layers_of_transformers_in_the_order_in_which_they_run(
     in_order = [name for name in calls if "kv_a_proj" not in name]  # comes after q_b, unasked
     stages = [(g.layer, g.stage) for name in in_order for g in source.linear if name in g.weights]
     assert stages == sorted(stages)
+
+
+@pytest.mark.parametrize(
+    ("family", "elsewhere"),
+    [
+        ("minimax", {"attn_type_list": [0, 1]}),
+        ("kimi_linear", {"linear_attn_config": {"kda_layers": [1], "full_attn_layers": [2]}}),
+    ],
+)
+def test_linear_attention_keeps_its_width(
+    family: str, elsewhere: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def quantized(folder: Path) -> set[tuple[int, str]]:
+        names = [name for group in SourceModel.open(folder).linear for name in group.weights]
+        return {(int(name.split(".")[2]), name.split(".")[-3]) for name in names}
+
+    linear, full = list(load_model(tiny_model(family)).model.layers)
+    assert type(linear.self_attn) is not type(full.self_attn)
+    found = quantized(tiny_model(family))
+    assert (0, "self_attn") not in found and (1, "self_attn") in found
+    if family == "kimi_linear":
+        assert (0, "block_sparse_moe") in found  # the dense MLP of that layer
+    released = shutil.copytree(tiny_model(family), tmp_path / "released")
+    config = json.loads((released / "config.json").read_text())
+    del config["layer_types"]
+    (released / "config.json").write_text(json.dumps(config | elsewhere))
+    assert quantized(released) == found
 
 
 def test_layers_that_share_keys_and_values_keep_their_width(

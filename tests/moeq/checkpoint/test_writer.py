@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.data_free import DataFree
+from moeq.checkpoint.model_card import write_model_card
 from moeq.checkpoint.verify import verify_checkpoint
 from moeq.checkpoint.writer import Conversion
 from moeq.errors import MoeqError
@@ -199,6 +200,24 @@ def test_the_card_of_a_hub_model_names_it_and_shows_plan_and_quality(
     assert f"| `{CONTAINERS[1]}` | 1 / 1 | 1 / 1 | 0 / 0 | 1 / 1 | 1 / 1 |" in card.text
     for words in ("0.12500 nats per token", "2 other plans", "had 0.25000", "import vllm_moeq.hf"):
         assert words in card.text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("linear", "words"),
+    [
+        ((), "Routers, attention, norms and embeddings are not quantized"),
+        (("q_proj",), "norms, token embeddings and the output head are not quantized"),
+        (("q_proj", "lm_head"), "dense MLPs and the output head have 4, 8 or 16 bits"),
+        (("embed_tokens", "lm_head"), "compressed-tensors. Routers and norms are not quantized"),
+    ],
+)
+def test_the_card_says_what_is_quantized(
+    tmp_path: Path, linear: tuple[str, ...], words: str
+) -> None:
+    bits = {f"model.{name}": 4 for name in linear}
+    plan = replace(BitPlan.from_dict(plan_dict(WIDTHS)), linear_bits=bits)
+    write_model_card(tmp_path, plan, "someone/a-model")
+    assert words in (tmp_path / "README.md").read_text().replace("\n", " ")
 
 
 @pytest.mark.filterwarnings("ignore:the header of README.md is unreadable")

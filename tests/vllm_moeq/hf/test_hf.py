@@ -149,6 +149,13 @@ def test_generates_what_the_dequantized_model_does(mixtral: Path) -> None:
     assert torch.equal(found, expected)
 
 
+def test_compiles_to_one_graph(mixtral: Path) -> None:
+    # Where it breaks, torch.compile traces into the kernel, whose Python it cannot run.
+    model = load_model(mixtral)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(_logits(compiled), _logits(model))
+
+
 def test_memory_is_that_of_the_packed_tensors(mixtral: Path, tmp_path: Path) -> None:
     model = load_model(mixtral, dtype=torch.bfloat16)
 
@@ -315,6 +322,9 @@ def test_what_cannot_be_done_is_refused(
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.bias is no tensor of"):
         model.save_pretrained(tmp_path / "again")
     attention.q_proj.bias = None
+    with pytest.raises(AttributeError, match=r"layers.0.self_attn.q_proj is packed.*dequantize"):
+        attention.q_proj.weight.data += 1  # as peft does to merge an adapter
+    assert attention.q_proj.weight.dtype == model.dtype
     change_tensors(folder, lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(FormatError, match="has changed since"):
         model.save_pretrained(tmp_path / "again")
@@ -355,7 +365,7 @@ def test_an_adapter_trained_dequantized_is_used_packed(
         adapted.base_model.model.save_pretrained(tmp_path / "again")
 
     if dense:  # there is no weight to merge into
-        with pytest.raises(AttributeError):
+        with pytest.raises(AttributeError, match="q_proj is packed and has no weight"):
             adapted.merge_and_unload()
         return
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")

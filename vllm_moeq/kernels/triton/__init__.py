@@ -53,4 +53,7 @@ def run(call: FusedExpertsCall) -> torch.Tensor:
     """Run the experts; see :func:`layer.run`."""
     from vllm_moeq.kernels.triton import layer  # Triton takes long to import
 
-    return layer.run(call)
+    # Triton launches on the current GPU, which is not that of every layer of a device map. Chosen
+    # in here: torch.compile cannot trace it, and would go on into the kernel itself.
+    with torch.cuda.device_of(call.x):  # type: ignore[no-untyped-call]
+        return layer.run(call)
