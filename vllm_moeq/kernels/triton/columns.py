@@ -168,6 +168,7 @@ def descend(
 
 def _launch(kernel, *tensors, like, largest):
     batch, columns, rows = like.shape
-    kernel[(triton.cdiv(rows, ROWS), batch)](
-        *tensors, columns, rows, float(largest), BLOCK=BLOCK, ROWS=ROWS, num_warps=1
-    )
+    with torch.cuda.device_of(like):  # Triton launches on the current GPU
+        kernel[(triton.cdiv(rows, ROWS), batch)](
+            *tensors, columns, rows, float(largest), BLOCK=BLOCK, ROWS=ROWS, num_warps=1
+        )
