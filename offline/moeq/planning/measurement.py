@@ -247,8 +247,8 @@ class Measurement:
         groups, measuring = len(self.group_sizes), self.measured.numel()
         experts = routed * forward_operations(layers[0])
         other, head = other_operations(self.source, self.tokens.shape[1])
-        # Forward for the gradients, forward and back; in the bank once more.
-        total = measuring * ((4 + groups) * (experts + other) + 3 * head)
+        # Forward for the gradients, forward and back.
+        total = measuring * (4 * (experts + other) + 3 * head)
         # In the bank each expert, too, and each of its projections at each width.
         total += measuring * groups * (1 + 4 / 3 * widths) * experts
         plans = 1 + PLANS_AT_ONCE
