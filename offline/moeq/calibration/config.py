@@ -155,9 +155,7 @@ class CalibrationConfig:
         # All tokens may choose the same experts.
         most = largest.num_experts if self.route_all else experts_of_a_token(self.source, largest)
         inputs = min(size, most) * self._input_bytes(largest)
-        # What an expert gives; and but on a CPU, which does some at a time, what is in between.
-        between = 0 if torch.device(self.device).type == "cpu" else 2 * inner
-        one = 4 * self.tokens.numel() * (hidden + between)
+        one = 4 * self.tokens.numel() * (hidden + 2 * inner)
         times = tokens_of_experts(workers, most, largest.num_experts)
         return round(times * (inputs + one)) + workers * size * working_bytes(largest)
 
