@@ -40,11 +40,11 @@ class Rounded(NamedTuple):
 def round_matrix(
     weight: torch.Tensor, x: torch.Tensor, router: torch.Tensor, bits: int, *, moved: bool
 ) -> Rounded:
-    """Round a matrix [N, K] for inputs [n, K]; ``moved`` to what its outputs lack, as w2 is."""
-    lacks = [x.new_zeros(len(x), len(weight))] if moved else None
+    """Round a matrix [N, K] for inputs [n, K]; ``moved`` to wanted outputs, as w2 is."""
+    wanted = [x * router @ weight.T] if moved else None
     _synchronize(weight.device)
     start, cpu_start = time.monotonic(), time.process_time()
-    found = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, lacks=lacks)
+    found = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, wanted=wanted)
     _synchronize(weight.device)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
     nearest = quantize_by_inputs([weight], [x], [router], [bits], GROUP_SIZE, method="rtn")

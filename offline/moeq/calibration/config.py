@@ -30,7 +30,7 @@ from vllm_moeq.format import BitPlan
 
 STREAMS, _SAVED = 4, 2
 """Activations of all tokens that the system keeps in memory or in files, and in each snapshot."""
-_ALGORITHM_VERSION = 8
+_ALGORITHM_VERSION = 9
 """To be raised when the same work gives other bytes: unfinished runs cannot go on then."""
 
 
@@ -109,7 +109,9 @@ class CalibrationConfig:
         """Bytes of all activations that are kept."""
         # Where a norm follows experts, their sums are apart from the hidden states.
         apart = 2 if self.source.layers[0].family.normalized else 0
-        return (STREAMS + apart) * self._activation_bytes
+        # And what the experts of a layer add, before it is summed up.
+        shares = experts_of_a_token(self.source, self.source.layers[0])
+        return (STREAMS + apart + shares) * self._activation_bytes
 
     def _input_bytes(self, layer: MoELayer) -> int:
         """Return the most that what an expert gets may take, as it is and with router weights."""
@@ -121,9 +123,11 @@ class CalibrationConfig:
         routed = experts_of_a_token(self.source, layers[0])
         choices = layers[0].num_experts if self.route_all else routed
         forward = forward_operations(layers[0])
-        # By router: what the sum lacks, and the original model. By choice: what w2 lacks, the
-        # first matrix rounded, and the second.
-        passes: float = len(layers) * (2 * routed + 2 * choices) * forward
+        # By router: the original model, and its experts in the rounded one. By choice: rounded
+        # ones, and their originals where these are other tokens than the router's.
+        passes: float = len(layers) * (2 * routed + choices) * forward
+        if self.route_all:
+            passes += len(layers) * choices * forward
         passes += len(layers) * choices * hessian_operations(layers[0])
         passes += 2 * other_operations(self.source, self.tokens.shape[1])[0]
         samples = tokens * choices / layers[0].num_experts

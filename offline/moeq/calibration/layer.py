@@ -1,6 +1,6 @@
 """Rounds the experts of one layer, some at once."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ def round_layer(
     routed: Routed,
     sums: torch.Tensor,
     lacks: torch.Tensor,
+    shares: Sequence[torch.Tensor],
     workers: Workers,
 ) -> Generator[Tensors]:
     """Round the experts of a layer, and add up their shares.
@@ -35,6 +36,7 @@ def round_layer(
         sums: float32 [n, L, hidden_size]: what their shares are added to, in place.
         lacks: Of the same shape: what the sums would lack, compared with the original model, if
             the experts were not rounded. Changed in place.
+        shares: What each expert would add then [n, hidden_size], for the tokens that it gets.
         workers: Each round some of the experts.
 
     Yields:
@@ -48,7 +50,8 @@ def round_layer(
     missing = lacks.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
     flat = sums.view(routed.x.shape)
     task = _Layer(config, model, layer, routed, missing)
-    for expert, stored, output in workers.flat_map(_round, task, _batches(task)):
+    batches = ((experts, [shares[expert] for expert in experts]) for experts in _batches(task))
+    for expert, stored, output in workers.flat_map(_round, task, batches):
         places, weights = routed.of_expert(expert)
         flat.index_add_(0, places, output * weights)
         yield stored
@@ -88,10 +91,10 @@ def _batches(task: _Layer) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _round(
-    device: torch.device, task: _Layer, experts: list[int]
+    device: torch.device, task: _Layer, batch: tuple[list[int], list[torch.Tensor]]
 ) -> Iterator[tuple[int, Tensors, torch.Tensor]]:
     """Yield of each expert its number, its packed tensors, and what it gives for its tokens."""
-    yield from _Batch.of(task, device, experts).rounded()
+    yield from _Batch.of(task, device, *batch).rounded()
 
 
 class _Batch(NamedTuple):
@@ -105,7 +108,7 @@ class _Batch(NamedTuple):
         places: Of the tokens [n] that the router gives to each.
         x: Inputs [n, hidden_size] of each: of these tokens, or of all.
         weights: Router weights [n, 1] that go with them.
-        lacks: What the sums of shares lack there [n, hidden_size], for all experts of a token.
+        wanted: What w2 is to give there [n, hidden_size], times router weights.
     """
 
     task: _Layer
@@ -115,20 +118,29 @@ class _Batch(NamedTuple):
     places: list[torch.Tensor]
     x: list[torch.Tensor]
     weights: list[torch.Tensor]
-    lacks: list[torch.Tensor]
+    wanted: list[torch.Tensor]
 
     @classmethod
-    def of(cls, task: _Layer, device: torch.device, experts: list[int]) -> "_Batch":
+    def of(
+        cls, task: _Layer, device: torch.device, experts: list[int], shares: list[torch.Tensor]
+    ) -> "_Batch":
         """Read experts and pick what they get."""
         model, routed, missing = task.model.on(device), task.routed, task.missing
         originals = [model.matrices(task.layer, expert) for expert in experts]
-        shares = [routed.of_expert(expert) for expert in experts]
+        places, weights = map(list, zip(*map(routed.of_expert, experts), strict=True))
         if task.config.route_all:
-            inputs = [(routed.x, torch.ones(len(routed.x), 1), missing)] * len(experts)
+            x, lacks = [[every.to(device)] * len(experts) for every in (routed.x, missing)]
+            weights = [torch.ones(len(routed.x), 1, device=device)] * len(experts)
+            shares = [model.expert_output(*parts) for parts in zip(originals, x, strict=True)]
         else:
-            inputs = [(routed.x[places], weights, missing[places]) for places, weights in shares]
-        moved = ([part.to(device) for part in parts] for parts in zip(*inputs, strict=True))
-        return cls(task, model, experts, originals, [places for places, _ in shares], *moved)
+            x = [routed.x[some].to(device) for some in places]
+            lacks = [missing[some].to(device) for some in places]
+            weights, shares = ([part.to(device) for part in parts] for parts in (weights, shares))
+        wanted = []
+        for original, share, weight, lack in zip(originals, shares, weights, lacks, strict=True):
+            beside_bias = lack if original.w2_bias is None else lack - original.w2_bias
+            wanted.append(torch.addcmul(share, weight, beside_bias))
+        return cls(task, model, experts, originals, places, x, weights, wanted)
 
     def rounded(self) -> Iterator[tuple[int, Tensors, torch.Tensor]]:
         """Yield of each expert its number, its packed tensors, and what it gives."""
@@ -140,14 +152,7 @@ class _Batch(NamedTuple):
                 self.originals, self._round("w13", self.x, stored), self.x, strict=True
             )
         ]
-        # What w2 lacks: what it gives for the original's inputs and not for its own, and the rest.
-        lacks = (
-            F.linear(model.expert_hidden(original, tokens) - own, original.w2) + lack
-            for original, tokens, own, lack in zip(
-                self.originals, self.x, hidden, self.lacks, strict=True
-            )
-        )
-        downs = self._round("w2", hidden, stored, lacks)
+        downs = self._round("w2", hidden, stored, self.wanted)
         if self.task.config.route_all:
             hidden = [every[places] for every, places in zip(hidden, self.places, strict=True)]
         outputs = (
@@ -161,7 +166,7 @@ class _Batch(NamedTuple):
         projection: Projection,
         inputs: list[torch.Tensor],
         stored: list[Tensors],
-        lacks: Iterable[torch.Tensor] | None = None,
+        wanted: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Round a projection of all experts; keep what is stored, return the weights."""
         config, layer = self.task.config, self.task.layer
@@ -176,7 +181,7 @@ class _Batch(NamedTuple):
                 [bits],
                 plan.group_size,
                 fewest_tokens=config.fewest_tokens,
-                lacks=lacks,
+                wanted=wanted,
             )[bits]
         except ValueError as error:
             where = ", ".join(layer.tensor_name(expert, names[0]) for expert in self.experts)

@@ -7,6 +7,7 @@ the stream, that sum is brought back to what it is in the original. Neither is d
 rounded without calibration.
 """
 
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moeq.calibration.result import CalibratedExperts, CalibrationReport, Covera
 from moeq.calibration.snapshots import Snapshots
 from moeq.checkpoint.linear import INPUT
 from moeq.checkpoint.workspace import clear
-from moeq.model import ExpertSource, Routed, add_experts, layerwise_model, run_layer
+from moeq.model import ExpertSource, Routed, expert_shares, layerwise_model, run_layer
 from moeq.model.activations import mapped
 from moeq.model.device import local_workers
 from moeq.progress import Progress, silent, stage
@@ -114,11 +115,13 @@ def _calibrate(
             model.check_finite(index, hidden)
             if routed is not None:
                 layer = model.moe_layers[index]
-                lacks.copy_(sums)
-                add_experts(model, layer, routed, lacks, own, workers)
-                torch.sub(original_sums, lacks, out=lacks)
-                coverage[layer.container] = _coverage(routed, layer.num_experts)
-                rounded = round_layer(config, model, layer, routed, sums, lacks, workers)
+                found = _coverage(routed, layer.num_experts)
+                kept = mapped(folder / "shares.bin", (routed.ids.numel(), source.hidden_size))
+                shares = torch.split(kept[: sum(found.tokens)], found.tokens)
+                torch.sub(original_sums, sums, out=lacks)
+                _take(expert_shares(model, layer, routed, own, workers), lacks, kept)
+                coverage[layer.container] = found
+                rounded = round_layer(config, model, layer, routed, sums, lacks, shares, workers)
                 with closing(rounded):  # before workers are gone, whatever happens
                     for stored in rounded:
                         tensors |= stored
@@ -131,6 +134,17 @@ def _calibrate(
         config.tokens.numel(), config.fewest_tokens, config.route_all, coverage
     )
     return CalibratedExperts(report, read)
+
+
+def _take(
+    shares: Iterable[tuple[torch.Tensor, torch.Tensor]], sums: torch.Tensor, kept: torch.Tensor
+) -> None:
+    """Take away what experts add, from sums of all; keep it, one expert's after another's."""
+    flat, first = sums.view(-1, sums.shape[-1]), 0
+    for places, share in shares:
+        flat.index_add_(0, places, share, alpha=-1)
+        kept[first : first + len(share)] = share
+        first += len(share)
 
 
 def _coverage(routed: Routed, num_experts: int) -> Coverage:

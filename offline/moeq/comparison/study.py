@@ -126,12 +126,12 @@ class Study:
         at_width: dict[int, Signals] = {}
         with temporary_folder() as work:
             check_space(needed, work)
-            of_outputs = gradients(model, self.tokens, work, request.seed, progress)
+            traffic = gradients(model, self.tokens, work, request.seed, progress)
             for method in request.methods:
                 folder = work / method
                 folder.mkdir()
                 bank = build(
-                    model, self.tokens, widths, self.group_size, method, of_outputs, folder,
+                    model, traffic, widths, self.group_size, method, folder,
                     progress, local_workers(self.source.layers, *all_devices(self.device)),
                 )  # fmt: skip
                 for width in sorted({_floor(bits) for bits in request.bits}, reverse=True):

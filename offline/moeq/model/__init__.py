@@ -1,7 +1,7 @@
 """Runs a model layer by layer from disk, on text, with experts of any origin."""
 
 from moeq.model.encoder_decoder import layerwise_model
-from moeq.model.experts import ExpertSource, add_experts, dequantized, run_layer
+from moeq.model.experts import ExpertSource, dequantized, expert_shares, run_layer
 from moeq.model.layerwise import LayerwiseModel
 from moeq.model.linear import LinearInputs
 from moeq.model.stand_ins import Routed
@@ -17,8 +17,8 @@ __all__ = [
     "Routed",
     "Watch",
     "Weights",
-    "add_experts",
     "dequantized",
+    "expert_shares",
     "layerwise_model",
     "run_layer",
 ]

@@ -235,8 +235,8 @@ def fit_operations(layer: MoELayer, samples: float) -> float:
     rows, columns = layer.hidden_size, layer.intermediate_size
     product = 2 * samples * rows * columns
     if samples >= columns:
-        return product + 2 * rows * columns**2
-    return product + samples**2 * (columns + 2 * rows + samples / 3)
+        return product + 4 * rows * columns**2
+    return 2 * product + samples**2 * (columns + 2 * rows + samples / 3)
 
 
 def forward_operations(layer: MoELayer) -> int:

@@ -1,6 +1,6 @@
 """Where weights of experts and dense layers come from; what experts add to hidden states."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -156,10 +156,26 @@ def add_experts(
         workers: Run the experts; by default the model's device does.
     """
     flat = sums.view(-1, sums.shape[-1])
-    task = _Experts(model, layer, routed, sources, len(flat) // len(sources))
+    for places, share in expert_shares(model, layer, routed, sources, workers):
+        flat.index_add_(0, places, share)
+
+
+def expert_shares(
+    model: LayerwiseModel,
+    layer: MoELayer,
+    routed: Routed,
+    sources: Sequence[ExpertSource],
+    workers: Workers | None = None,
+) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what a layer's experts add, expert by expert; arguments are those of adding it.
+
+    Yields:
+        Places [n] of an expert's tokens, and what it adds there [n, hidden_size]; nothing for an
+        expert without tokens.
+    """
+    task = _Experts(model, layer, routed, sources, len(routed.x) // len(sources))
     workers = workers or local_workers(model.source.layers, model.device)
-    for places, output in workers.flat_map(_shares, task, range(layer.num_experts)):
-        flat.index_add_(0, places, output)
+    yield from workers.flat_map(_shares, task, range(layer.num_experts))
 
 
 class _Experts(NamedTuple):

@@ -23,7 +23,7 @@ from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, StoredModel, Weights
 from moeq.model.watch import AllSeen, Watch, ending, telling
 
 _NO_WATCH: Watch = {}
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
 _EXPERTS_TOKENS_AT_ONCE = 512
 """That an expert gets on a CPU: what it computes in between stays in the cache."""
@@ -260,14 +260,17 @@ class LayerwiseModel(StoredModel):
             return result
 
         of_sums.copy_(gradient)
+        size = self._batch_size(hidden)
+        parts = (torch.split(part, size) for part in (hidden, gradient, of_sums))
         with self._loaded(index, give, watch=watch) as layer, torch.enable_grad():
-            for sequence, target, of_sum in zip(hidden, gradient, of_sums, strict=True):
-                inputs = sequence[None].to(self.device, copy=True).requires_grad_()
+            for sequences, target, of_sum in zip(*parts, strict=True):
+                inputs = sequences.to(self.device, copy=True).requires_grad_()
                 output = layer(inputs)
-                of_output = target[None].to(self.device)
-                (of_input,), *rest = torch.autograd.grad(output, (inputs, *sums), of_output)
+                of_output = target.to(self.device)
+                of_input, *rest = torch.autograd.grad(output, (inputs, *sums), of_output)
                 if moe is not None:  # first, since it may be the memory of the other one
-                    of_sum.copy_(rest[0] / self._residual_multiplier)  # as the shares are times it
+                    # As the shares are times it.
+                    of_sum.copy_(rest[0].view(of_sum.shape) / self._residual_multiplier)
                     sums.clear()
                 target.copy_(of_input)
 
@@ -326,7 +329,7 @@ class LayerwiseModel(StoredModel):
 
     @staticmethod
     def _batch_size(hidden: torch.Tensor) -> int:
-        return max(1, _TOKENS_AT_ONCE // hidden.shape[1])
+        return max(1, TOKENS_AT_ONCE // hidden.shape[1])
 
     def check_finite(self, index: int, hidden: torch.Tensor) -> None:
         """Check what a layer gives.

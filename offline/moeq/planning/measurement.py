@@ -26,6 +26,7 @@ from moeq.model.cost import (
     tokens_of_experts,
     working_bytes,
 )
+from moeq.model.layerwise import TOKENS_AT_ONCE
 from moeq.planning.cost import measuring_bytes
 from moeq.planning.judge import PLANS_AT_ONCE
 from moeq.rounding import DATA_FREE
@@ -34,7 +35,7 @@ from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
 MEASUREMENT_NAME = "moeq_measurement.json"
 """What was measured of each expert; beside the packed weights."""
-_ALGORITHM_VERSION = 9
+_ALGORITHM_VERSION = 10
 """To be raised when the same work gives another plan: unfinished runs cannot go on then."""
 _HELD_BACK = 0.25
 """Share of the calibration sequences that judge plans and are not used to make them."""
@@ -226,7 +227,10 @@ class Measurement:
     def _memory_bytes(self) -> int:
         layer, alone = self._largest, self._worker_bytes(self._at_once)
         count, size = self.measured.numel(), 4 * layer.hidden_size
-        together = 4 * layer.num_experts * layer.expert_weights  # for gradients, in float32
+        # For gradients, in float32; and what experts of some tokens compute, for the way back.
+        together = 4 * layer.num_experts * layer.expert_weights
+        some = max(TOKENS_AT_ONCE, self.measured.shape[1]) * experts_of_a_token(self.source, layer)
+        together += 4 * some * (2 * layer.hidden_size + 4 * layer.intermediate_size)
         judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
         # Of dense layers: rounded forward; on the way back, beside the experts, all their errors.
         weights = Counter[int]()
@@ -243,8 +247,8 @@ class Measurement:
         groups, measuring = len(self.group_sizes), self.measured.numel()
         experts = routed * forward_operations(layers[0])
         other, head = other_operations(self.source, self.tokens.shape[1])
-        # Forward for the gradients, forward and back; in the bank once more.
-        total = measuring * ((4 + groups) * (experts + other) + 3 * head)
+        # Forward for the gradients, forward and back.
+        total = measuring * (4 * (experts + other) + 3 * head)
         # In the bank each expert, too, and each of its projections at each width.
         total += measuring * groups * (1 + 4 / 3 * widths) * experts
         plans = 1 + PLANS_AT_ONCE

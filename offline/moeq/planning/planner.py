@@ -148,12 +148,12 @@ def _measure(
             model, measurement.linear, measurement.linear_widths, group_sizes, measurement.method,
             tokens.numel(), folder,
         )  # fmt: skip
-    of_outputs = gradients(model, tokens, folder, measurement.seed, progress, linear)
+    traffic = gradients(model, tokens, folder, measurement.seed, progress, linear)
     banks = {}
     for group_size in group_sizes:
         (part := folder / str(group_size)).mkdir(exist_ok=True)
         banks[group_size] = build(
-            model, tokens, measurement.widths, group_size, measurement.method, of_outputs, part,
+            model, traffic, measurement.widths, group_size, measurement.method, part,
             progress, workers,
         )  # fmt: skip
     best = _least_loss(measurement, banks, linear)

@@ -27,7 +27,7 @@ def quantize_by_inputs(
     *,
     method: str = "gptq",
     fewest_tokens: int = FEWEST_TOKENS,
-    lacks: Iterable[torch.Tensor] | None = None,
+    wanted: list[torch.Tensor] | None = None,
 ) -> dict[int, list[QuantizedWeight]]:
     """Round a matrix of each of several experts, at each of several widths.
 
@@ -42,8 +42,9 @@ def quantize_by_inputs(
         group_size: Weights of a row that share a scale.
         method: One of :data:`METHODS`.
         fewest_tokens: See :data:`FEWEST_TOKENS`.
-        lacks: What their outputs [n, N] lack: the matrices are first moved to what gives it, see
-            :mod:`moeq.rounding.target`; None leaves them. Not used without calibration.
+        wanted: What they are to give [n, N], times router weights: the matrices are first moved to
+            what comes nearest, see :mod:`moeq.rounding.target`; None leaves them. Not used without
+            calibration.
 
     Returns:
         Width to the rounded matrices, in their order.
@@ -60,9 +61,7 @@ def quantize_by_inputs(
     weighted = [x * weight for x, weight in zip(inputs, router_weights, strict=True)]
     hessian = Hessian.of(torch.stack([gram(x) for x in weighted]), counts)
     weights = torch.stack(matrices)
-    if lacks is not None:
-        counted = [lack * weight for lack, weight in zip(lacks, router_weights, strict=True)]
-        weights = fitted(weights, hessian, counted, weighted)
-        del counted
+    if wanted is not None:
+        weights = fitted(weights, hessian, wanted, weighted)
     del weighted
     return {bits: quantize_gptq(weights, hessian, bits, group_size) for bits in widths}

@@ -18,7 +18,7 @@ from moeq.rounding.gptq import Hessian, gram
 def fitted(
     weights: torch.Tensor,
     hessian: Hessian,
-    lacks: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
     inputs: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return the weights whose outputs come nearest to wanted ones, by damped least squares.
@@ -30,16 +30,19 @@ def fitted(
     Args:
         weights: float32 [B, N, K].
         hessian: Of their inputs.
-        lacks: What the outputs lack, wanted - output: float32 [n, N] each; n differs.
+        wanted: Outputs, float32 [n, N] each; n differs.
         inputs: float32 [n, K] each.
     """
     solved = torch.empty_like(weights)
-    for b, (lack, x) in enumerate(zip(lacks, inputs, strict=True)):
+    for b, (outputs, x) in enumerate(zip(wanted, inputs, strict=True)):
+        old, damping = weights[b], hessian.damping[b]
         if len(x) < x.shape[1]:
-            torch.addmm(weights[b], _of_samples(lack, x, hessian.damping[b]).T, x, out=solved[b])
-        else:
-            change = _of_columns(lack.T @ x, hessian.factor[b], hessian.order[b])
-            torch.add(weights[b], change, out=solved[b])
+            lack = outputs - x @ old.T
+            torch.addmm(old, _of_samples(lack, x, damping).T, x, out=solved[b])
+        else:  # of what old weights give, H without its damping has the products with inputs
+            lack = torch.addmm(outputs.T @ x, old, hessian.damped[b], alpha=-1) + damping * old
+            change = _of_columns(lack, hessian.factor[b], hessian.order[b])
+            torch.add(old, change, out=solved[b])
     return solved
 
 

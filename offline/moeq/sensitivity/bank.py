@@ -18,7 +18,6 @@ from moeq.model import (
     LayerwiseModel,
     Routed,
     dequantized,
-    run_layer,
 )
 from moeq.model.device import local_workers
 from moeq.progress import Progress, silent, stage
@@ -28,6 +27,7 @@ from moeq.sensitivity.expert import (
     QuantizationError,
     RoutingStatistics,
 )
+from moeq.sensitivity.fisher import Traffic
 from moeq.sensitivity.linear import LinearBank
 from moeq.workers import Workers
 from vllm_moeq.format import BitPlan, Projection
@@ -86,11 +86,10 @@ class Bank:
 @torch.no_grad()
 def build(
     model: LayerwiseModel,
-    tokens: torch.Tensor,
+    traffic: Mapping[int, Traffic],
     widths: Iterable[int],
     group_size: int,
     method: str,
-    gradients: list[torch.Tensor],
     folder: Path,
     progress: Progress = silent,
     workers: Workers | None = None,
@@ -101,11 +100,10 @@ def build(
 
     Args:
         model: Runs the checkpoint.
-        tokens: int64 [n, L]: calibration text.
+        traffic: Of :func:`moeq.sensitivity.fisher.gradients`.
         widths: Of the format's.
         group_size: Weights that share a scale.
         method: One of :data:`moeq.rounding.METHODS`.
-        gradients: Of :func:`moeq.sensitivity.fisher.gradients` for the same tokens.
         folder: Gets the rounded experts: together the sum of ``widths`` / 16 of the experts' size.
         progress: Hears of every expert.
         workers: Run experts and round them; by default the model's device does.
@@ -115,24 +113,18 @@ def build(
     """
     widths = sorted(widths)
     workers = workers or local_workers(model.source.layers, model.device)
-    hidden, x = torch.empty(2, *tokens.shape, model.hidden_size)
-    model.embed(tokens, hidden)
     errors: dict[Choice, QuantizationError] = {}
     routing: dict[str, list[RoutingStatistics]] = {}
     layers = [model.moe_layers[index] for index in sorted(model.moe_layers)]
     total = sum(layer.num_experts for layer in layers)
     with stage(progress, f"round at {len(widths)} widths ({method})", total, "expert") as advance:
-        for index in range(layers[-1].index + 1):
-            own = [ExpertSource.original(model)]
-            routed = run_layer(model, index, hidden, x, own, workers=workers)
-            if routed is None:
-                continue
-            layer = model.moe_layers[index]
+        for layer in layers:
             measured = _file(folder, layer).with_suffix(".json")
             if measured.exists():
                 advance(layer.num_experts)
             else:
-                gradient = gradients[index].view(routed.x.shape)
+                routed, gradient = traffic[layer.index]
+                gradient = gradient.view(routed.x.shape)
                 task = _Layer(model, layer, routed, gradient, widths, group_size, method)
                 _measure(task, workers, _file(folder, layer), advance)
             stored = read_note(measured)

@@ -8,12 +8,13 @@ learning", 1998). Terms between different tokens are left out.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from moeq.checkpoint.linear import INPUT
 from moeq.errors import MoeqError
-from moeq.model import ExpertSource, LayerwiseModel, Watch, run_layer
+from moeq.model import ExpertSource, LayerwiseModel, Routed, Watch, run_layer
 from moeq.model.activations import mapped
 from moeq.model.sequences import answered
 from moeq.progress import Progress, silent, stage
@@ -23,6 +24,18 @@ _DRAWN_AT_ONCE = 64
 """Distributions [V] that are in memory in float64."""
 
 
+class Traffic(NamedTuple):
+    """What goes in and out of the experts of a layer.
+
+    Attributes:
+        routed: What they get.
+        gradient: Of the loss, with respect to the sum of their shares: float32 [n, L, hidden_size].
+    """
+
+    routed: Routed
+    gradient: torch.Tensor
+
+
 def gradients(
     model: LayerwiseModel,
     tokens: torch.Tensor,
@@ -30,10 +43,8 @@ def gradients(
     seed: int,
     progress: Progress = silent,
     linear: LinearBank | None = None,
-) -> list[torch.Tensor]:
-    """Return the gradient of the experts' sums of every layer: float32 [n, L, hidden_size] each.
-
-    Of a layer without experts it is that of the output.
+) -> dict[int, Traffic]:
+    """Return what the experts of each layer get, and the gradient of their sums.
 
     Args:
         model: The model, with its own experts.
@@ -49,8 +60,9 @@ def gradients(
     shape = (*tokens.shape, model.hidden_size)
     paths = [folder / f"input-{index}.bin" for index in range(len(model))]
     states = [mapped(path, shape) for path in paths]
-    hidden, x = torch.empty(2, *shape)
+    hidden = torch.empty(shape)
     sources = [ExpertSource.original(model)]
+    routed: dict[int, Routed] = {}
     with stage(progress, "gradients", 2 * len(model), "layer") as advance:
         with torch.no_grad():
             model.embed(tokens, hidden)
@@ -60,7 +72,10 @@ def gradients(
                 states[index].copy_(hidden)
                 if linear is not None:
                     linear.round(index, hidden)
-                run_layer(model, index, hidden, x, sources)
+                x = mapped(folder / f"experts-{index}.bin", shape)
+                found = run_layer(model, index, hidden, x, sources)
+                if found is not None:
+                    routed[index] = found
                 model.check_finite(index, hidden)
                 advance(1)
             if linear is not None:
@@ -68,16 +83,16 @@ def gradients(
         watch = {} if linear is None else linear.watch(len(model))
         gradient = _of_head(model, tokens, hidden, seed, watch)
         del watch  # it holds the errors of the head
-        results = []
+        of_sums = {}
         for index in reversed(range(len(model))):
-            results.append(mapped(folder / f"gradient-{index}.bin", shape))
+            of_sums[index] = mapped(folder / f"gradient-{index}.bin", shape)
             watch = {} if linear is None else linear.watch(index)
-            model.backward(index, states.pop(), gradient, results[-1], watch)
+            model.backward(index, states.pop(), gradient, of_sums[index], watch)
             paths[index].unlink()
             advance(1)
         if linear is not None:
             linear.measure_embeddings(tokens, gradient)
-    return results[::-1]
+    return {index: Traffic(found, of_sums[index]) for index, found in routed.items()}
 
 
 def _of_head(

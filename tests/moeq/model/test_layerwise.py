@@ -122,7 +122,7 @@ def test_watching_tells_what_dense_layers_get_and_runs_no_further(
 ) -> None:
     folder = tiny_model(family)
     tokens = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("moeq.model.layerwise._TOKENS_AT_ONCE", 48)  # two sequences, then one
+    monkeypatch.setattr("moeq.model.layerwise.TOKENS_AT_ONCE", 48)  # two sequences, then one
     source = SourceModel.open(folder)
     model = LayerwiseModel(source, CPU)
     last = len(model) - 1

@@ -31,10 +31,8 @@ class Built:
         self.model = LayerwiseModel(source, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(VOCABULARY, (12, 40), generator=generator)
-        self.gradients = gradients(self.model, self.tokens, work, 0)
-        self.bank: Bank = build(
-            self.model, self.tokens, WIDTHS, GROUP, method, self.gradients, work
-        )
+        self.traffic = gradients(self.model, self.tokens, work, 0)
+        self.bank: Bank = build(self.model, self.traffic, WIDTHS, GROUP, method, work)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +108,7 @@ def test_the_error_is_what_the_experts_give_differently(
     with torch.no_grad():
         target[expert].copy_(new)
     difference = _moe_outputs(whole, layer, made.tokens) - before
-    increase = (difference * made.gradients[layer].view(difference.shape).double()).sum(-1)
+    increase = (difference * made.traffic[layer].gradient.view(difference.shape).double()).sum(-1)
 
     assert found.weight == pytest.approx(weight, rel=1e-4)
     assert found.output == pytest.approx(difference.square().sum().item(), rel=1e-3)

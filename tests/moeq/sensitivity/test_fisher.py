@@ -29,7 +29,7 @@ def test_gradients_foretell_the_divergence(
     # The same sequence over and over: as many draws of the tokens that follow.
     found = gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0)
     direction = torch.randn(model.hidden_size, generator=generator)
-    foretold = (found[layer][:, place] @ direction).square().mean().item() / 2 * STEP**2
+    foretold = (found[layer].gradient[:, place] @ direction).square().mean().item() / 2 * STEP**2
 
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
