@@ -91,3 +91,12 @@ def test_dense_curve_tells_models_and_widths(benchmark: Import, tmp_path: Path) 
     assert script.title_of(tmp_path / "fine" / ".." / "model", plan) == (
         "model (2 layers x 3 experts)"
     )
+
+
+def test_what_was_told_is_judged_either_way(benchmark: Import) -> None:
+    script = benchmark("quantize_cost")
+    taken = [script.Cost(seconds=100.0, processor=180.0, memory=1000)] * 2
+    for seconds, memory, met in ((149, 1149, True), (67, 870, True), (151, 1151, False),
+                                 (66, 869, False)):  # fmt: skip
+        told = [script.Cost(seconds, 0.0, memory)] * 2
+        assert [line.startswith("- **met**") for line in script.verdict(told, taken)] == [met] * 2
