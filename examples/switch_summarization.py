@@ -3,7 +3,7 @@
     python examples/switch_summarization.py OUTPUT [--seconds 90] [--results FILE]
 
 The text is the standard library of the Python that runs this. The model learns to go on with text,
-then to foretell the first line of a function's docstring from its code, while
+then to predict the first line of a function's docstring from its code, while
 ``moeq.RouterNormTracker`` watches: the paper's rule wants the change of router norms in
 fine-tuning. Every plan is a packed checkpoint, calibrated with training pairs, which transformers
 runs on the kernels of ``vllm_moeq``. A Switch Transformer is what the paper starts with; vLLM has
@@ -331,7 +331,7 @@ def main() -> None:
             "Switch Transformer, summaries",
             [
                 f"A Switch Transformer of 3.4 M parameters, trained for 2 × {options.seconds:g} "
-                "seconds to foretell the first line of a function's docstring from its code. All "
+                "seconds to predict the first line of a function's docstring from its code. All "
                 "experts rounded with GPTQ by 128 training pairs, packed, and run by transformers "
                 f"on our kernels: loss in nats per token and ROUGE (F1, %) of greedy answers on "
                 f"{len(held_out)} pairs of files that it has not seen. Increases below 0.001 say "

@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="default 2")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args()
-    said, took = [], []
+    said: list[Cost] = []
+    took: list[Cost] = []
     for _ in range(options.rounds):
         for work, costs in ((told, said), (taken, took)):
             with multiprocessing.get_context("spawn").Pool(1) as pool:

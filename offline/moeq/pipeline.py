@@ -320,7 +320,7 @@ def _announce(
     parts = {"measuring the plan": measuring, "rounding": rounding}
     seconds = {word: cost.seconds(text.device) for word, cost in parts.items() if cost}
     logger.info(
-        "%s takes about %s; without text it takes seconds: `calib` none",
+        "%s takes about %s; without text it is much faster: `calib` none",
         " and ".join(seconds),
         duration(sum(seconds.values())),
     )

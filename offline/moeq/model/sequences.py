@@ -1,7 +1,7 @@
 """What sequences of tokens are to a model with an encoder: a source and a target in one.
 
 Of L tokens the first three quarters are the source. The others are what the decoder gets: the token
-that it starts with, and the target, each token of which it is to foretell from those before it.
+that it starts with, and the target, each token of which it is to predict from those before it.
 """
 
 from collections.abc import Mapping
