@@ -16,7 +16,7 @@ from setting import (
 )
 
 from moeq.allocation import combined_order, maxvar_order, router_norm_order
-from moeq.allocation.order import DEFAULT_ZETA
+from moeq.requests import DEFAULT_ZETA
 from moeq.rounding import quantize_rtn
 
 GROUP_SIZE = 32

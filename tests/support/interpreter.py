@@ -30,12 +30,34 @@ def _fill_new_memory() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def columns_loop(name: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one of the loops over columns that GPTQ has."""
+def round_columns(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run GPTQ's first loop over columns."""
+    from moeq.rounding import columns
+
+    assert columns.in_triton(torch.device("cpu"))
+    return columns.round_columns(*arguments)
+
+
+def triton_block() -> int:
+    """Return how many columns a program of these loops holds."""
     from vllm_moeq.kernels.triton import columns
 
-    result: tuple[torch.Tensor, torch.Tensor] = getattr(columns, name)(*arguments)
-    return result
+    return columns.BLOCK
+
+
+def descend(
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    gradient: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run GPTQ's other loop over columns; return the codes and the gradient."""
+    from moeq.rounding import columns
+
+    assert columns.in_triton(torch.device("cpu"))
+    columns.descend(hessian, scale, codes, gradient, bits)
+    return codes, gradient
 
 
 def route(

@@ -30,6 +30,8 @@ class NoWeight:
         Raises:
             AttributeError: Always.
         """
+        if name == "name" or name.startswith("__"):  # of one that copy makes without __init__
+            raise AttributeError(name)
         raise AttributeError(
             f"{self.name} is packed and has no weight that can be read or changed (`{name}`): to "
             "merge an adapter, load the model with "

@@ -3,8 +3,7 @@
 import torch
 
 from moeq.errors import MoeqError
-from moeq.requests import DEFAULT_ZETA as DEFAULT_ZETA
-from moeq.requests import REORDERS
+from moeq.requests import DEFAULT_ZETA, REORDERS
 
 
 def router_norm_order(change: torch.Tensor) -> list[int]:

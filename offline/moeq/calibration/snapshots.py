@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import begin, clear, read_note, replace_file
+from moeq.checkpoint.workspace import begin, read_note, remove, replace_file
 from moeq.errors import MoeqError
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"
@@ -41,9 +41,9 @@ class Snapshots:
         Raises:
             MoeqError: What is there was made from something else; names it.
         """
+        if self.folder.exists() and not resume:
+            remove(self.folder)
         self.folder.mkdir(exist_ok=True)
-        if not resume:
-            clear(self.folder)
         begin(self.folder / _FINGERPRINT, fingerprint)
 
     @property

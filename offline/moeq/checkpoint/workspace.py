@@ -120,13 +120,10 @@ class Workspace:
             ) from error
 
     def clear(self, *folders: Path) -> None:
-        """Remove what an earlier run has left: in these folders, or else in all.
-
-        Each goes as a whole: half of one, without its note, might be taken for other work.
-        """
+        """Remove what an earlier run has left: in these folders, or else in all."""
         for folder in folders or (self.plan, self.calibration, self.partial):
             if folder.exists():
-                shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
+                remove(folder)
 
 
 @contextmanager
@@ -215,13 +212,13 @@ def check_output_is_free(output: Path) -> None:
         )
 
 
-def clear(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def remove(folder: Path) -> None:
+    """Remove a folder of a workspace as a whole.
+
+    Half of one, without the note of what it was for, might be taken for other work. What a kill
+    leaves under the other name goes with the next run.
+    """
+    shutil.rmtree(folder.rename(folder.with_suffix(_REMOVED)))
 
 
 def begin(path: Path, work: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ class Study:
         check_strategies(request)
         check_group_size(self.group_size, layers)
         widths = self._widths()
-        needed = measuring_bytes(layers, widths, (self.group_size,), self.tokens.numel())
+        needed = measuring_bytes(self.source, widths, (self.group_size,), self.tokens.numel())
         model = layerwise_model(self.source, self.device)
         base = None
         if request.base_router is not None:

@@ -15,7 +15,7 @@ from moeq.rounding import REFINEMENT, Hessian, block_size, gram, gram_block, qua
 from moeq.workers import on_devices
 from moeq.workers.local import Shared, Work
 
-_TOP_K = "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"
+_TOP_K = "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"
 """Names of the number of experts that get each token."""
 _COPIES = 7.5
 """float32 copies of a matrix while it is rounded: among them its transpose, columns sorted."""

@@ -1,17 +1,21 @@
 """What measuring every expert at every width takes."""
 
-from moeq.checkpoint import MoELayer
+from moeq.checkpoint import SourceModel
+from moeq.checkpoint.servable import text_config
 from moeq.checkpoint.sizes import option_sizes
 
 
 def measuring_bytes(
-    layers: list[MoELayer], widths: tuple[int, ...], group_sizes: tuple[int, ...], tokens: int
+    source: SourceModel, widths: tuple[int, ...], group_sizes: tuple[int, ...], tokens: int
 ) -> int:
-    """Return the bytes of experts at every width, and of the activations of every layer.
+    """Return the bytes of experts at every width, and of activations.
 
-    Those are what experts get, and what the layer gets, whose place the gradient takes.
+    Those are what each layer gets, and of layers with experts what these get, and the gradient.
+    Gradients come while what layers get goes, the last first.
     """
-    streams = 2 * max(layer.index for layer in layers) + 3
-    activations = 4 * tokens * layers[0].hidden_size * streams
+    layers = source.layers
+    stated: int = text_config(source.reader.config).get("num_hidden_layers", 0)
+    depth = max(stated, *(layer.index + 1 for layer in layers))
+    activations = 4 * tokens * source.hidden_size * (depth + len(layers) + 1)
     experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
     return experts + activations

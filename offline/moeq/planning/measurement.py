@@ -190,8 +190,8 @@ class Measurement:
 
     def cost(self) -> Cost:
         """Estimate what measuring takes: experts at every width, activations of every layer."""
-        layers = self.source.layers
-        disk = measuring_bytes(layers, self.widths, self.group_sizes, self.measured.numel())
+        count = self.measured.numel()
+        disk = measuring_bytes(self.source, self.widths, self.group_sizes, count)
         disk += sum(
             group.num_bytes(bits, group_size)
             for group in self.linear

@@ -25,9 +25,9 @@ from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.workspace import (
     begin,
     check_space,
-    clear,
     disk_errors,
     read_note,
+    remove,
     replace_file,
     temporary_folder,
 )
@@ -123,7 +123,7 @@ def resumable_plan(
             decision = _measure(measurement, unfinished, progress, workers)
         except BaseException:  # Ctrl-C, too
             if not any(unfinished.glob("*/*.json")):  # nothing to go on with
-                clear(folder)
+                remove(folder)
             raise
         text = json.dumps({"plan": decision.plan.to_dict(), "report": decision.report})
         replace_file(kept, lambda target: target.write_text(text))

@@ -7,13 +7,17 @@ columns have their grids column by column. Rows do not depend on each other, nor
 threads.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from moeq.rounding.grid import largest_code, nearest_codes
 from vllm_moeq.kernels import cpu, triton
 from vllm_moeq.kernels.cpu import library
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 128
 """Columns after which what lies to the right is updated, in one matrix product."""
@@ -50,7 +54,7 @@ def round_columns(
     Returns:
         Codes and differences, [B, k, N].
     """
-    if on_gpu(wanted):
+    if in_triton(wanted.device):
         from vllm_moeq.kernels.triton import columns  # Triton takes long to import
 
         return columns.round_columns(factor, wanted, sums, scale, zero, largest_code(bits))
@@ -80,7 +84,7 @@ def descend(
         gradient: d H in the columns of the block, of the same form, changed in place.
         bits: Width of the codes.
     """
-    if on_gpu(codes):
+    if in_triton(codes.device):
         from vllm_moeq.kernels.triton import columns  # Triton takes long to import
 
         in_blocks(columns.descend, hessian, scale, codes, gradient, bits)
@@ -99,9 +103,23 @@ def compiled(tensor: torch.Tensor) -> bool:
     return cpu.unavailable(tensor.device) is None
 
 
-def on_gpu(tensor: torch.Tensor) -> bool:
-    """Tell whether the loops over a tensor run in Triton."""
-    return tensor.is_cuda and triton.unavailable(tensor.device) is None
+@cache
+def in_triton(device: torch.device) -> bool:
+    """Tell whether the loops over tensors there run in Triton; tries it.
+
+    Its older releases need a C compiler when they run.
+    """
+    if triton.unavailable(device) is not None:
+        return False
+    from vllm_moeq.kernels.triton import columns
+
+    one = torch.ones(1, 1, 1, device=device)
+    try:
+        columns.round_columns(one, one, one, one, one, 1)
+    except Exception as error:  # whatever it lacks, torch does the same
+        logger.warning("GPTQ runs slowly on %s, without Triton: %s", device, error)
+        return False
+    return True
 
 
 def round_columns_torch(

@@ -94,13 +94,15 @@ class Hessian(NamedTuple):
         columns, factor = sums.shape[1], torch.empty_like(sums)
         shares = [max(DAMPING, DAMPING_PER_COLUMN * columns / max(1, count)) for count in samples]
         damping, left = mean.new_tensor(shares) * mean, list(range(len(sums)))
-        while left:
+        while True:
             failed = []
             for b in left:
                 torch.add(undamped[b], damping[b], out=sums[b].diagonal())
                 failed.append(_factor(sums[b], order[b], factor[b]))
-            # One question to the device for all of them.
+            # One question to the device for all of an attempt.
             left = [b for b, fails in zip(left, torch.stack(failed).tolist(), strict=True) if fails]
+            if not left:
+                break
             damping[left] *= 10
             if (damping[left] > _MOST_DAMPING * mean[left]).any():
                 raise ValueError(f"the Hessian is singular even with {_MOST_DAMPING:g} x damping")

@@ -40,7 +40,8 @@ def fitted(
             lack = outputs - x @ old.T
             torch.addmm(old, _of_samples(lack, x, damping).T, x, out=solved[b])
         else:  # of what old weights give, H without its damping has the products with inputs
-            lack = torch.addmm(outputs.T @ x, old, hessian.damped[b], alpha=-1) + damping * old
+            lack = torch.addmm(outputs.T @ x, old, hessian.damped[b], alpha=-1)
+            lack.addcmul_(old, damping)
             change = _of_columns(lack, hessian.factor[b], hessian.order[b])
             torch.add(old, change, out=solved[b])
     return solved

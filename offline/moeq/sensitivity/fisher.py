@@ -60,7 +60,7 @@ def gradients(
     shape = (*tokens.shape, model.hidden_size)
     paths = [folder / f"input-{index}.bin" for index in range(len(model))]
     states = [mapped(path, shape) for path in paths]
-    hidden = torch.empty(shape)
+    hidden, unused = torch.empty(2, *shape)
     sources = [ExpertSource.original(model)]
     routed: dict[int, Routed] = {}
     with stage(progress, "gradients", 2 * len(model), "layer") as advance:
@@ -72,7 +72,8 @@ def gradients(
                 states[index].copy_(hidden)
                 if linear is not None:
                     linear.round(index, hidden)
-                x = mapped(folder / f"experts-{index}.bin", shape)
+                has_experts = index in model.moe_layers
+                x = mapped(folder / f"experts-{index}.bin", shape) if has_experts else unused
                 found = run_layer(model, index, hidden, x, sources)
                 if found is not None:
                     routed[index] = found
@@ -83,16 +84,19 @@ def gradients(
         watch = {} if linear is None else linear.watch(len(model))
         gradient = _of_head(model, tokens, hidden, seed, watch)
         del watch  # it holds the errors of the head
-        of_sums = {}
+        traffic: dict[int, Traffic] = {}
         for index in reversed(range(len(model))):
-            of_sums[index] = mapped(folder / f"gradient-{index}.bin", shape)
+            of_sums = unused
+            if index in routed:
+                of_sums = mapped(folder / f"gradient-{index}.bin", shape)
+                traffic[index] = Traffic(routed[index], of_sums)
             watch = {} if linear is None else linear.watch(index)
-            model.backward(index, states.pop(), gradient, of_sums[index], watch)
+            model.backward(index, states.pop(), gradient, of_sums, watch)
             paths[index].unlink()
             advance(1)
         if linear is not None:
             linear.measure_embeddings(tokens, gradient)
-    return {index: Traffic(found, of_sums[index]) for index, found in routed.items()}
+    return traffic
 
 
 def _of_head(

@@ -16,6 +16,7 @@ from support.checkpoints import NUM_EXPERTS, write_checkpoint
     ("config", "top_k"),
     [
         ({"num_experts_per_tok": 3}, 3),
+        ({"num_experts_per_token": 3}, 3),  # Kimi-Linear
         ({"moe_k": 3}, 3),  # ERNIE-4.5
         ({"moe_topk": 3}, 3),  # Hunyuan
         ({"moe_topk": [1, 2]}, 2),  # Hunyuan, for each layer

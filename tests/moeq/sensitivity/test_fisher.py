@@ -8,8 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.workspace import used_bytes
 from moeq.errors import MoeqError
+from moeq.model import layerwise_model
 from moeq.model.layerwise import LayerwiseModel
+from moeq.planning.cost import measuring_bytes
 from moeq.sensitivity.fisher import _drawn, gradients
 from support.models import VOCABULARY
 from support.sources import load, rewrite
@@ -18,7 +21,7 @@ DRAWS, LENGTH, STEP = 400, 10, 1e-2
 
 
 @pytest.mark.parametrize(("family", "layer", "place"), [("mixtral", 1, 5), ("flex_olmo", 0, 2)])
-def test_gradients_foretell_the_divergence(
+def test_gradients_predict_the_divergence(
     family: str, layer: int, place: int, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tiny_model(family)
@@ -29,7 +32,7 @@ def test_gradients_foretell_the_divergence(
     # The same sequence over and over: as many draws of the tokens that follow.
     found = gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0)
     direction = torch.randn(model.hidden_size, generator=generator)
-    foretold = (found[layer].gradient[:, place] @ direction).square().mean().item() / 2 * STEP**2
+    predicted = (found[layer].gradient[:, place] @ direction).square().mean().item() / 2 * STEP**2
 
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
@@ -45,7 +48,23 @@ def test_gradients_foretell_the_divergence(
         after = whole(sequence).logits.log_softmax(-1)
     divergence = (before.exp() * (before - after)).sum().item()
     # The mean of 400 squares of normal numbers is off by 7 % (standard deviation).
-    assert foretold == pytest.approx(divergence, rel=0.25)
+    assert predicted == pytest.approx(divergence, rel=0.25)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_activations_take_the_space_that_is_told(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also with layers that have no experts."""
+    source = SourceModel.open(tiny_model(family))
+    model = layerwise_model(source, torch.device("cpu"))
+    tokens = torch.randint(3, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(0))
+    used: list[int] = []
+    gradients(model, tokens, tmp_path, 0, lambda *_: used.append(used_bytes(tmp_path)))
+    told = measuring_bytes(source, (), (), tokens.numel())
+    streams = told // (4 * tokens.numel() * source.hidden_size)
+    assert len(source.layers) + len(model) + 1 == streams
+    assert told * (streams - 1) / streams == max(used)  # without the one that goes meanwhile
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:

@@ -23,6 +23,7 @@ from vllm_moeq.format import BitPlan, FormatError, LayerBits, check_manifest, gu
 from vllm_moeq.hf import MoeqConfig
 from vllm_moeq.hf.experts import PackedExperts
 from vllm_moeq.hf.linear import PackedLinear
+from vllm_moeq.hf.packed import NoWeight
 
 DIFFERENT = [
     "mixtral",  # w1, w2, w3; another name in memory
@@ -372,3 +373,9 @@ def test_an_adapter_trained_dequantized_is_used_packed(
     torch.testing.assert_close(
         _logits(load_model(tmp_path / "merged")), expected, atol=1e-4, rtol=0
     )
+
+
+def test_what_stands_for_a_packed_weight_can_be_copied() -> None:
+    weight = copy.deepcopy(NoWeight("q_proj", torch.device("cpu"), torch.float32))
+    with pytest.raises(AttributeError, match=r"q_proj is packed .*dequantize=True"):
+        _ = weight.data

@@ -135,6 +135,9 @@ def round_columns(
 
     Returns:
         Codes and differences, [B, k, N].
+
+    Raises:
+        ValueError: More than BLOCK columns.
     """
     given = [part.contiguous() for part in (factor, wanted, sums, scale, zero)]
     made = [torch.empty_like(given[1]) for _ in range(2)]
@@ -158,6 +161,9 @@ def descend(
 
     Returns:
         Codes, and the changes of the quantized weights, [B, k, N].
+
+    Raises:
+        ValueError: More than BLOCK columns.
     """
     given = [part.contiguous() for part in (hessian, gradient, scale)]
     chosen = codes.clone(memory_format=torch.contiguous_format)
@@ -168,6 +174,8 @@ def descend(
 
 def _launch(kernel, *tensors, like, largest):
     batch, columns, rows = like.shape
+    if columns > BLOCK:
+        raise ValueError(f"{columns} columns do not fit into a program, which holds {BLOCK}")
     with torch.cuda.device_of(like):  # Triton launches on the current GPU
         kernel[(triton.cdiv(rows, ROWS), batch)](
             *tensors, columns, rows, float(largest), BLOCK=BLOCK, ROWS=ROWS, num_warps=1

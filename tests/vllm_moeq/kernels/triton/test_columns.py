@@ -1,13 +1,12 @@
 """GPTQ's loops over columns, interpreted: judged in float64, and against those in torch."""
 
 from concurrent.futures import Executor
-from functools import partial
 
 import pytest
 import torch
 
 from moeq.rounding import columns
-from support.interpreter import columns_loop
+from support.interpreter import descend, round_columns, triton_block
 from support.rounding import Block
 
 SHAPES = [(1, 1), (40, 3), (128, 33)]
@@ -18,9 +17,7 @@ SHAPES = [(1, 1), (40, 3), (128, 33)]
 @pytest.mark.parametrize(("size", "rows"), SHAPES)
 def test_rounding(size: int, rows: int, bits: int, interpreter: Executor) -> None:
     block = Block.drawn(size, rows, bits)
-    codes, difference = interpreter.submit(
-        columns_loop, "round_columns", *block, 2**bits - 1
-    ).result()
+    codes, difference = interpreter.submit(round_columns, *block, bits).result()
     same, expected = columns.round_columns_torch(*block, bits)
     # A sum that is rounded differently may fall on the other side of a tie.
     assert (codes != same).any(1).float().mean() < 0.02
@@ -36,16 +33,10 @@ def test_descent(size: int, rows: int, bits: int, interpreter: Executor) -> None
     hessian = block.factor @ block.factor.mT
     codes, difference = columns.round_columns_torch(*block, bits)
     gradient = block.factor @ (block.sums + block.factor.mT @ difference)
-
-    def interpreted(*parts: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-        return interpreter.submit(columns_loop, "descend", *parts).result()
-
-    results = []
-    for descent in (partial(columns.in_blocks, interpreted), columns.descend_torch):
-        chosen, slope = codes.clone(), gradient.clone()
-        descent(hessian, block.scale, chosen, slope, bits)
-        results.append((chosen, slope))
-    (ours, slope), (theirs, _) = results
+    ours, slope = interpreter.submit(
+        descend, hessian, block.scale, codes.clone(), gradient.clone(), bits
+    ).result()
+    columns.descend_torch(hessian, block.scale, theirs := codes.clone(), gradient.clone(), bits)
     assert (ours != theirs).any(1).float().mean() < 0.02
     errors = [
         block.error((chosen - block.zero) * block.scale - block.wanted)
@@ -55,3 +46,10 @@ def test_descent(size: int, rows: int, bits: int, interpreter: Executor) -> None
     assert errors[1].sum() <= (1 + 1e-3) * errors[2].sum()
     change = (ours - codes) * block.scale
     torch.testing.assert_close(slope, gradient + hessian @ change, rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_holds_as_many_columns_as_a_block_has(interpreter: Executor) -> None:
+    assert interpreter.submit(triton_block).result() == columns.BLOCK
+    block = Block.drawn(columns.BLOCK + 1, 2, 2)
+    with pytest.raises(ValueError, match="129 columns do not fit"):
+        interpreter.submit(round_columns, *block, 2).result()

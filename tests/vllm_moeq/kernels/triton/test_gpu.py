@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeq.rounding import QuantizedWeight, quantize_gptq
+from moeq.rounding import QuantizedWeight, columns, quantize_gptq
 from moeq.rounding.gptq import Hessian
 from support.experts import Experts, random_experts
 from support.reference import dequantize
@@ -125,6 +125,7 @@ def test_equal_inputs_give_equal_bits_whatever_memory_held(layer: Layer, tokens:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_gptq_is_that_of_the_cpu(bits: int) -> None:
     """Up to codes that flip, since sums are ordered differently."""
+    assert columns.in_triton(DEVICE)
     source = torch.Generator().manual_seed(bits)
     x = torch.randn(2, 2000, 600, generator=source)
     x += torch.randn(2, 2000, 1, generator=source)
