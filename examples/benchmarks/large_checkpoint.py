@@ -5,11 +5,13 @@
 Writes a checkpoint of a model's shape for each number of layers, with random weights, and runs the
 commands that need no text on it: ``plan``, ``quantize`` with ``rtn`` and ``hqq``, ``verify``. Every
 run is a process of its own, and reads from the disk. Beside them stands the speed of the disk: a
-plain read of the same files.
+plain read of the same files. Bytes are those that came from the disk: what is read twice is in the
+page cache the second time, and what is not needed does not count.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -56,6 +58,8 @@ RANDOM_WEIGHTS = 1 << 26
 """That tensors of any size repeat: drawing all would take longer than to quantize them."""
 MXFP4_SCALE = 120
 """Stored exponent of all groups of a source in MXFP4: a factor of 2^-7."""
+BLOCK = 512
+"""Bytes that Linux counts as one read from a disk (``ru_inblock``), pages of mapped files too."""
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -67,12 +71,14 @@ class Measured(NamedTuple):
         cores: Busy on average.
         memory: Most bytes that were resident, mapped files among them.
         private: Most bytes that were not those of a file.
+        read: Bytes that came from the disk.
     """
 
     seconds: float
     cores: float
     memory: int
     private: int
+    read: int
 
 
 def parts_of(name: str, layers: int) -> tuple[dict[str, object], dict[str, Shapes]]:
@@ -170,36 +176,37 @@ def hash_of(name: str) -> int:
 
 
 def run(*command: object) -> Measured:
-    """Run a command to its end and watch its memory.
+    """Run a command to its end and watch its memory; nothing else may be started meanwhile.
 
     Raises:
         RuntimeError: It failed; shows what it said.
     """
     started, private, memory = time.perf_counter(), 0, 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [str(word) for word in command]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
         watched = psutil.Process(process.pid)
-        times = watched.cpu_times()
         while process.poll() is None:
             with suppress(psutil.Error):  # it may just have ended
                 info = watched.memory_info()
                 memory = max(memory, info.rss)
                 private = max(private, info.rss - info.shared)
-                times = watched.cpu_times()
             time.sleep(0.02)
         if process.returncode != 0:
             said.seek(0)
             raise RuntimeError(f"{' '.join(words)} failed:\n{said.read()}")
     seconds = time.perf_counter() - started
-    return Measured(seconds, (times.user + times.system) / seconds, memory, private)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # exact: of processes that have ended
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    read = BLOCK * (after.ru_inblock - before.ru_inblock)
+    return Measured(seconds, busy / seconds, memory, private, read)
 
 
 class Step(NamedTuple):
-    """A command without its paths, the bytes that it reads, and what it took."""
+    """A command without its paths, and what it took."""
 
     name: str
-    size: int
     took: Measured
 
     def row(self, layers: int) -> list[str]:
@@ -207,9 +214,9 @@ class Step(NamedTuple):
         took = self.took
         return [
             f"{layers} layers: {self.name}",
-            f"{self.size / 1e9:.2f}",
+            f"{took.read / 1e9:.2f}",
             f"{took.seconds:.1f}",
-            f"{60 * self.size / 1e9 / took.seconds:.2f}",
+            f"{60 * took.read / 1e9 / took.seconds:.2f}",
             f"{took.cores:.2f}",
             f"{took.memory / 1e9:.2f}",
             f"{took.private / 1e9:.2f}",
@@ -217,15 +224,25 @@ class Step(NamedTuple):
 
 
 def from_disk(name: str, folder: Path, *command: object) -> Step:
-    """Run a command that reads a checkpoint which is not in the page cache."""
-    files = [*folder.glob("*.safetensors")]
+    """Run a command on a checkpoint that is not in the page cache."""
     forget_files(folder)
-    return Step(name, sum(path.stat().st_size for path in files), run(*command))
+    return Step(name, run(*command))
 
 
 def plain_read(name: str, folder: Path) -> Step:
-    """Read a checkpoint and do nothing with it: what the disk gives."""
-    return from_disk(f"plain read of {name}", folder, "cat", *folder.glob("*.safetensors"))
+    """Read a checkpoint and do nothing with it: what the disk gives.
+
+    Raises:
+        RuntimeError: It came from memory, or from a disk that the system does not count.
+    """
+    files = [*folder.glob("*.safetensors")]
+    step = from_disk(f"plain read of {name}", folder, "cat", *files)
+    size = sum(path.stat().st_size for path in files)
+    if step.took.read < size // 2:
+        raise RuntimeError(
+            f"{size} bytes of {folder} came from no disk that is counted: choose another --work"
+        )
+    return step
 
 
 def measure(source: Path, work: Path, bits: str, methods: list[str]) -> Iterator[Step]:
@@ -266,15 +283,17 @@ def main() -> None:
             print(*rows[-1], sep=" | ", flush=True)
     shutil.rmtree(options.work)
     header = [
-        "command", "GB read", "seconds", "GB read a minute", "cores busy", "peak resident, GB",
-        "of it no file's, GB",
+        "command", "GB from the disk", "seconds", "GB from the disk a minute", "cores busy",
+        "peak resident, GB", "of it no file's, GB",
     ]  # fmt: skip
     write_section(
         options.results, "Large checkpoints", f"large checkpoint: {options.model}",
         (
-            f"Random weights in the shape of {options.model}, with fewer layers, read from the "
-            "disk; every command once. `quantize` and `plan` read the source, `verify` the result; "
-            "a plain read of the same files is what the disk gives.",
+            f"Random weights in the shape of {options.model}, with fewer layers, not in the page "
+            "cache before; every command once. `plan` and `quantize` read the source, `verify` the "
+            "result; a plain read of the same files is what the disk gives. Counted is what came "
+            "from the disk, the programs' own files too: of a file less, if not all of it was "
+            "needed, and once what was read again.",
             table(header, rows),
         ),
         ("torch", "safetensors", "vllm-moeq"),
