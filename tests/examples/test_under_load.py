@@ -44,7 +44,10 @@ def _part(tokens: list[str] | None, shift: float = 0.0) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers like vLLM, unless the server has other ``tokens``, ``shift`` or ``status``."""
+    """Answers like vLLM, unless the server has other ``tokens``, ``shift`` or ``status``.
+
+    Calls ``asked`` of the server before it answers.
+    """
 
     server: Any
     protocol_version = "HTTP/1.0"
@@ -52,6 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         bad = "logprobs" not in body
+        self.server.asked()
         self.send_response(400 if bad else self.server.status)
         self.end_headers()
         tokens = self.server.tokens
@@ -70,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Any]:
     found: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    found.tokens, found.shift, found.status = TOKENS, 0.0, 200
+    found.tokens, found.shift, found.status, found.asked = TOKENS, 0.0, 200, lambda: None
     thread = threading.Thread(target=found.serve_forever, args=(0.01,))
     thread.start()
     yield found
@@ -148,6 +152,22 @@ def test_what_is_refused_while_the_server_is_down_is_a_retry(
     assert _run(load, 30) == {"retries while the server was down", "bad requests, refused"}
 
 
+def test_a_request_that_began_while_the_server_was_down_is_a_retry(
+    under_load: ModuleType, server: Any
+) -> None:
+    load = _load(under_load, server)
+    server.status = 500
+    load.down.set()
+
+    def comes_back() -> None:
+        load.down.clear()
+        load.over.set()
+
+    server.asked = comes_back
+    load.client(0)
+    assert load.counts == {"retries while the server was down": 1}
+
+
 def test_streams_end_as_they_say(under_load: ModuleType) -> None:
     events = [
         line
@@ -173,9 +193,12 @@ def test_answers_may_part_at_a_tie_only(under_load: ModuleType) -> None:
     quiet = [token("a", -0.1, -3.0), token("b", -0.7, -0.7005), token("c", -0.1, -3.0)]
     tie = [quiet[0], token("x", -0.7005, -0.7), token("y", -5.0, -6.0)]
     other = [token("z", -0.1, -3.0), *quiet[1:]]
+    unlikely = [quiet[0], token("x", -9.0, -0.7), quiet[2]]
     assert under_load.compared(quiet, quiet) == "as of the quiet server"
     assert under_load.compared(tie, quiet) == "that part at a tie"
     assert under_load.compared(other, quiet) == "that DIFFER"
+    assert under_load.compared(unlikely, quiet) == "that DIFFER"
+    assert under_load.compared(tie[:2], quiet) == "that DIFFER"
     assert under_load.compared(quiet[:2], quiet) == "that DIFFER"
     assert under_load.compared([*quiet, quiet[0]], quiet) == "that DIFFER"
 
@@ -196,13 +219,34 @@ def test_the_verdict_says_what_was_missed(under_load: ModuleType) -> None:
     met = under_load.verdict(right | {"streams that part at a tie": 2}, [(2.0, 0.7), (-0.0, 0.0)])
     assert met == (
         "Answers: met, no error, none that differs, every bad request refused. Memory before the "
-        "kill: met, +2.0 ± 0.7 MB an hour is within noise. Memory at the end: met, -0.0 ± 0.0 MB "
-        "an hour is within noise."
+        "kill: met, +2.0 ± 0.7 MB an hour. Memory at the end: met, -0.0 ± 0.0 MB an hour. At most "
+        "10 MB an hour was wanted, by 3 standard errors."
     )
-    missed = under_load.verdict(right | {"errors": 3}, [(83.4, 3.7), (5.0, 0.1)])
+    missed = under_load.verdict(right | {"errors": 3}, [(83.4, 3.7), (400.0, 150.0)])
     assert missed == (
-        "Answers: missed, 3 errors. Memory before the kill: missed, it grew: +83.4 ± 3.7 MB an "
-        "hour. Memory at the end: missed, it grew: +5.0 ± 0.1 MB an hour."
+        "Answers: missed, 3 errors. Memory before the kill: missed, +83.4 ± 3.7 MB an hour. Memory "
+        "at the end: not decided, too noisy, run longer: +400.0 ± 150.0 MB an hour. At most 10 MB "
+        "an hour was wanted, by 3 standard errors."
     )
     for wrong in ("answers that DIFFER", "MALFORMED answers", "bad requests, ANSWERED"):
         assert f"missed, 1 {wrong}." in under_load.verdict(right | {wrong: 1}, [(0.0, 1.0)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("slope", "error", "outcome"),
+    [
+        (9.0, 0.3, "met"),
+        (-400.0, 100.0, "met"),
+        (9.0, 0.4, "not decided"),
+        (0.0, 4.0, "not decided"),
+        (10.5, 4.0, "not decided"),
+        (10.5, 3.0, "missed"),
+        (400.0, 100.0, "missed"),
+        (float("nan"), float("nan"), "not decided"),
+    ],
+)
+def test_growth_is_met_or_missed_only_where_noise_lets_it_be_told(
+    slope: float, error: float, outcome: str, under_load: ModuleType
+) -> None:
+    said = under_load.verdict({}, [(slope, error), (0.0, 0.0)])
+    assert f"Memory before the kill: {outcome}, " in said
