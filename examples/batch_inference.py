@@ -11,8 +11,8 @@ and may have its own max_tokens, temperature, top_p, seed and stop. Lines of RES
 of their requests. Requests that failed are in RESULTS.errors.jsonl, each with the reason.
 
 A run that was killed goes on with the same command: what it has finished is in RESULTS.jsonl.part.
-It goes on with the same requests and the same model only, which its files or its commit tell, not
-its name.
+It resumes only with the same requests, model (compared by files or hub commit, not by name) and
+options that change results.
 Options of vLLM (--max-model-len, --data-parallel-size, ...) are taken as they are.
 """
 
@@ -23,17 +23,21 @@ import filecmp
 import hashlib
 import inspect
 import json
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, Self
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "seed", "stop")
 KNOWN = {"id", "prompt", "messages", *SAMPLING}
-DECISIVE = ("max_tokens", "temperature", "dtype", "quantization", "seed")
+DECISIVE = (
+    "max_tokens", "temperature", "seed", "dtype", "kv_cache_dtype", "quantization", "load_format",
+    "max_model_len", "hf_overrides", "vllm_version",
+)  # fmt: skip
 """Options on which results depend: a run cannot go on with others."""
 TEXTS = {".json", ".jinja", ".model", ".txt"}
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -58,7 +62,6 @@ class Journal:
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
         self.path, self._asked = path, asked
         self._places: dict[int, int] = {}
-        self._finished = False
         self._file = self._locked()
         os.register_at_fork(after_in_child=self._file.close)  # an orphan would keep the lock
         try:
@@ -71,7 +74,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._finished or not self._places:
+        if not self._places:
             self.path.unlink()
         self._file.close()
 
@@ -83,7 +86,7 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a result."""
-        if not self._places:
+        if not self._file.seek(0, os.SEEK_END):
             self._write(self._asked)
         self._places[entry["line"]] = self._write(entry)
 
@@ -104,6 +107,9 @@ class Journal:
                 is_error = "error" in json.loads(line)
                 failed += is_error
                 (bad if is_error else good).write(line)
+            for file in (good, bad):
+                file.flush()
+                os.fsync(file.fileno())
         wanted = dict(zip(names, (results, errors), strict=True))
         if not failed:
             names[1].unlink()
@@ -113,7 +119,10 @@ class Journal:
                 sys.exit(f"{path} exists already; move it, then give the same command")
         for name, path in reversed(wanted.items()):
             name.replace(path)
-        self._finished = True
+        folder = os.open(results.parent, os.O_RDONLY)
+        os.fsync(folder)  # the names too are on the disk before the journal is removed
+        os.close(folder)
+        self._places.clear()
         return failed
 
     def _locked(self) -> BinaryIO:
@@ -134,15 +143,23 @@ class Journal:
             file.close()
 
     def _read(self) -> None:
-        self._drop_torn_line()
-        found = self._asked
-        for number, (place, entry) in enumerate(self._entries(), 1):
-            if number == 1:
-                found = entry
-            elif isinstance(entry.get("line"), int):
-                self._places[entry["line"]] = place
-            else:
-                self._damaged(number)
+        found, place = self._asked, 0
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):  # a kill can leave the last line without its end
+                self._file.truncate(place)
+                break
+            try:
+                entry = json.loads(line)
+                if number == 1:
+                    found = {**entry}
+                else:
+                    self._places[operator.index(entry["line"])] = place
+            except (ValueError, TypeError, KeyError):
+                redone = "this line, and its request is completed again"
+                what = "the file" if number == 1 else redone
+                sys.exit(f"{self.path}, line {number} is damaged: delete {what}")
+            place += len(line)
         if not self._places:
             self._file.truncate(0)
         elif found != self._asked:
@@ -156,29 +173,6 @@ class Journal:
         self._file.flush()
         return place
 
-    def _entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        self._file.seek(0)
-        place = 0
-        for number, line in enumerate(self._file, 1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
-                self._damaged(number)
-            yield place, entry
-            place += len(line)
-
-    def _damaged(self, number: int) -> NoReturn:
-        remedy = "the file" if number == 1 else "this line, and its request is completed again"
-        sys.exit(f"{self.path}, line {number} is damaged: delete {remedy}")
-
-    def _drop_torn_line(self) -> None:
-        """A kill can leave the last line without its end."""
-        self._file.seek(0)
-        whole = sum(len(line) for line in self._file if line.endswith(b"\n"))
-        self._file.truncate(whole)
-
 
 Run = Callable[[argparse.Namespace, Journal, int], Coroutine[Any, Any, None]]
 """Completes those of so many requests that a journal does not have."""
@@ -186,7 +180,7 @@ Run = Callable[[argparse.Namespace, Journal, int], Coroutine[Any, Any, None]]
 
 def arguments() -> argparse.Namespace:
     """Return our own options and those of vLLM's engine."""
-    from vllm import AsyncEngineArgs
+    from vllm import AsyncEngineArgs, __version__
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
@@ -196,14 +190,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("requests", type=Path, metavar="REQUESTS", help="JSON lines, see above")
     parser.add_argument("results", type=Path, metavar="RESULTS", help="JSON lines, to be made")
     parser.add_argument("--max-tokens", type=int, default=256, help="of each completion")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
-    )
-    parser.add_argument(
-        "--in-flight", type=int, default=1024, help="requests given to vLLM at once"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    parser.add_argument("--in-flight", type=int, default=1024, help="requests in vLLM at once")
     options = AsyncEngineArgs.add_cli_args(parser).parse_args()
-    options.model = options.checkpoint
+    options.model, options.vllm_version = options.checkpoint, __version__
     if options.in_flight < 1:
         parser.error(f"--in-flight {options.in_flight} must be at least 1")
     return options
@@ -381,6 +371,7 @@ def complete_all(options: argparse.Namespace, run: Run) -> None:
     if options.tokenizer:
         asked["tokenizer"] = identity(options.tokenizer, options.tokenizer_revision)
     asked |= {name: str(getattr(options, name)) for name in DECISIVE}
+    asked["MOEQ_CPU_ACTIVATION"] = os.environ.get("MOEQ_CPU_ACTIVATION", "")
     total = sum(1 for _ in numbered(requests))
     with Journal(part, asked) as journal:
         if len(journal) < total:

@@ -1,6 +1,7 @@
 """The example of batch inference, through a real engine that is killed on the way.
 
-What it keeps is also tested without one, by runs that are killed at every step on the disk.
+What it keeps is also tested without one, by runs that are killed wherever they open, rename or
+remove a file, and by journals that are cut anywhere.
 """
 
 import argparse
@@ -241,6 +242,63 @@ def test_weights_written_again_are_another_model_unless_a_manifest_has_their_has
     assert identity(str(model), None) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 5), ("temperature", 1.0), ("seed", 1), ("dtype", "float32"),
+        ("kv_cache_dtype", "fp8"), ("quantization", "moeq"), ("load_format", "dummy"),
+        ("max_model_len", 64), ("hf_overrides", {"rope_theta": 1.0}), ("vllm_version", "0.33.0"),
+        ("MOEQ_CPU_ACTIVATION", "int8"),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_go_on_with_options_that_change_results(
+    name: str, value: object, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOEQ_CPU_ACTIVATION", raising=False)
+    _stop_after(folder, 3)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"another {name}: finish"):
+        if name.isupper():
+            patch.setenv(name, str(value))
+            batches.complete(folder)
+        else:
+            batches.complete(folder, **{name: value})
+    batches.complete(folder)
+    _check_and_remove(folder)
+
+
+def test_results_are_on_the_disk_before_the_journal_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = list[tuple[str, bool]](), os.fsync
+    results, part = folder / "results.jsonl", folder / "results.jsonl.part"
+
+    def recorded(file: int) -> None:
+        fsync(file)
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        whole = path.is_dir() or path.stat().st_size > 0
+        assert part.exists() and whole
+        synced.append((path.name, results.exists()))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    batches.complete(folder)
+    assert synced == [
+        ("results.jsonl.unfinished", False),
+        ("results.errors.jsonl.unfinished", False),
+        (folder.name, True),
+    ]
+    _check_and_remove(folder)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_journal_whole(folder: Path) -> None:
+    asked, path = {"model": "m"}, folder / "results.jsonl.part"
+    with batches.batch_inference.Journal(path, asked) as journal:
+        for _ in range(2):
+            with pytest.raises(TypeError, match="not JSON serializable"):
+                journal.add({"line": 1, "text": object()})
+        journal.add({"line": 2})
+        assert [json.loads(line) for line in _lines(path)] == [asked, {"line": 2}]
+
+
 def test_a_damaged_journal_is_named_with_what_to_do(folder: Path) -> None:
     part = folder / "results.jsonl.part"
     _stop_after(folder, 3)
@@ -248,7 +306,10 @@ def test_a_damaged_journal_is_named_with_what_to_do(folder: Path) -> None:
     for number, damage, remedy in (
         (3, lines[2][:-4], "delete this line, and its request is completed again"),
         (3, "{}", "delete this line"),
+        (3, '{"line": "2"}', "delete this line"),
+        (2, "7", "delete this line"),
         (1, "\0\0", "delete the file"),
+        (1, "[]", "delete the file"),
     ):
         damaged = [*lines[: number - 1], damage, *lines[number:]]
         part.write_text("\n".join(damaged) + "\n")

@@ -2,7 +2,8 @@
 
     python batches.py FOLDER NUMBER
 
-kills the run at its NUMBER-th step that changes the folder.
+kills the run before the NUMBER-th time that it opens, renames or removes one of its files. What it
+writes between those is cut at every place by a test of its own.
 """
 
 import argparse
@@ -16,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import batch_inference as batch_inference
 
-CHANGES = ("open", "os.rename", "os.remove", "os.truncate")
+STEPS = ("open", "os.rename", "os.remove")
 
 
 def options_of(folder: Path, **others: object) -> argparse.Namespace:
@@ -24,8 +25,9 @@ def options_of(folder: Path, **others: object) -> argparse.Namespace:
     options: dict[str, object] = {
         "requests": folder / "requests.jsonl", "results": folder / "results.jsonl",
         "model": str(folder / "model"), "revision": None, "tokenizer": None,
-        "tokenizer_revision": None, "max_tokens": 4, "temperature": 0.0, "dtype": "auto",
-        "quantization": None, "seed": 0,
+        "tokenizer_revision": None, "max_tokens": 4, "temperature": 0.0, "seed": 0,
+        "dtype": "auto", "kv_cache_dtype": "auto", "quantization": None, "load_format": "auto",
+        "max_model_len": None, "hf_overrides": {}, "vllm_version": "0.32.0",
     }  # fmt: skip
     return argparse.Namespace(**options | others)
 
@@ -50,7 +52,7 @@ def main() -> None:
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal steps
-        if event in CHANGES and str(arguments[0]).startswith(str(folder / "results")):
+        if event in STEPS and str(arguments[0]).startswith(str(folder / "results")):
             steps += 1
             if steps == last:
                 os.kill(os.getpid(), signal.SIGKILL)
