@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--eval-nsamples", type=int, default=8)
+    parser.add_argument("--title", help="of the section (default: the model's folder and shape)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows, title = [], ""
     for size in sorted(options.sizes, key=lambda size: parse_size(size, "sizes")):
         for name, dense_bits in CHOICES:
             plan, total = measure(options, size, dense_bits)
-            title = title_of(Path(options.model), plan)
+            title = options.title or title_of(Path(options.model), plan)
             rows.append([size, name, *row_of(plan, total)])
             print(rows[-1], flush=True)
     header = [

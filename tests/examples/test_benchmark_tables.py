@@ -100,3 +100,25 @@ def test_what_was_told_is_judged_either_way(benchmark: Import) -> None:
                                  (66, 869, False)):  # fmt: skip
         told = [script.Cost(seconds, 0.0, memory)] * 2
         assert [line.startswith("- **met**") for line in script.verdict(told, taken)] == [met] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [((), "model (2 layers x 3 experts)"), (("--title", "fine-grained"), "fine-grained")],
+)
+def test_dense_curve_names_its_section(
+    options: tuple[str, ...],
+    title: str,
+    benchmark: Import,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    script, results = benchmark("dense_curve"), tmp_path / "RESULTS.md"
+    layer = LayerBits((2, 3, 4), (2, 2, 2))
+    plan = BitPlan(128, {f"model.layers.{number}.mlp.experts": layer for number in range(2)})
+    scores = Scores(tokens=10, loss=4.5, original_loss=4.4979, divergence=0.00123, agreement=0.9)
+    monkeypatch.setattr(script, "measure", lambda *_: (plan, scores))  # takes an hour
+    command = ["dense_curve.py", "model", "--calib=a", "--text=b", f"--results={results}"]
+    monkeypatch.setattr("sys.argv", [*command, "--sizes", "2MB", *options])
+    script.main()
+    assert f"\n## dense layers: {title}\n" in results.read_text()
