@@ -261,7 +261,7 @@ def test_a_run_does_not_go_on_with_options_that_change_results(
             patch.setenv(name, str(value))
             batches.complete(folder)
         else:
-            batches.complete(folder, **{name: value})
+            batches.complete(folder, batches.answer, **{name: value})
     batches.complete(folder)
     _check_and_remove(folder)
 

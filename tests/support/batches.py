@@ -2,8 +2,8 @@
 
     python batches.py FOLDER NUMBER
 
-kills the run before the NUMBER-th time that it opens, renames or removes one of its files. What it
-writes between those is cut at every place by a test of its own.
+kills the run before the NUMBER-th time that it opens, renames or removes one of its files. A
+journal that ends between those has a test of its own.
 """
 
 import argparse
