@@ -69,7 +69,7 @@ def test_a_result_tells_what_was_done(
         )
     assert capsys.readouterr() == ("", "")
     assert "16 x 48 tokens of text.txt" in caplog.text
-    assert "without text it takes seconds: `calib` none" in caplog.text
+    assert "without text it is much faster: `calib` none" in caplog.text
     assert "plan: auto: " in caplog.text
 
     assert set(steps) == {
