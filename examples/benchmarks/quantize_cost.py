@@ -94,7 +94,7 @@ def main() -> None:
                 costs.append(pool.apply(work, (options,)))
             print(work.__name__, costs[-1], flush=True)
     rows = [
-        [name, *(f"{part(cost):.3g}" for costs in (said, took) for cost in costs)]
+        [name, *(f"{part(cost):.3g}" if part(cost) else "-" for cost in (*said, *took))]
         for name, part in (
             ("seconds", lambda cost: cost.seconds),
             ("processor seconds", lambda cost: cost.processor),
