@@ -12,13 +12,15 @@ from vllm_moeq.kernels.linear import LinearCall
 # One plain registration instead of torch.library.custom_op, whose wrapper costs several
 # microseconds a call. The object owns the registration and must live as long as the process.
 _LIBRARY = torch.library.Library("moeq", "FRAGMENT")
-_LIBRARY.define(
-    "fused_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] weights, "
-    "Tensor? w13_bias, Tensor? w2_bias, Tensor layout, Tensor? expert_map, str activation, "
+_FUSED_EXPERTS = (
+    "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] weights, Tensor? w13_bias, "
+    "Tensor? w2_bias, Tensor layout, Tensor? expert_map, str activation, "
     "bool apply_router_weight_on_input, float? swiglu_limit=None, float? swiglu_alpha=None, "
-    "float? swiglu_beta=None) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    "float? swiglu_beta=None) -> Tensor"
 )
+# The outputs are a number, not a part of the layout: a fake call has no layout to read. They are
+# the model's, whatever the plan.
+_LINEAR = "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor layout, {} rows) -> Tensor"
 
 
 def _fused_experts(*arguments: Any) -> torch.Tensor:
@@ -64,20 +66,17 @@ def _check_loaded(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         )
 
 
-# The outputs are a number, not a part of the layout: a fake call has no layout to read. They are
-# the model's, whatever the plan.
-_LIBRARY.define(
-    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor layout, SymInt rows) "
-    "-> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-for _name, _function, _fake in (
-    ("fused_experts", _fused_experts, _fused_experts_fake),
-    ("linear", _linear, _linear_fake),
+for _name, _schema, _function, _fake in (
+    ("fused_experts", _FUSED_EXPERTS, _fused_experts, _fused_experts_fake),
+    ("linear", _LINEAR.format("SymInt"), _linear, _linear_fake),
 ):
-    _LIBRARY.impl(_name, _function, "CPU")
-    _LIBRARY.impl(_name, _function, "CUDA")
+    _LIBRARY.define(f"{_name}{_schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     torch.library.register_fake(f"moeq::{_name}", _fake, lib=_LIBRARY)
+    # For all devices. On the CPU an op in C++ may take over (cpu/torch_ops.py), which leaves to
+    # Python what is not its own.
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.define(f"{_name}_in_python{_schema.replace('SymInt', 'int')}")
+    _LIBRARY.impl(f"{_name}_in_python", _function, "CompositeExplicitAutograd")
 
 fused_experts = torch.ops.moeq.fused_experts
 """Mixed-bit fused experts; arguments as in :meth:`vllm_moeq.kernels.call.FusedExpertsCall.from_op`,

@@ -14,7 +14,7 @@ import torch
 from vllm_moeq import envs
 from vllm_moeq.format import Projection
 from vllm_moeq.kernels.call import SWIGLU, FusedExpertsCall, no_expert
-from vllm_moeq.kernels.cpu import library
+from vllm_moeq.kernels.cpu import library, torch_ops
 from vllm_moeq.kernels.cpu.build import BuildError
 from vllm_moeq.kernels.layout import ExpertLayout, ExpertWeights
 
@@ -57,6 +57,7 @@ def prepare(weights: ExpertWeights, layout: ExpertLayout, activation: str) -> Ex
         ValueError: Weights that do not fit the layout.
     """
     layout.check(weights)
+    torch_ops.take_over(layout.kernel)
     alternating = activation == "swigluoai"
     half = torch.empty(0, dtype=torch.float16, device="cpu")
     byte = torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
+_KERNEL, _OPS = "moe.cpp", "ops.cpp"
 _TIMEOUT_S = 600
 
 
@@ -59,10 +60,46 @@ INSTRUCTION_SETS = (
 PORTABLE = InstructionSet("portable", _AVX2, (*_AVX2_FLAGS, "-O1"))
 """The AVX-512 kernel made of smaller vectors: slow, to test it on CPUs without AVX-512."""
 
-_COMPILE_FLAGS = (
-    "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi",
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+_LIBRARY_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
+_KERNEL_FLAGS = (
+    *_LIBRARY_FLAGS, "-O3", "-fopenmp", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast",
 )  # fmt: skip
+_OPS_FLAGS = (*_LIBRARY_FLAGS, "-O2")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A library that is compiled.
+
+    Attributes:
+        name: What its file is called after.
+        source: Its file among the sources.
+        compile_flags: Options of the compiler.
+        link_flags: Options that link it.
+    """
+
+    name: str
+    source: str
+    compile_flags: tuple[str, ...]
+    link_flags: tuple[str, ...] = ()
+
+    @classmethod
+    def kernel(cls, isa: InstructionSet) -> "Target":
+        """Return the kernel for one instruction set.
+
+        OpenMP is compiled in but not linked: its functions come from the runtime that torch has
+        loaded, so that there is one pool of threads and vLLM's settings hold.
+        """
+        return cls(isa.name, _KERNEL, (*_KERNEL_FLAGS, *isa.compiler_flags))
+
+    @classmethod
+    def ops(cls, torch_folder: Path, torch_version: str) -> "Target":
+        """Return torch's ops for one release of torch, which has loaded its libraries itself."""
+        include, lib = torch_folder / "include", torch_folder / "lib"
+        headers = ("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"))
+        linked = (f"-L{lib}", "-ltorch_cpu", "-lc10")
+        return cls(f"ops-torch-{torch_version}", _OPS, (*_OPS_FLAGS, *headers), linked)
 
 
 @cache
@@ -77,7 +114,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def packaged_library(isa: InstructionSet) -> Path | None:
     """Return the kernel that a wheel brought along, None if there is none."""
-    library = PREBUILT / _file_name(isa, source_hash())
+    library = PREBUILT / _file_name(isa.name, source_hash())
     return library if library.exists() else None
 
 
@@ -90,17 +127,35 @@ def cached_library(isa: InstructionSet, folder: Path) -> Path:
     Raises:
         BuildError: No compiler, the compiler failed, or the folder cannot be written.
     """
+    return _cached(Target.kernel(isa), folder)
+
+
+def cached_ops(torch_folder: Path, torch_version: str, folder: Path) -> Path:
+    """Return torch's ops in C++ for one release of torch, as :func:`cached_library` does.
+
+    Args:
+        torch_folder: Where torch is installed, with its headers.
+        torch_version: Its version.
+        folder: Where it is compiled to.
+
+    Raises:
+        BuildError: No compiler, the compiler failed, or the folder cannot be written.
+    """
+    return _cached(Target.ops(torch_folder, torch_version), folder)
+
+
+def _cached(target: Target, folder: Path) -> Path:
     try:
         compiler = find_compiler()
     except BuildError:
         # One compiled while there was a compiler will do.
-        names = folder.glob(_file_name(isa, source_hash(), "*"))
+        names = folder.glob(_file_name(target.name, source_hash(), "*"))
         found = next(filter(_is_whole, sorted(names)), None)
         if found is None:
             raise
         return found
     version = hashlib.sha256("\n".join(_version(compiler)).encode()).hexdigest()
-    library = folder / _file_name(isa, source_hash(), version)
+    library = folder / _file_name(target.name, source_hash(), version)
     if _is_whole(library):
         return library
     try:
@@ -112,9 +167,9 @@ def cached_library(isa: InstructionSet, folder: Path) -> Path:
                 for leftover in folder.glob(_build_prefix(library) + "*"):  # of killed processes
                     shutil.rmtree(leftover, ignore_errors=True)
                 logger.warning(
-                    "compiling the moeq CPU kernel for %s, once: it takes some seconds", isa.name
+                    "compiling the moeq CPU kernel, %s, once: it takes some seconds", target.name
                 )
-                compile_library(isa, library, compiler)
+                compile_library(target, library, compiler)
     except OSError as error:
         raise BuildError(
             f"the compiled kernel cannot be written to {folder}: {error}; set MOEQ_CACHE_DIR "
@@ -136,14 +191,12 @@ def compile_packaged() -> None:
     compiler = find_compiler()
     PREBUILT.mkdir(exist_ok=True)
     for isa in INSTRUCTION_SETS:
-        compile_library(isa, PREBUILT / _file_name(isa, source_hash()), compiler)
+        library = PREBUILT / _file_name(isa.name, source_hash())
+        compile_library(Target.kernel(isa), library, compiler)
 
 
-def compile_library(isa: InstructionSet, library: Path, compiler: tuple[str, ...]) -> None:
-    """Compile the kernel into ``library``, which appears complete or not at all.
-
-    OpenMP is compiled in but not linked: its functions come from the runtime that torch has
-    loaded, so that there is one pool of threads and vLLM's settings hold.
+def compile_library(target: Target, library: Path, compiler: tuple[str, ...]) -> None:
+    """Compile a target into ``library``, which appears complete or not at all.
 
     Raises:
         BuildError: The compiler failed; with its last messages.
@@ -152,9 +205,9 @@ def compile_library(isa: InstructionSet, library: Path, compiler: tuple[str, ...
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix) as folder:
         result = Path(folder, library.name)
         object_file = result.with_suffix(".o")
-        flags = (*_COMPILE_FLAGS, *isa.compiler_flags)
-        _run(*compiler, *flags, "-c", str(SOURCES / "moe.cpp"), "-o", str(object_file))
-        _run(*compiler, "-shared", str(object_file), "-o", str(result))
+        source = str(SOURCES / target.source)
+        _run(*compiler, *target.compile_flags, "-c", source, "-o", str(object_file))
+        _run(*compiler, "-shared", str(object_file), *target.link_flags, "-o", str(result))
         # Loaders ignore what follows the sections.
         checksum = _checksum(result.read_bytes())
         with open(result, "ab") as file:
@@ -188,14 +241,14 @@ def find_compiler() -> tuple[str, ...]:
 def source_hash() -> str:
     """Return a hash of the sources and of how they are compiled."""
     flags = [isa.compiler_flags for isa in (*INSTRUCTION_SETS, PORTABLE)]
-    digest = hashlib.sha256(repr((_COMPILE_FLAGS, flags)).encode())
+    digest = hashlib.sha256(repr((_KERNEL_FLAGS, _OPS_FLAGS, flags)).encode())
     for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def _file_name(isa: InstructionSet, *keys: str) -> str:
-    return "-".join(["moeq", isa.name, *(key[:16] for key in keys)]) + ".so"
+def _file_name(target: str, *keys: str) -> str:
+    return "-".join(["moeq", target, *(key[:16] for key in keys)]) + ".so"
 
 
 def _build_prefix(library: Path) -> str:

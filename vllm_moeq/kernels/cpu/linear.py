@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from vllm_moeq import envs
-from vllm_moeq.kernels.cpu import library
+from vllm_moeq.kernels.cpu import library, torch_ops
 from vllm_moeq.kernels.linear import SYMMETRIC_ZERO_POINT, LinearCall, LinearLayout, LinearWeight
 
 
@@ -16,6 +16,7 @@ def prepare(weight: LinearWeight, layout: LinearLayout) -> LinearWeight:
         ValueError: Weights that do not fit the layout.
     """
     layout.check()
+    torch_ops.take_over(layout.kernel)
     functions = library.load()
     bits, group_size, rows, columns = layout[:4]
     shapes = [rows, columns * bits // 32], [rows, columns // group_size]

@@ -34,12 +34,14 @@ MOEQ_INLINE Vector shift(Vector v) {
   return count ? _mm256_srli_epi16(v, count) : v;
 }
 
-// Fetch what a tile needs two kilobytes later: with this much work per byte the hardware does not
-// run far enough ahead by itself.
+// Bytes to fetch ahead: with this much work per byte the hardware does not run far enough ahead by
+// itself.
+template <int bits>
+constexpr size_t kAhead = 2048;
 template <int bits>
 MOEQ_INLINE void prefetch(const uint8_t* p) {
   for (int i = 0; i < kWords<bits>; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + 64 * i, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead<bits> + 64 * i, _MM_HINT_T0);
 }
 
 // The words of one step for 8 rows; at 3 bits the spare bits make a fourth.
@@ -93,12 +95,12 @@ struct RowScales {
 // Add the integer sums of one block and group, sums(token, half) of 8 rows each, to y.
 template <int bits, int tokens, class Code, class F>
 MOEQ_INLINE void add_block(const uint8_t* header, int block, const Tokens<Code>& x, int group,
-                           const int* rows, float* y, F&& sums) {
+                           const int* which, float* y, F&& sums) {
   repeat<2>([&](auto half) __attribute__((always_inline)) {
     const int row = block * kBlockRows + half * kHalfRows;
     const RowScales scales = RowScales::load<bits>(header, row);
     repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-      const size_t place = x.place(group, rows[t]);
+      const size_t place = x.place(group, which[t]);
       scales.add(y + t * kTileRows + row, sums(t, half), x.scale[place], x.sum[place]);
     });
   });
@@ -204,19 +206,44 @@ MOEQ_INLINE void dot_unpacked(const int16_t* codes, const int16_t* const* x, int
 
 }  // namespace avx2
 
+// One group times some tokens: with the weights as they are packed for a few tokens, else unpacked
+// first.
+template <class Kernel, int bits>
+void multiply_direct_or_unpacked(const uint8_t* header, const Tokens<typename Kernel::Code>& x,
+                                 int group, const int* which, int count, float* y) {
+  constexpr int direct_tokens = Kernel::template kDirectTokens<bits>;
+  if (count <= direct_tokens)
+    return with_constant<1, direct_tokens>(
+        count, MOEQ_LAMBDA {
+          Kernel::template multiply_few<bits, decltype(index)::value, true>(header, nullptr, x,
+                                                                            group, which, y);
+        });
+  alignas(64)
+      typename Kernel::Unpacked unpacked[kTileRows * kMaxGroup * Kernel::template kUnpacked<bits>];
+  Kernel::template unpack<bits>(header + kHeaderBytes, x.group_size, unpacked);
+  pieces<Kernel::kMicroTokens, direct_tokens>(
+      count, [&](auto tokens, int first) __attribute__((always_inline)) {
+        Kernel::template multiply_few<bits, tokens, false>(header, unpacked, x, group,
+                                                           which + first, y + first * kTileRows);
+      });
+}
+
+// Beside what every kernel has: kMicroTokens, for which the registers can hold sums; more than
+// kDirectTokens are worth unpacking weights first, into kUnpacked values of type Unpacked each.
 struct Avx2 {
   using Code = int16_t;
   using Unpacked = int16_t;
   static constexpr int kPlanes = 1;
+  static constexpr int kMicroTokens = 6;
   template <int bits>
   static constexpr int kDirectTokens = 4;
   template <int bits>
   static constexpr int kUnpacked = 1;
 
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int token) {
     int32_t codes[kMaxGroup];
     const float scale = quantize_group(x, tokens.group_size, 32767.0f, codes);
-    Code* out = tokens.row(group, row);
+    Code* out = tokens.of(group, token);
     int32_t sum = 0;
     for (int i = 0; i < tokens.group_size; i += 4) {
       sum += codes[i] + codes[i + 1] + codes[i + 2] + codes[i + 3];
@@ -225,22 +252,27 @@ struct Avx2 {
       out[i + 2] = static_cast<Code>(codes[i + 1]);
       out[i + 3] = static_cast<Code>(codes[i + 3]);
     }
-    const size_t place = tokens.place(group, row);
+    const size_t place = tokens.place(group, token);
     tokens.scale[place] = scale;
     tokens.sum[place] = scale * static_cast<float>(sum);
   }
 
   template <int bits>
-  static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
-    avx2::unpack<bits>(payload, group_size, buffer);
-    return buffer;
+  static void multiply_group(const uint8_t* header, const Tokens<Code>& x, int group,
+                             const int* which, int count, float* y) {
+    multiply_direct_or_unpacked<Avx2, bits>(header, x, group, which, count, y);
+  }
+
+  template <int bits>
+  static void unpack(const uint8_t* payload, int group_size, Unpacked* out) {
+    avx2::unpack<bits>(payload, group_size, out);
   }
 
   template <int bits, int tokens, bool direct>
-  MOEQ_NOINLINE void group(const uint8_t* header, const Unpacked* unpacked, const Tokens<Code>& x,
-                           int group, const int* rows, float* y) {
+  MOEQ_NOINLINE void multiply_few(const uint8_t* header, const Unpacked* unpacked,
+                                  const Tokens<Code>& x, int group, const int* which, float* y) {
     const Code* codes[tokens];
-    for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
+    for (int t = 0; t < tokens; ++t) codes[t] = x.of(group, which[t]);
     for (int block = 0; block < kBlocks; ++block) {
       avx2::Vector sums[tokens][2];
       const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
@@ -252,7 +284,7 @@ struct Avx2 {
       else
         avx2::dot_direct<bits, tokens>(payload, codes, x.group_size, sums);
       avx2::add_block<bits, tokens>(
-          header, block, x, group, rows, y,
+          header, block, x, group, which, y,
           [&](int token, int half) __attribute__((always_inline)) { return sums[token][half]; });
     }
   }

@@ -137,26 +137,32 @@ struct Avx2Int8 {
   using Code = int8_t;
   using Unpacked = uint8_t;
   static constexpr int kPlanes = 1;
+  static constexpr int kMicroTokens = 6;
   template <int bits>
   static constexpr int kDirectTokens = bits == 8 ? 2 : 4;
   template <int bits>
   static constexpr int kUnpacked = avx2_int8::kPlanes<bits>;
 
-  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int row) {
-    quantize_int8(x, tokens, group, row);
+  static void quantize(const float* x, const Tokens<Code>& tokens, int group, int token) {
+    quantize_int8(x, tokens, group, token);
   }
 
   template <int bits>
-  static const Unpacked* unpack(const uint8_t* payload, int group_size, Unpacked* buffer) {
-    avx2_int8::unpack<bits>(payload, group_size, buffer);
-    return buffer;
+  static void multiply_group(const uint8_t* header, const Tokens<Code>& x, int group,
+                             const int* which, int count, float* y) {
+    multiply_direct_or_unpacked<Avx2Int8, bits>(header, x, group, which, count, y);
+  }
+
+  template <int bits>
+  static void unpack(const uint8_t* payload, int group_size, Unpacked* out) {
+    avx2_int8::unpack<bits>(payload, group_size, out);
   }
 
   template <int bits, int tokens, bool direct>
-  MOEQ_NOINLINE void group(const uint8_t* header, const Unpacked* unpacked, const Tokens<Code>& x,
-                           int group, const int* rows, float* y) {
+  MOEQ_NOINLINE void multiply_few(const uint8_t* header, const Unpacked* unpacked,
+                                  const Tokens<Code>& x, int group, const int* which, float* y) {
     const Code* codes[tokens];
-    for (int t = 0; t < tokens; ++t) codes[t] = x.row(group, rows[t]);
+    for (int t = 0; t < tokens; ++t) codes[t] = x.of(group, which[t]);
     for (int block = 0; block < kBlocks; ++block) {
       avx2_int8::Sums<bits, tokens> sums;
       const uint8_t* payload = header + kHeaderBytes + payload_offset<bits>(x.group_size, 0, block);
@@ -166,7 +172,7 @@ struct Avx2Int8 {
         avx2_int8::dot_unpacked<bits, tokens>(
             unpacked + block * kUnpacked<bits> * x.group_size * kBlockRows, codes, x.group_size,
             sums);
-      avx2::add_block<bits, tokens>(header, block, x, group, rows, y,
+      avx2::add_block<bits, tokens>(header, block, x, group, which, y,
                                     [&](int token, int half) __attribute__((always_inline)) {
                                       return sums.total(token, half);
                                     });

@@ -63,12 +63,12 @@ struct Layer {
 
 // Which token goes to which expert: positions in expert order.
 struct Routing {
-  std::vector<int> begin;      // of each expert, and the end of the last
-  std::vector<int> active;     // experts with tokens
-  std::vector<int> choice;     // position to index into expert_ids
-  std::vector<int> token_row;  // (position, plane) to row of the input
+  std::vector<int> begin;   // of each expert, and the end of the last
+  std::vector<int> active;  // experts with tokens
+  std::vector<int> choice;  // position to index into expert_ids
+  std::vector<int> token;   // position to token
 
-  bool build(const Call& call, int64_t first_token, int tokens, int planes) {
+  bool build(const Call& call, int64_t first_token, int tokens) {
     const int top_k = static_cast<int>(call.top_k);
     const int32_t* ids = call.expert_ids + first_token * top_k;
     std::vector<int> slots(static_cast<size_t>(tokens) * top_k);
@@ -93,10 +93,8 @@ struct Routing {
     std::vector<int> next(begin.begin(), begin.end() - 1);
     for (size_t i = 0; i < slots.size(); ++i)
       if (slots[i] >= 0) choice[next[slots[i]]++] = static_cast<int>(i);
-    token_row.resize(static_cast<size_t>(used) * planes);
-    for (int position = 0; position < used; ++position)
-      for (int plane = 0; plane < planes; ++plane)
-        token_row[position * planes + plane] = choice[position] / top_k * planes + plane;
+    token.resize(used);
+    for (int position = 0; position < used; ++position) token[position] = choice[position] / top_k;
     return true;
   }
 };
@@ -105,7 +103,6 @@ struct Routing {
 template <class Kernel>
 class Pass {
   using Acts = Tokens<typename Kernel::Code>;
-  static constexpr int planes_ = Kernel::kPlanes;
 
  public:
   Pass(const Call& call, const Layer& layer, const Routing& routing, Scratch& scratch,
@@ -116,15 +113,15 @@ class Pass {
         first_token_(first_token),
         token_count_(tokens),
         unit_tiles_(std::max(1, layer.group_size / kTileRows)),
-        sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kRowsPerTile) * kTileRows),
-        x_(scratch.tokens<typename Kernel::Code>(tokens * planes_, layer.hidden, layer.group_size)),
-        hidden_(scratch.tokens<typename Kernel::Code>(static_cast<int>(routing.token_row.size()),
-                                                      layer.intermediate, layer.group_size)),
+        sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kTokensPerTile) * kTileRows),
+        x_(scratch.tokens<Kernel>(tokens, layer.hidden, layer.group_size)),
+        hidden_(scratch.tokens<Kernel>(static_cast<int>(routing.token.size()), layer.intermediate,
+                                       layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
         outputs_(
             scratch.take<float>(static_cast<size_t>(tokens) * kTileRows * omp_get_max_threads())),
-        hidden_rows_(routing.token_row.size()) {
-    std::iota(hidden_rows_.begin(), hidden_rows_.end(), 0);
+        positions_(routing.token.size()) {
+    std::iota(positions_.begin(), positions_.end(), 0);
   }
 
   void run() {
@@ -155,10 +152,9 @@ class Pass {
   }
 
   // Run one tile on positions [first, last) of an expert.
-  void run_tile(const Matrix& matrix, int tile, const Acts& acts, const int* rows, int first,
-                int last, float* sums) const {
-    multiply<Kernel>(matrix, tile, acts, rows + static_cast<size_t>(first) * planes_,
-                     (last - first) * planes_, sums);
+  void run_tile(const Matrix& matrix, int tile, const Acts& acts, const std::vector<int>& which,
+                int first, int last, float* sums) const {
+    multiply<Kernel>(matrix, tile, acts, which.data() + first, last - first, sums);
   }
 
   float router_weight(int position) const {
@@ -172,20 +168,20 @@ class Pass {
     const int streams = layer_.gated ? 2 : 1;
     const int first_tile = unit * unit_tiles_;
     const int last_tile = std::min(first_tile + unit_tiles_, tiles(layer_.intermediate));
-    const int step = kRowsPerTile / planes_;
-    const size_t tile_sums = static_cast<size_t>(kRowsPerTile) * kTileRows;
-    for (int first = routing_.begin[expert]; first < routing_.begin[expert + 1]; first += step) {
-      const int last = std::min(first + step, routing_.begin[expert + 1]);
+    const size_t tile_sums = static_cast<size_t>(kTokensPerTile) * kTileRows;
+    const int end = routing_.begin[expert + 1];
+    for (int first = routing_.begin[expert]; first < end; first += kTokensPerTile) {
+      const int last = std::min(first + kTokensPerTile, end);
       for (int tile = first_tile * streams; tile < last_tile * streams; ++tile)
-        run_tile(w13, tile, x_, routing_.token_row.data(), first, last,
+        run_tile(w13, tile, x_, routing_.token, first, last,
                  sums + (tile - first_tile * streams) * tile_sums);
       for (int position = first; position < last; ++position) {
         alignas(64) float gate[kMaxGroup], up[kMaxGroup];
         for (int tile = 0; tile < last_tile - first_tile; ++tile) {
-          const float* tile_begin = sums + tile * streams * tile_sums;
-          add_planes<Kernel>(tile_begin, position - first, gate + tile * kTileRows);
-          if (layer_.gated)
-            add_planes<Kernel>(tile_begin + tile_sums, position - first, up + tile * kTileRows);
+          const float* row =
+              sums + tile * streams * tile_sums + static_cast<size_t>(position - first) * kTileRows;
+          std::copy_n(row, kTileRows, gate + tile * kTileRows);
+          if (layer_.gated) std::copy_n(row + tile_sums, kTileRows, up + tile * kTileRows);
         }
         const int first_column = first_tile * kTileRows;
         const int count = std::min(last_tile * kTileRows, layer_.intermediate) - first_column;
@@ -216,8 +212,7 @@ class Pass {
     activate(activation, {call_.swiglu_limit, call_.swiglu_alpha, call_.swiglu_beta}, gate,
              layer_.gated ? up : nullptr, count);
     for (int i = 0; i < count; i += layer_.group_size)
-      Kernel::quantize(gate + i, hidden_, (first_column + i) / layer_.group_size,
-                       position * planes_);
+      Kernel::quantize(gate + i, hidden_, (first_column + i) / layer_.group_size, position);
   }
 
   // 64 columns of the output for all tokens.
@@ -225,23 +220,21 @@ class Pass {
     std::fill_n(output, static_cast<size_t>(token_count_) * kTileRows, 0.0f);
     const int first_column = tile * kTileRows;
     const int columns = std::min(kTileRows, layer_.hidden - first_column);
-    const int step = kRowsPerTile / planes_;
     for (size_t i = 0; i < routing_.active.size(); ++i) {
       const int expert = routing_.active[i], end = routing_.begin[expert + 1];
       if (i + 1 < routing_.active.size()) prefetch_tile(layer_.w2[routing_.active[i + 1]], tile);
-      for (int first = routing_.begin[expert]; first < end; first += step) {
-        const int last = std::min(first + step, end);
-        run_tile(layer_.w2[expert], tile, hidden_, hidden_rows_.data(), first, last, sums);
+      for (int first = routing_.begin[expert]; first < end; first += kTokensPerTile) {
+        const int last = std::min(first + kTokensPerTile, end);
+        run_tile(layer_.w2[expert], tile, hidden_, positions_, first, last, sums);
         for (int position = first; position < last; ++position) {
-          alignas(64) float values[kTileRows];
-          add_planes<Kernel>(sums, position - first, values);
+          float* values = sums + static_cast<size_t>(position - first) * kTileRows;
           if (call_.w2_bias) {
             const float* bias =
                 call_.w2_bias + static_cast<size_t>(expert) * layer_.hidden + first_column;
             for (int i = 0; i < columns; ++i) values[i] += bias[i];
           }
           const float weight = call_.router_weight_on_input ? 1.0f : router_weight(position);
-          float* row = output + routing_.choice[position] / call_.top_k * kTileRows;
+          float* row = output + static_cast<size_t>(routing_.token[position]) * kTileRows;
           for (int i = 0; i < kTileRows; ++i) row[i] += weight * values[i];
         }
       }
@@ -265,7 +258,7 @@ class Pass {
   Acts x_, hidden_;
   float* const sums_;
   float* const outputs_;
-  std::vector<int> hidden_rows_;  // all rows of hidden_, which are in the order of positions
+  std::vector<int> positions_;  // all of them: those of hidden_
 };
 
 template <class Kernel>
@@ -276,7 +269,7 @@ Status run_experts(const Call& call) {
   if (!layer.sizes_fit) return kBadSizes;
   for (int64_t first = 0; first < call.tokens; first += kTokensPerPass) {
     const int tokens = static_cast<int>(std::min(kTokensPerPass, call.tokens - first));
-    if (!routing.build(call, first, tokens, Kernel::kPlanes)) return kBadExpertId;
+    if (!routing.build(call, first, tokens)) return kBadExpertId;
     scratch.reset();
     Pass<Kernel>(call, layer, routing, scratch, first, tokens).run();
   }

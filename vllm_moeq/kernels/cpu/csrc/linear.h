@@ -17,8 +17,6 @@ namespace moeq {
 
 template <class Kernel>
 class LinearPass {
-  static constexpr int kTokensPerTask = kRowsPerTile / Kernel::kPlanes;
-
  public:
   LinearPass(const LinearCall& call, const Matrix& matrix, Scratch& scratch, int64_t first_token,
              int tokens)
@@ -27,26 +25,25 @@ class LinearPass {
         dtype_(static_cast<DType>(call.dtype)),
         first_token_(first_token),
         token_count_(tokens),
-        x_(scratch.tokens<typename Kernel::Code>(tokens * Kernel::kPlanes,
-                                                 static_cast<int>(call.columns), call.group_size)),
-        sums_(scratch.take<float>(static_cast<size_t>(kRowsPerTile) * kTileRows *
+        x_(scratch.tokens<Kernel>(tokens, static_cast<int>(call.columns), call.group_size)),
+        sums_(scratch.take<float>(static_cast<size_t>(kTokensPerTile) * kTileRows *
                                   omp_get_max_threads())),
-        rows_(static_cast<size_t>(tokens) * Kernel::kPlanes) {
-    std::iota(rows_.begin(), rows_.end(), 0);
+        all_(tokens) {
+    std::iota(all_.begin(), all_.end(), 0);
   }
 
   void run() {
-    const int chunks = (token_count_ + kTokensPerTask - 1) / kTokensPerTask;
+    const int chunks = (token_count_ + kTokensPerTile - 1) / kTokensPerTile;
 #pragma omp parallel
     {
-      float* sums = sums_ + static_cast<size_t>(omp_get_thread_num()) * kRowsPerTile * kTileRows;
+      float* sums = sums_ + static_cast<size_t>(omp_get_thread_num()) * kTokensPerTile * kTileRows;
 #pragma omp for schedule(static)
       for (int i = 0; i < token_count_ * matrix_.groups; ++i)
         quantize(i / matrix_.groups, i % matrix_.groups);
       // Chunks are the inner loop: a tile stays in the cache for all tokens.
 #pragma omp for schedule(dynamic, 1)
       for (int task = 0; task < tiles(static_cast<int>(call_.rows)) * chunks; ++task)
-        multiply_tokens(task / chunks, task % chunks * kTokensPerTask, sums);
+        multiply_tokens(task / chunks, task % chunks * kTokensPerTile, sums);
     }
   }
 
@@ -59,15 +56,13 @@ class LinearPass {
 
   // One tile times the tokens from `first` on.
   void multiply_tokens(int tile, int first, float* sums) const {
-    const int count = std::min(kTokensPerTask, token_count_ - first);
-    multiply<Kernel>(matrix_, tile, x_, rows_.data() + first * Kernel::kPlanes,
-                     count * Kernel::kPlanes, sums);
+    const int count = std::min(kTokensPerTile, token_count_ - first);
+    multiply<Kernel>(matrix_, tile, x_, all_.data() + first, count, sums);
     const int64_t first_row = static_cast<int64_t>(tile) * kTileRows;
     const int rows = static_cast<int>(std::min<int64_t>(kTileRows, call_.rows - first_row));
     for (int i = 0; i < count; ++i) {
-      alignas(64) float values[kTileRows];
+      float* values = sums + static_cast<size_t>(i) * kTileRows;
       alignas(64) char stored[kTileRows * sizeof(float)];  // a last tile may end within a vector
-      add_planes<Kernel>(sums, i, values);
       if (call_.bias)
         for (int row = 0; row < rows; ++row) values[row] += call_.bias[first_row + row];
       store_floats(values, dtype_, kTileRows, stored);
@@ -84,7 +79,7 @@ class LinearPass {
   const int token_count_;
   Tokens<typename Kernel::Code> x_;
   float* const sums_;
-  std::vector<int> rows_;  // all of x_
+  std::vector<int> all_;  // tokens
 };
 
 template <class Kernel>

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "numeric.h"
@@ -20,12 +21,12 @@
 namespace moeq {
 
 constexpr int64_t kTokensPerPass = 1024;  // bounds the scratch memory of a long prefill
-constexpr int kRowsPerTile = 96;          // token rows whose sums stay in the first-level cache
-constexpr size_t kTileStart = 2048;       // bytes after which the kernels' own fetches take effect
+constexpr int kTokensPerTile = 96;        // whose sums stay in the first-level cache
 
 // The kernels of this instruction set, for 16-bit and for 8-bit activations.
 #ifdef MOEQ_ISA_AVX2
 constexpr const char* kIsaName = "avx2";
+namespace isa = avx2;
 using Int16Kernel = Avx2;
 using Int8Kernel = Avx2Int8;
 #else
@@ -34,6 +35,7 @@ constexpr const char* kIsaName = "avx512_vnni";
 #else
 constexpr const char* kIsaName = "portable";
 #endif
+namespace isa = avx512;
 using Int16Kernel = Avx512;
 using Int8Kernel = Avx512Int8;
 #endif
@@ -50,59 +52,66 @@ struct Matrix {
   }
 };
 
-// sums [count][64] = one tile times the token rows given.
+// Call f(std::integral_constant<int, bits>) for the width of a matrix.
+template <class F>
+void with_width(int bits, F&& f) {
+  switch (bits) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// sums [count][64] = one tile times the tokens given.
 template <class Kernel>
 void multiply(const Matrix& matrix, int tile, const Tokens<typename Kernel::Code>& tokens,
-              const int* rows, int count, float* sums) {
+              const int* which, int count, float* sums) {
   const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
-  switch (matrix.bits) {
-    case 1:
-      return multiply_tile<Kernel, 1>(weights, matrix.groups, tokens, rows, count, sums);
-    case 2:
-      return multiply_tile<Kernel, 2>(weights, matrix.groups, tokens, rows, count, sums);
-    case 3:
-      return multiply_tile<Kernel, 3>(weights, matrix.groups, tokens, rows, count, sums);
-    case 4:
-      return multiply_tile<Kernel, 4>(weights, matrix.groups, tokens, rows, count, sums);
-    default:
-      return multiply_tile<Kernel, 8>(weights, matrix.groups, tokens, rows, count, sums);
-  }
+  with_width(matrix.bits, [&](auto bits) {
+    multiply_tile<Kernel, bits>(weights, matrix.groups, tokens, which, count, sums);
+  });
 }
 
 // Fetch the beginning of the tile that comes next, if it does not lie behind this one: the kernels
 // fetch ahead within a tile.
 inline void prefetch_tile(const Matrix& matrix, int tile) {
   const uint8_t* weights = matrix.tiles + tile * matrix.tile_bytes;
-  for (size_t i = 0; i < std::min(matrix.tile_bytes, kTileStart); i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(weights + i), _MM_HINT_T0);
+  with_width(matrix.bits, [&](auto bits) {
+    for (size_t i = 0; i < std::min(matrix.tile_bytes, isa::kAhead<bits>); i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(weights + i), _MM_HINT_T0);
+  });
 }
 
-// The 64 sums of token `index`, planes added.
-template <class Kernel>
-void add_planes(const float* sums, int index, float* out) {
-  constexpr int planes = Kernel::kPlanes;
-  const float* row = sums + static_cast<size_t>(index) * planes * kTileRows;
-  for (int i = 0; i < kTileRows; ++i) out[i] = planes == 2 ? row[i] + row[kTileRows + i] : row[i];
-}
-
-// Write the rows of one group of token `token`, which begins at element `first` of x.
+// Write one group of token `token`, which begins at element `first` of x.
 template <class Kernel>
 void quantize_input(const void* x, DType dtype, size_t first,
                     const Tokens<typename Kernel::Code>& tokens, int group, int token) {
   alignas(64) float values[kMaxGroup];
   load_floats(static_cast<const char*>(x) + first * element_bytes(dtype), dtype, tokens.group_size,
               values);
-  Kernel::quantize(values, tokens, group, token * Kernel::kPlanes);
+  Kernel::quantize(values, tokens, group, token);
 }
 
 // Memory that grows and stays, one for each calling thread.
 class Scratch {
  public:
-  template <class Code>
-  Tokens<Code> tokens(int rows, int columns, int group_size) {
-    const size_t groups = static_cast<size_t>(rows) * (columns / group_size);
-    return {take<Code>(static_cast<size_t>(rows) * columns), take<float>(groups),
-            take<float>(groups), rows, group_size};
+  template <class Kernel>
+  Tokens<typename Kernel::Code> tokens(int count, int columns, int group_size) {
+    constexpr int planes = Kernel::kPlanes;
+    const size_t groups = static_cast<size_t>(count) * (columns / group_size);
+    return {take<typename Kernel::Code>(groups * group_size * planes),
+            take<float>(groups),
+            take<float>(groups),
+            count,
+            group_size,
+            planes};
   }
   template <class T>
   T* take(size_t count) {

@@ -25,18 +25,8 @@ void moeq_repack(int64_t bits, int64_t group_size, int64_t columns, const uint8_
                  int64_t rows, uint8_t* out, int64_t every) {
   const moeq::Canonical source{packed, scale, zero, columns, group_size};
   const moeq::RowRange range{first, stride, rows};
-  switch (bits) {
-    case 1:
-      return moeq::repack<1>(source, range, out, every);
-    case 2:
-      return moeq::repack<2>(source, range, out, every);
-    case 3:
-      return moeq::repack<3>(source, range, out, every);
-    case 4:
-      return moeq::repack<4>(source, range, out, every);
-    default:
-      return moeq::repack<8>(source, range, out, every);
-  }
+  moeq::with_width(static_cast<int>(bits),
+                   [&](auto width) { moeq::repack<width>(source, range, out, every); });
 }
 
 void moeq_use_huge_pages(void* memory, int64_t bytes) {

@@ -18,7 +18,6 @@ using Floats = __m512;
 
 MOEQ_INLINE Ints zero() { return _mm512_setzero_si512(); }
 MOEQ_INLINE Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-MOEQ_INLINE void store(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
 MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(bits)));
 }
@@ -46,6 +45,9 @@ MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, const int8_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0"
       : "+v"(sum)
       : "v"(codes), "m"(*reinterpret_cast<const int*>(x)));
+}
+MOEQ_INLINE Ints high_and_low(Ints high, Ints low) {  // 256 * high + low
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 MOEQ_INLINE Floats half_to_float(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -76,7 +78,6 @@ MOEQ_INLINE Vector load_vector(const void* p) {
 }
 MOEQ_INLINE Ints zero() { return Ints{}; }
 MOEQ_INLINE Bytes load(const uint8_t* p) { return load_vector<Bytes>(p); }
-MOEQ_INLINE void store(uint8_t* p, Bytes v) { std::memcpy(p, &v, sizeof v); }
 MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) { return v & bits; }
 template <int count>
 MOEQ_INLINE Bytes shift(Bytes v) {
@@ -98,6 +99,7 @@ MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, Ints x) {
 MOEQ_INLINE void add_dot(Ints& sum, Bytes codes, const int8_t* x) {
   add_dot(sum, codes, broadcast(x));
 }
+MOEQ_INLINE Ints high_and_low(Ints high, Ints low) { return (high << 8) + low; }
 MOEQ_INLINE Floats half_to_float(const uint8_t* p) {
   Floats result;
   for (int i = 0; i < 16; i += 8) {

@@ -12,19 +12,20 @@
 
 namespace moeq {
 
-// codes [group][row][G], scale and sum [group][row]; sum is scale times the sum of the codes. A
-// token has one row, or two when its codes are split into planes.
+// codes [group][token][plane][G], scale and sum [group][token]; sum is scale times the sum of the
+// codes. A kernel may split codes into two planes, of their high and of their low bits.
 template <class Code>
 struct Tokens {
   Code* codes;
   float* scale;
   float* sum;
-  int rows;
+  int count;
   int group_size;
+  int planes;
 
   // Index into scale and sum.
-  size_t place(int group, int row) const { return static_cast<size_t>(group) * rows + row; }
-  Code* row(int group, int row) const { return codes + place(group, row) * group_size; }
+  size_t place(int group, int token) const { return static_cast<size_t>(group) * count + token; }
+  Code* of(int group, int token) const { return codes + place(group, token) * planes * group_size; }
 };
 
 // Round x to integers of at most `largest` and return the scale. A group with a NaN or an infinity
@@ -48,16 +49,16 @@ inline float quantize_group(const float* x, int group_size, float largest, int32
   return zero ? 0.0f : peak / largest;
 }
 
-inline void quantize_int8(const float* x, const Tokens<int8_t>& tokens, int group, int row) {
+inline void quantize_int8(const float* x, const Tokens<int8_t>& tokens, int group, int token) {
   int32_t codes[kMaxGroup];
   const float scale = quantize_group(x, tokens.group_size, 127.0f, codes);
-  int8_t* out = tokens.row(group, row);
+  int8_t* out = tokens.of(group, token);
   int32_t sum = 0;
   for (int i = 0; i < tokens.group_size; ++i) {
     sum += codes[i];
     out[i] = static_cast<int8_t>(codes[i]);
   }
-  const size_t place = tokens.place(group, row);
+  const size_t place = tokens.place(group, token);
   tokens.scale[place] = scale;
   tokens.sum[place] = scale * static_cast<float>(sum);
 }

@@ -1,5 +1,6 @@
 // Turning numbers of the run into constants of the compiler.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -25,13 +26,16 @@ MOEQ_INLINE void with_constant(int value, F&& f) {
   __builtin_unreachable();
 }
 
-// Call f(first, size) for pieces of about equal size, at most `largest`, that make up `count`.
-template <class F>
-MOEQ_INLINE void pieces(int count, int largest, F&& f) {
+// Call f(std::integral_constant<int, size>, first) for about equal pieces, which make up `count`,
+// of at most `largest`. More than `fewest` in all make larger pieces, and fewer functions.
+template <int largest, int fewest = 0, class F>
+MOEQ_INLINE void pieces(int count, F&& f) {
+  constexpr int smallest = std::min(fewest + 1, (largest + 1) / 2);
   const int number = (count + largest - 1) / largest;
   for (int piece = 0, first = 0; piece < number; ++piece) {
     const int size = count / number + (piece < count % number);
-    f(first, size);
+    with_constant<smallest, largest>(
+        size, [&](auto constant) __attribute__((always_inline)) { f(constant, first); });
     first += size;
   }
 }
