@@ -273,7 +273,7 @@ def main() -> None:
     write_section(
         options.results,
         "Speed on a CPU",
-        "CPU kernel",
+        f"CPU kernel, {machine.isa}",
         [
             f"How fast is one fused MoE layer on a CPU? Our kernel with {machine.isa}, group size "
             f"{GROUP_SIZE}, against {cases[0].vllm}. Each target stands for all shapes, threads, "

@@ -303,7 +303,9 @@ def main() -> None:
     choice = f"{layers} of {config.num_hidden_layers} layers ({why})"
     config.num_hidden_layers = layers
     shape = MODEL + (f" with {json.dumps(options.config)}" if options.config else "")
-    title = f"vLLM on a CPU: {shape}, {len(cores)} thread{'s' * (len(cores) > 1)}"
+    avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    title = f"vLLM on a CPU{' with AVX-512' * avx512}: {shape}, "
+    title += f"{len(cores)} thread{'s' * (len(cores) > 1)}"
     if not polls:
         title += ", nothing polls"
     if options.packed_dtype != "bfloat16":
@@ -315,7 +317,6 @@ def main() -> None:
         for variant, folder in folders.items()
     }
 
-    avx512 = "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     start = MODES[options.modes[0]]
     # After each round: a run that is stopped has its figures.
     for rounds, report in enumerate(measure_all(folders, work, options), start=1):
