@@ -17,7 +17,7 @@ from moeq.checkpoint.source import SourceModel
 from moeq.model.layerwise import LayerwiseModel
 from moeq.model.sequences import SourceAndTarget
 from moeq.model.stand_ins import BlockEntrance, BlockExit, Entrance, Routed, SwitchExperts
-from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
+from moeq.model.stored import NO_WEIGHTS, Weights
 
 
 def layerwise_model(source: SourceModel, device: torch.device) -> LayerwiseModel:
@@ -44,7 +44,6 @@ class EncoderDecoderModel(LayerwiseModel):
         self._sequences = parts
         self._encoder, self._decoder = self._bodies()
         self._layers_of_encoder = len(self._encoder.block)
-        self._act = self._experts_of_transformers["expert_0"].act
         self._kept = torch.empty(0)  # bool [n, L]: which tokens of all sequences are no filling
         self._encoded = torch.empty(0)  # stands for the encoder's output among arguments
         self._running = slice(0), self._kept  # what the layer changes, and which of it is kept
@@ -161,11 +160,6 @@ class EncoderDecoderModel(LayerwiseModel):
     def _norm(self, layer: MoELayer) -> nn.Module:
         norm: nn.Module = self._layers[layer.index].layer[-1].get_submodule(layer.family.norm)
         return norm
-
-    def _expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
-        """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
-        hidden: torch.Tensor = self._act(F.linear(x, matrices.w13, matrices.w13_bias))
-        return hidden
 
     def _stored_name(self, name: str) -> str:
         if name not in self._stored:  # tied

@@ -4,32 +4,29 @@ The layers are those of transformers, in float32. Only the routed experts are ru
 another, so that the caller decides which weights they have and sees what reaches them.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moeq.checkpoint.families import MoELayer
 from moeq.checkpoint.source import SourceModel, opened
 from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
-from moeq.model.stand_ins import AllTokens, Entrance, Exit, Experts, Routed
-from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, StoredModel, Weights
-from moeq.model.watch import AllSeen, Watch, ending, telling
+from moeq.model.ends import ModelEnds
+from moeq.model.expert_forward import activation_of, expert_hidden, expert_output
+from moeq.model.stand_ins import Experts, Routed
+from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
+from moeq.model.watch import NO_WATCH, AllSeen, Watch, ending
 
-_NO_WATCH: Watch = {}
 TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
-_EXPERTS_TOKENS_AT_ONCE = 512
-"""That an expert gets on a CPU: what it computes in between stays in the cache."""
 
 
-class LayerwiseModel(StoredModel):
+class LayerwiseModel(ModelEnds):
     """The layers of a checkpoint, to be run in order on the same sequences.
 
     Args:
@@ -47,47 +44,23 @@ class LayerwiseModel(StoredModel):
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
         family, config = source.layers[0].family, model_config(source.folder)
-        self._config = config.get_text_config()
-        reason = not_layerwise(self._config, family)
+        text_config = config.get_text_config()
+        reason = not_layerwise(text_config, family)
         if reason:
             raise MoeqError(
                 f"{source.folder}: {source.reader.config['model_type']} {reason}, which moeq "
                 "cannot run layer by layer. Plan and quantize with `--calib none`, evaluate with "
                 "`--backend transformers` or vllm"
             )
-        self._config.output_router_logits = False  # there is nothing to balance here
+        text_config.output_router_logits = False  # there is nothing to balance here
         super().__init__(source, device, config)
         self.adds_up = not family.normalized
         self.moe_layers = {layer.index: layer for layer in source.layers}
-        self._body, self._head = self._bodies()[-1], self._model.get_output_embeddings()
-        self._prefix, self._head_prefix = self._names[self._body], self._names[self._head]
         self.hidden_size = source.hidden_size
-        self._layers: list[Any] = [layer for body in self._bodies() for layer in _layers(body)]
         first = self._layers[source.layers[0].index]
-        self._experts_of_transformers: Any = first.get_submodule(_experts_path(first))
+        self._activation = activation_of(first.get_submodule(_experts_path(first)))
         # Granite adds a fraction of what its blocks give to the residual stream.
-        self._residual_multiplier = getattr(self._config, "residual_multiplier", 1.0)
-        # GLM's attention uses the tokens again that an earlier layer has chosen.
-        self._in_tuple = "prev_topk_indices" in inspect.signature(type(first).forward).parameters
-        self._choosing_again = [
-            layer.self_attn
-            for layer in self._layers
-            if self._in_tuple and layer.self_attn.skip_topk
-        ]
-        for attention in self._choosing_again:
-            attention.indexer = AllTokens()
-        self._entrances = self._stand_ins()
-        self._exit: Entrance | None = None
-        self._heads: dict[int, tuple[Weights, Weights]] = {}
-
-    def _bodies(self) -> list[Any]:
-        """Return what holds layers, in the order in which they run."""
-        body = self._model.get_decoder()
-        return [body if hasattr(body, "layers") else body.model]  # Llama-4's has a head
-
-    def _stand_ins(self) -> list[Entrance]:
-        """Return what stands for each layer."""
-        return [Entrance(layer, self._in_tuple) for layer in self._layers]
+        self._residual_multiplier = getattr(text_config, "residual_multiplier", 1.0)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -103,39 +76,6 @@ class LayerwiseModel(StoredModel):
         result: LayerwiseModel = object.__new__(type(self))  # copy.copy makes it anew, as pickle
         result.__dict__.update(self.__dict__, device=device)
         return result
-
-    @torch.no_grad()
-    def embed(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, weights: Weights = NO_WEIGHTS
-    ) -> None:
-        """Start with sequences: write their embeddings to ``hidden``.
-
-        Args:
-            tokens: int64 [n, L]; all sequences are full, none is padded.
-            hidden: float32 [n, L, hidden_size].
-            weights: Of embeddings, for those of the checkpoint.
-
-        Raises:
-            MoeqError: Attention chooses tokens of such long sequences, and layers share the choice.
-        """
-        if self._choosing_again and tokens.shape[1] > self._config.index_topk:
-            raise MoeqError(
-                f"{self.source.folder}: layers share what attention chooses of sequences of more "
-                f"than {self._config.index_topk} tokens (index_topk), which moeq cannot run layer "
-                f"by layer. Give a `seqlen` of at most {self._config.index_topk}"
-            )
-        self._body.layers = nn.ModuleList(self._entrances)
-        for name, module in self._body.named_children():
-            if name != "layers":
-                self._fill(module, f"{self._prefix}{name}.", weights)
-        for sequence, target in zip(tokens, hidden, strict=True):
-            self._body(input_ids=sequence[None].to(self.device), use_cache=False)
-            target.copy_(self._entrances[0].hidden[0])
-        embeddings = self._body.get_input_embeddings()
-        # Gemma-4 looks for those of images among hidden states: without memory, equal to nothing.
-        nothing = torch.tensor(torch.nan, device=self.device).expand_as(embeddings.weight)
-        embeddings.weight = nn.Parameter(nothing, requires_grad=False)
-        self._exit = None  # entrances are where it was
 
     @torch.no_grad()
     def run(
@@ -232,7 +172,7 @@ class LayerwiseModel(StoredModel):
         hidden: torch.Tensor,
         gradient: torch.Tensor,
         of_sums: torch.Tensor,
-        watch: Watch = _NO_WATCH,
+        watch: Watch = NO_WATCH,
     ) -> None:
         """Turn the gradient of a layer's output, in place, into that of its input.
 
@@ -280,7 +220,7 @@ class LayerwiseModel(StoredModel):
         index: int,
         give: Callable[[Routed], torch.Tensor],
         weights: Weights = NO_WEIGHTS,
-        watch: Watch = _NO_WATCH,
+        watch: Watch = NO_WATCH,
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Give a layer its tensors, and what stands for its experts, to run it on sequences."""
         layer, moe = self._layers[index], self.moe_layers.get(index)
@@ -294,23 +234,6 @@ class LayerwiseModel(StoredModel):
         if moe is not None:
             layer.set_submodule(experts, nn.Module())  # what stood there may hold memory
         layer.to("meta")
-
-    @contextmanager
-    def _watched(self, module: nn.Module, watch: Watch) -> Iterator[None]:
-        """Let linear layers in a module tell what they get and give."""
-        hooks = [
-            part.register_forward_hook(telling([watch.get(stored) for stored in names]))
-            for name, part in module.named_modules()
-            if isinstance(part, nn.Linear)
-            and not watch.keys().isdisjoint(
-                names := self._stored_parts(f"{self._names[part]}weight")
-            )
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _stand_in(self, moe: MoELayer, give: Callable[[Routed], torch.Tensor]) -> nn.Module:
         """Return what stands for the experts of a layer."""
@@ -343,41 +266,6 @@ class LayerwiseModel(StoredModel):
                 "text; are its weights finite?"
             )
 
-    def logits(
-        self, hidden: torch.Tensor, weights: Weights = NO_WEIGHTS, watch: Watch = _NO_WATCH
-    ) -> torch.Tensor:
-        """Return what the last layer's output [L, hidden_size] says: logits [L, V].
-
-        Args:
-            hidden: That output.
-            weights: Of the head, for that of the checkpoint; the same object is read once.
-            watch: Gets inputs and outputs of the head.
-        """
-        if self._exit is None:
-            self._exit = self._leave()
-            self._heads.clear()
-        if id(weights) not in self._heads:
-            self._fill(self._head, self._head_prefix, weights)
-            self._heads[id(weights)] = weights, self._head.state_dict()
-        self._head.load_state_dict(self._heads[id(weights)][1], assign=True)
-        self._exit.hidden = hidden.to(self.device)[None]
-        with self._watched(self._head, watch):
-            # transformers' own end of the model: some scale the logits, or cap them.
-            output = self._model(**self._last_inputs(self._exit.hidden), use_cache=False)
-        logits: torch.Tensor = output.logits[0]
-        return logits
-
-    def _leave(self) -> Entrance:
-        """Return what stands for all layers in the model from now on."""
-        end = Exit(self._layers[-1], self._in_tuple)
-        self._body.layers = nn.ModuleList([end])
-        return end
-
-    @staticmethod
-    def _last_inputs(hidden: torch.Tensor) -> dict[str, Any]:
-        """Return what the model gets, once nothing but its end looks at it."""
-        return {"inputs_embeds": hidden}
-
     @torch.no_grad()
     def normalized(self, layer: MoELayer, x: torch.Tensor) -> torch.Tensor:
         """Return what the norm in front of a layer's experts gives for x [n, hidden_size].
@@ -401,34 +289,11 @@ class LayerwiseModel(StoredModel):
 
     def expert_output(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert gives for tokens x [n, hidden_size]."""
-
-        def output(tokens: torch.Tensor) -> torch.Tensor:
-            return F.linear(self._expert_hidden(matrices, tokens), matrices.w2, matrices.w2_bias)
-
-        return _in_parts(output, x, matrices.w2.shape[0])
+        return expert_output(matrices, x, self._activation)
 
     def expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
         """Return what an expert's down projection gets for tokens x [n, hidden_size]."""
-        return _in_parts(partial(self._expert_hidden, matrices), x, matrices.w2.shape[1])
-
-    def _expert_hidden(self, matrices: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:
-        experts = self._experts_of_transformers
-        output = F.linear(x, matrices.w13, matrices.w13_bias)
-        apply_gate = getattr(experts, "_apply_gate", None)
-        if apply_gate is None:  # Llama-4's
-            gate, up = output.chunk(2, -1)
-            return cast(torch.Tensor, experts.act_fn(gate) * up)
-        if experts.has_gate and not experts.is_concatenated:
-            gate, up = output.chunk(2, -1)
-            output = torch.stack([gate, up], -1).flatten(-2)  # they alternate
-        activation = apply_gate if experts.has_gate else experts.act_fn
-        return cast(torch.Tensor, activation(output))
-
-    def _stored_name(self, name: str) -> str:
-        """Return where a parameter is on disk; one that is missing is named as in memory."""
-        if name == f"{self._head_prefix}weight" and name not in self._stored:  # tied
-            name = f"{self._prefix}embed_tokens.weight"
-        return super()._stored_name(name)
+        return expert_hidden(matrices, x, self._activation)
 
 
 @lru_cache(maxsize=1)
@@ -437,23 +302,6 @@ def _made(
 ) -> LayerwiseModel:
     """Return a model that another process has made, the same for equal calls."""
     return kind(opened(folder, name, stamp), torch.device(device))
-
-
-def _in_parts(
-    work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, columns: int
-) -> torch.Tensor:
-    """Do work on tokens x [n, K] that gives [n, columns], on a CPU for some of them at a time."""
-    if x.device.type != "cpu" or len(x) <= _EXPERTS_TOKENS_AT_ONCE:
-        return work(x)
-    result = x.new_empty(len(x), columns)
-    for first in range(0, len(x), _EXPERTS_TOKENS_AT_ONCE):
-        part = slice(first, first + _EXPERTS_TOKENS_AT_ONCE)
-        result[part] = work(x[part])
-    return result
-
-
-def _layers(body: Any) -> Any:
-    return body.block if hasattr(body, "block") else body.layers
 
 
 def _experts_path(layer: nn.Module) -> str:

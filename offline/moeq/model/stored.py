@@ -1,6 +1,7 @@
 """A model of transformers whose parts get their tensors from a checkpoint only while they run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from moeq.checkpoint.meta import auto_class
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 from moeq.model.architecture import parts_on_disk, stored_names
+from moeq.model.watch import Watch, telling
 
 Weights = Mapping[str, torch.Tensor]
 """Name on disk to float32 weights that stand for those of the checkpoint."""
@@ -121,6 +123,23 @@ class StoredModel:
                     f"{self.source.folder}: {prefix}{name} is not in the checkpoint, but "
                     "transformers needs it"
                 )
+
+    @contextmanager
+    def _watched(self, module: nn.Module, watch: Watch) -> Iterator[None]:
+        """Let linear layers in a module tell what they get and give."""
+        hooks = [
+            part.register_forward_hook(telling([watch.get(stored) for stored in names]))
+            for name, part in module.named_modules()
+            if isinstance(part, nn.Linear)
+            and not watch.keys().isdisjoint(
+                names := self._stored_parts(f"{self._names[part]}weight")
+            )
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _stored_parts(self, name: str) -> list[str]:
         """Return where a parameter is on disk; some are made of several tensors."""

@@ -8,6 +8,7 @@ from torch import nn
 
 Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
 """Name on disk of a weight to what gets the inputs and outputs of its linear layer."""
+NO_WATCH: Watch = {}
 
 
 def telling(
