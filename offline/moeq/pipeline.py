@@ -10,14 +10,16 @@ import torch
 
 from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.atomic import check_output_is_free, new_folder
 from moeq.checkpoint.data_free import DataFree
+from moeq.checkpoint.disk_errors import disk_errors
 from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
 from moeq.checkpoint.linear import FULL_WIDTH, group_widths, linear_groups, lost_integers
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
 from moeq.checkpoint.servable import not_added
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
-from moeq.checkpoint.workspace import Workspace, check_output_is_free, disk_errors, new_folder
+from moeq.checkpoint.workspace import Workspace
 from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
 from moeq.errors import MoeqError

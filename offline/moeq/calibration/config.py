@@ -8,8 +8,8 @@ import torch
 
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.linear import FULL_WIDTH, LinearGroup, group_widths
+from moeq.checkpoint.resume import fingerprint
 from moeq.checkpoint.sizes import plan_sizes
-from moeq.checkpoint.workspace import fingerprint
 from moeq.model.cost import (
     Cost,
     at_once,

@@ -19,7 +19,7 @@ from moeq.calibration.linear import round_linear_layers
 from moeq.calibration.result import CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.snapshots import Snapshots
 from moeq.checkpoint.linear import INPUT
-from moeq.checkpoint.workspace import remove
+from moeq.checkpoint.resume import remove
 from moeq.model import ExpertSource, Routed, expert_shares, layerwise_model, run_layer
 from moeq.model.activations import mapped
 from moeq.model.device import local_workers

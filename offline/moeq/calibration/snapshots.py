@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moeq.checkpoint.atomic import replace_file
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import begin, read_note, remove, replace_file
+from moeq.checkpoint.resume import begin, read_note, remove
 from moeq.errors import MoeqError
 
 _STATE, _FINGERPRINT = "state.json", "fingerprint.json"

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from moeq.checkpoint.atomic import write_new_file
 from moeq.checkpoint.reader import CheckpointReader, read_json
 from moeq.checkpoint.verify import read_plan
-from moeq.checkpoint.workspace import write_new_file
 from moeq.errors import MoeqError
 from vllm_moeq.format import BitPlan, FormatError
 

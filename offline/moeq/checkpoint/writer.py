@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from safetensors.torch import save_file
 
+from moeq.checkpoint.disk_errors import writing
 from moeq.checkpoint.families import expert_widths
 from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import copied_weights, linear_widths
@@ -21,7 +22,6 @@ from moeq.checkpoint.reader import INDEX_NAME
 from moeq.checkpoint.servable import served_config
 from moeq.checkpoint.sizes import with_sizes
 from moeq.checkpoint.source import SourceModel
-from moeq.checkpoint.workspace import writing
 from moeq.errors import MoeqError
 from moeq.progress import Progress, silent, stage
 from moeq.requests import DEFAULT_SHARD_SIZE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moeq.checkpoint.workspace import disk_errors
+from moeq.checkpoint.disk_errors import disk_errors
 from moeq.comparison.figures import overview
 from moeq.comparison.page import render
 from moeq.comparison.study import Findings

@@ -10,7 +10,7 @@ from moeq.allocation import PlanOptions, allocate, make_plan, ordered_bits
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.fits import check_group_size, fitting_group_size
 from moeq.checkpoint.sizes import plan_sizes
-from moeq.checkpoint.workspace import check_space, temporary_folder
+from moeq.checkpoint.temporary import check_space, temporary_folder
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation
 from moeq.model import layerwise_model

@@ -9,8 +9,8 @@ from statistics import median
 from typing import Any
 
 from moeq.calibration import REPORT_NAME
+from moeq.checkpoint.atomic import write_new_file
 from moeq.checkpoint.wording import linear_summary, size_of_tried
-from moeq.checkpoint.workspace import write_new_file
 from moeq.errors import MoeqError
 from moeq.html import document, table
 from moeq.inspection.inspection import Inspection

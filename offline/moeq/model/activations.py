@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moeq.checkpoint.workspace import writing
+from moeq.checkpoint.disk_errors import writing
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:

@@ -19,18 +19,13 @@ from moeq.allocation import (
     possible_group_sizes,
 )
 from moeq.checkpoint import MoELayer
+from moeq.checkpoint.atomic import replace_file
+from moeq.checkpoint.disk_errors import disk_errors
 from moeq.checkpoint.fits import check_group_size
 from moeq.checkpoint.linear import FULL_WIDTH, group_widths, uniform_linear_bits
+from moeq.checkpoint.resume import begin, read_note, remove
 from moeq.checkpoint.sizes import with_sizes
-from moeq.checkpoint.workspace import (
-    begin,
-    check_space,
-    disk_errors,
-    read_note,
-    remove,
-    replace_file,
-    temporary_folder,
-)
+from moeq.checkpoint.temporary import check_space, temporary_folder
 from moeq.errors import MoeqError
 from moeq.model import layerwise_model
 from moeq.planning.candidates import Candidate, routing_plans, unmeasured_plans

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeq.calibration import CalibrationConfig, calibrate
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.workspace import used_bytes
+from moeq.checkpoint.temporary import used_bytes
 from support.reference import dequantize
 from vllm_moeq.format import BitPlan, LayerBits
 

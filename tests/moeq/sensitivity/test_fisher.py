@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeq.checkpoint import SourceModel
-from moeq.checkpoint.workspace import used_bytes
+from moeq.checkpoint.temporary import used_bytes
 from moeq.errors import MoeqError
 from moeq.model import layerwise_model
 from moeq.model.layerwise import LayerwiseModel
