@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from byte_bpe import train_byte_bpe
 from corpus import docstrings, library_files, manual
-from rouge import Rouge, mean_rouge
 from tokenizers import processors
+from torchmetrics.functional.text.rouge import rouge_score
 from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
@@ -62,6 +62,14 @@ class Pair(NamedTuple):
 
     source: str
     target: str
+
+
+class Rouge(NamedTuple):
+    """F1 scores from 0 to 1: of words, of pairs of words, of the longest common subsequence."""
+
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
 
 
 class Scores(NamedTuple):
@@ -242,6 +250,13 @@ def judge(folder: Path, pairs: list[Pair]) -> Scores:
         summaries += tokenizer.batch_decode(answers, skip_special_tokens=True)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Scores(size, loss / tokens, mean_rouge(summaries, [pair.target for pair in pairs]))
+
+
+def mean_rouge(summaries: list[str], references: list[str]) -> Rouge:
+    """Return the means over pairs of a summary and its reference; words are not stemmed."""
+    names = [f"rouge{kind}" for kind in "12L"]
+    scores = rouge_score(summaries, references, rouge_keys=tuple(names))
+    return Rouge(*(float(scores[f"{name}_fmeasure"]) for name in names))
 
 
 def reversed_plan(model: Path, base: Path, bits: float) -> BitPlan:
