@@ -32,7 +32,7 @@ from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from moeq.bench import GB
 from moeq.calibration import REPORT_NAME
-from moeq.calibration.config import STREAMS
+from moeq.calibration.cost import STREAMS
 
 INDEX = "model.safetensors.index.json"
 BOUND = 3

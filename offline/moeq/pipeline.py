@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate
+from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate, calibration_cost
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.atomic import check_output_is_free, new_folder
 from moeq.checkpoint.data_free import DataFree
@@ -378,7 +378,7 @@ def _estimate(
 ) -> Estimate:
     calibration = _calibration(request, conversion, text)
     measuring = None if measurement is None else measurement.cost()
-    rounding = None if calibration is None else calibration.cost()
+    rounding = None if calibration is None else calibration_cost(calibration)
     memory = [conversion.memory_bytes]
     memory += [cost.memory_bytes for cost in (measuring, rounding) if cost is not None]
     return Estimate(

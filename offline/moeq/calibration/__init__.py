@@ -1,6 +1,7 @@
 """Rounds the experts of a model with what they get on a text."""
 
 from moeq.calibration.config import CalibrationConfig
+from moeq.calibration.cost import calibration_cost
 from moeq.calibration.result import REPORT_NAME, CalibratedExperts, CalibrationReport, Coverage
 from moeq.calibration.run import calibrate
 
@@ -11,4 +12,5 @@ __all__ = [
     "CalibrationReport",
     "Coverage",
     "calibrate",
+    "calibration_cost",
 ]
