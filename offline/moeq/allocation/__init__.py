@@ -1,6 +1,12 @@
 """From signals to a bit plan."""
 
-from moeq.allocation.budget import average_bits, bits_budget, file_budget, file_bytes
+from moeq.allocation.budget import (
+    average_bits,
+    bits_budget,
+    file_budget,
+    file_bytes,
+    fits_file,
+)
 from moeq.allocation.constraints import Constraints
 from moeq.allocation.counts import expert_counts
 from moeq.allocation.knapsack import Solution, solve
@@ -38,6 +44,7 @@ __all__ = [
     "expert_counts",
     "file_budget",
     "file_bytes",
+    "fits_file",
     "fulfils",
     "make_plan",
     "maxvar_order",

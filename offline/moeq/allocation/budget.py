@@ -95,6 +95,19 @@ def file_bytes(bits: float, source: SourceModel) -> int:
     return math.floor(Fraction(bits).limit_denominator(_LARGEST_DENOMINATOR) * source.weights / 8)
 
 
+def fits_file(
+    target: int,
+    source: SourceModel,
+    group_size: int,
+    *,
+    linear: int = FULL_WIDTH,
+    widths: tuple[int, ...] = WIDTHS,
+) -> bool:
+    """Say whether any plan is as small as a file; arguments are those of :func:`file_budget`."""
+    other = _other_bytes(source, source.linear, group_size, linear)
+    return target >= other + _uniform_bytes(source.layers, group_size, min(widths))
+
+
 def file_budget(
     target: int,
     source: SourceModel,
@@ -118,16 +131,15 @@ def file_budget(
         MoeqError: No plan is as small; names the least possible, and options that make it smaller.
     """
     other = _other_bytes(source, source.linear, group_size, linear)
-    budget = target - other
-    least = _uniform_bytes(source.layers, group_size, min(widths))
-    if budget < least:
+    if not fits_file(target, source, group_size, linear=linear, widths=widths):
+        least = _uniform_bytes(source.layers, group_size, min(widths))
         raise MoeqError(
             f"{asked} allows {target:,} bytes: the model takes at least {other + least:,} bytes "
             f"({(other + least) * 8 / source.weights:.4g} bits per weight), {other:,} for all but "
             f"the experts and {least:,} for experts of {min(widths)} bits with their scales"
-            f"{_way_out(target, source, group_size, other, least)}"
+            f"{_remedy(target, source, group_size, other, least)}"
         )
-    return budget
+    return target - other
 
 
 def _other_bytes(
@@ -141,7 +153,7 @@ def _other_bytes(
     )
 
 
-def _way_out(target: int, source: SourceModel, group_size: int, other: int, least: int) -> str:
+def _remedy(target: int, source: SourceModel, group_size: int, other: int, least: int) -> str:
     """Name options with which all but the experts is smaller: those that reach the target, if any.
 
     Args:
@@ -153,17 +165,20 @@ def _way_out(target: int, source: SourceModel, group_size: int, other: int, leas
     """
     width = min(LINEAR_WIDTHS)
     every = linear_groups(source.reader, source.layers, embeddings=True)
-    ways = {
+    remedies = {
         f"`dense_bits` {width}": source.linear,
         f"`dense_bits` {width} and `quantize_embeddings`": every,
     }
-    sizes = {way: _other_bytes(source, groups, group_size, width) for way, groups in ways.items()}
-    smaller = {way: size + least for way, size in sizes.items() if size < other}
+    sizes = {
+        options: _other_bytes(source, groups, group_size, width)
+        for options, groups in remedies.items()
+    }
+    smaller = {options: size + least for options, size in sizes.items() if size < other}
     if not smaller:
         return ""
     smallest = min(smaller, key=smaller.__getitem__)
-    way = next((way for way, size in smaller.items() if size <= target), smallest)
-    return f". With {way} it takes {smaller[way]:,}"
+    options = next((options for options, size in smaller.items() if size <= target), smallest)
+    return f". With {options} it takes {smaller[options]:,}"
 
 
 def _uniform_bytes(layers: list[MoELayer], group_size: int, width: int) -> int:

@@ -11,6 +11,7 @@ from moeq.allocation import (
     average_bits,
     file_budget,
     file_bytes,
+    fits_file,
     make_plan,
 )
 from moeq.checkpoint import SourceModel
@@ -152,17 +153,16 @@ def _size(source: SourceModel, request: PlanRequest) -> _Size:
         bits = DEFAULT_BITS if request.bits is None else request.bits
         return _Size(float(bits), None, widths[0], None)
     asked = f"`{option}` {getattr(request, option)}"
-    for linear in widths:
-        is_last = linear == widths[-1]
-        levels = WIDTHS if is_last else request.levels or WIDTHS
-        try:
-            budget = file_budget(
-                target, source, group_size, linear=linear, widths=levels, asked=asked
-            )
-            break
-        except MoeqError:
-            if is_last:
-                raise
+    levels = request.levels or WIDTHS
+    linear = next(
+        (
+            width
+            for width in widths[:-1]
+            if fits_file(target, source, group_size, linear=width, widths=levels)
+        ),
+        widths[-1],
+    )
+    budget = file_budget(target, source, group_size, linear=linear, asked=asked)
     average = min(average_bits(budget, layers, group_size), max(request.levels or WIDTHS))
     if average < min(request.levels or WIDTHS):
         raise MoeqError(

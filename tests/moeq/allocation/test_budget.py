@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moeq import plan, quantize
 from moeq.allocation import PlanOptions, expert_counts, make_plan
 from moeq.allocation.budget import bits_budget, bits_by_layer, file_budget, file_bytes
 from moeq.checkpoint import SourceModel
+from moeq.checkpoint.linear import LinearGroup, linear_groups
 from moeq.checkpoint.sizes import option_sizes
 from moeq.errors import MoeqError
 from moeq.rounding import quantize_rtn
@@ -125,6 +127,40 @@ def test_a_size_too_small_names_the_options_that_reach_it(
         plan(tiny_model("mixtral"), calib=None, target_size=least)
     options = " and `quantize_embeddings`" if embeddings else ""
     assert str(error.value).endswith(f". With `dense_bits` 4{options} it takes {least:,}")
+
+
+def test_remedies_are_sought_only_for_an_error_that_is_shown(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense layers of 8 bits do not fit, those of 4 do: nothing is wrong."""
+    text = tmp_path / "text.txt"
+    text.write_text("Bytes are tokens. " * 200)
+    source = SourceModel.open(str(tiny_model("mixtral")))
+    sought: list[object] = []
+
+    def seek(*arguments: Any, **options: Any) -> list[LinearGroup]:
+        sought.append(arguments)
+        return linear_groups(*arguments, **options)
+
+    monkeypatch.setattr("moeq.allocation.budget.linear_groups", seek)
+
+    def dry_run(target_size: int) -> None:
+        quantize(
+            source.folder, tmp_path / "out", target_size=target_size, dry_run=True,
+            strategy="sensitivity", calib=str(text), nsamples=8, seqlen=16, group_size=GROUP,
+        )  # fmt: skip
+
+    experts = int(option_sizes(source.layers, GROUP, (1,)).sum())
+    others = {
+        width: source.other_bytes
+        + sum(group.num_bytes(width, GROUP) - group.full_bytes for group in source.linear)
+        for width in (8, 4)
+    }
+    dry_run(others[8] + experts - 1)
+    assert not sought
+    with pytest.raises(MoeqError, match=r"`target_size` \d+ allows"):
+        dry_run(others[4] + experts - 1)
+    assert sought
 
 
 def test_the_smallest_budget_follows_the_widths(source: SourceModel) -> None:
