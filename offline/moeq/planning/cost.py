@@ -3,6 +3,7 @@
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.servable import text_config
 from moeq.checkpoint.sizes import option_sizes
+from moeq.errors import MoeqError
 
 
 def measuring_bytes(
@@ -12,9 +13,16 @@ def measuring_bytes(
 
     Those are what each layer gets, and of layers with experts what these get, and the gradient.
     Gradients come while what layers get goes, the last first.
+
+    Raises:
+        MoeqError: The number of layers in ``config.json`` is no number.
     """
     layers = source.layers
-    stated: int = text_config(source.reader.config).get("num_hidden_layers", 0)
+    stated = text_config(source.reader.config).get("num_hidden_layers", 0)
+    if not isinstance(stated, int):  # transformers would say so, but need not know the model
+        raise MoeqError(
+            f"{source.folder}: config.json has num_hidden_layers {stated!r}, no number of layers"
+        )
     depth = max(stated, *(layer.index + 1 for layer in layers))
     activations = 4 * tokens * source.hidden_size * (depth + len(layers) + 1)
     experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
