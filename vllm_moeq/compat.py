@@ -299,13 +299,13 @@ def let_gpt_oss_load_packed_experts() -> None:
 
     of_vllm = GptOssModel._get_streamed_expert_info
     if getattr(of_vllm, "__module__", None) == __name__:
-        return  # it has been told
+        return  # replaced already
 
     def expert_info(name: str, params: dict[str, Any]) -> tuple[int, str, str] | None:
         match = _EXPERT_OF_GPT_OSS.fullmatch(name)
         if match is None:
-            found: tuple[int, str, str] | None = of_vllm(name, params)
-            return found
+            info: tuple[int, str, str] | None = of_vllm(name, params)
+            return info
         shard = {"gate_proj.": "w1", "up_proj.": "w3"}.get(match["matrix"], "w2")
         projection = "w2" if shard == "w2" else "w13"
         parameter = f"{match['experts']}.routed_experts.{projection}_{match['kind']}"

@@ -159,14 +159,14 @@ class MoeqConfig(QuantizationConfig):
         Returns:
             Whether any got one.
         """
-        found = False
+        has_any = False
         for name, layer in model.named_modules():
             if isinstance(layer, VocabParallelEmbedding) and not hasattr(layer, PACKED_COLUMNS):
                 method = self._linear_method(layer, name)
                 if method is not None:
                     set_embedding_method(layer, method)
-                    found = True
-        return found
+                    has_any = True
+        return has_any
 
     def _linear_method(self, layer: Any, prefix: str) -> Any:
         """Return the method of a dense layer that the plan names, None for another."""

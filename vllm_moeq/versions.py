@@ -15,13 +15,13 @@ def unsupported_reason() -> str | None:
     from vllm.platforms import current_platform
 
     try:
-        found = Version(vllm.__version__)
+        installed = Version(vllm.__version__)
     except InvalidVersion:  # a source tree without its generated version file
         return f"vLLM's version {vllm.__version__!r} is no version number"
     first = _FIRST_CPU if current_platform.is_cpu() else _FIRST_CUDA
-    if first <= found < _AFTER_LAST:
+    if first <= installed < _AFTER_LAST:
         return None
     return (
         f"it supports vLLM {first} up to, but not including, {_AFTER_LAST.base_version}; "
-        f"found {found}"
+        f"found {installed}"
     )

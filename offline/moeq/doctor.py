@@ -69,12 +69,12 @@ def _versions() -> Iterator[Finding]:
         yield Finding("vllm-moeq", "note", "not installed: it runs from a clone")
     for package in ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "scipy"):
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             yield Finding(package, "problem", "not installed")
             continue
-        fits = package not in needed or needed[package].contains(found, prereleases=True)
-        text = found if fits else f"{found}, but {needed[package]} is needed"
+        fits = package not in needed or needed[package].contains(installed, prereleases=True)
+        text = installed if fits else f"{installed}, but {needed[package]} is needed"
         yield Finding(package, "ok" if fits else "problem", text)
 
 

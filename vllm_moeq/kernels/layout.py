@@ -135,7 +135,7 @@ class ExpertLayout:
             ("w13", weights[:3]),
             ("w2", weights[3:]),
         )
-        for projection, found in parts:
+        for projection, actual in parts:
             rows, columns = self.shape(projection)
             if self.group_size not in GROUP_SIZES or columns % self.group_size:
                 raise ValueError(f"{columns} columns in groups of {self.group_size}")
@@ -147,9 +147,9 @@ class ExpertLayout:
                 end += size
             groups = (len(self.slots), rows, columns // self.group_size)
             wanted = ((torch.uint8, (end,)), (torch.float16, groups), (torch.uint8, groups))
-            if tuple((tensor.dtype, tuple(tensor.shape)) for tensor in found) != wanted:
+            if tuple((tensor.dtype, tuple(tensor.shape)) for tensor in actual) != wanted:
                 raise ValueError(
-                    f"weights of {projection} are {[list(tensor.shape) for tensor in found]}, the "
+                    f"weights of {projection} are {[list(tensor.shape) for tensor in actual]}, the "
                     f"layout says {[list(shape) for _, shape in wanted]}"
                 )
 

@@ -66,8 +66,8 @@ def run(call: FusedExpertsCall, compute_dtype: torch.dtype = torch.float32) -> t
     if expert_map is not None:
         # Ids below zero are padding; an index that is no expert would be an error of the device.
         exists = (slots >= 0) & (slots < len(expert_map))
-        found = expert_map.long()[slots.clamp(0, len(expert_map) - 1)]
-        slots = torch.where(exists, found, torch.where(slots < 0, -1, len(layout.slots)))
+        local = expert_map.long()[slots.clamp(0, len(expert_map) - 1)]
+        slots = torch.where(exists, local, torch.where(slots < 0, -1, len(layout.slots)))
     if not x.is_cuda and (slots >= len(layout.slots)).any():
         raise no_expert(call)
     output = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)

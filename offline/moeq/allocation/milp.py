@@ -79,12 +79,12 @@ def _search(instance: Instance, time_limit: float, gap: float) -> tuple[Choice, 
     deadline = time.monotonic() + time_limit
     free = solve(loss, size, instance.budget)
     bound = free.bound
-    found = [free.choice] if instance.fulfilled_by(free.choice) else []
+    feasible = [free.choice] if instance.fulfilled_by(free.choice) else []
     total = np.abs(loss[np.arange(len(loss)), free.choice]).sum()
     scale = _OBJECTIVE / total if total else 1.0
 
     def best() -> Solution | None:
-        solutions = [Solution.of(loss, size, choice, bound) for choice in found]
+        solutions = [Solution.of(loss, size, choice, bound) for choice in feasible]
         return min(solutions, key=lambda solution: solution.loss, default=None)
 
     def is_done() -> bool:
@@ -96,13 +96,13 @@ def _search(instance: Instance, time_limit: float, gap: float) -> tuple[Choice, 
         bound = max(bound, core_bound)
         if core is not None:
             choice = Program.of(core, scale).solve(deadline, gap / 2).choice
-            found += [choice] if choice is not None and instance.fulfilled_by(choice) else []
+            feasible += [choice] if choice is not None and instance.fulfilled_by(choice) else []
     reason = ""
     if not is_done():
         choice, dual, out_of_time = Program.of(instance, scale).solve(deadline, gap)
         bound = max(bound, dual)
         if choice is not None and instance.fulfilled_by(choice):
-            found.append(choice)
+            feasible.append(choice)
         elif choice is not None:
             reason = "HiGHS found none that fulfils them to the byte; loosen a tolerance"
         elif out_of_time:

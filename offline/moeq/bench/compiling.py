@@ -40,10 +40,10 @@ def collected() -> Iterator[set[Kernel]]:
     """
     from triton import JITFunction, knobs  # type: ignore[import-untyped]
 
-    found: set[Kernel] = set()
+    kernels: set[Kernel] = set()
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.add(Kernel(fn.module, fn.name, compile["specialization_data"]))
+        kernels.add(Kernel(fn.module, fn.name, compile["specialization_data"]))
         return True  # Triton leaves the compilation to us
 
     run = JITFunction.run
@@ -54,7 +54,7 @@ def collected() -> Iterator[set[Kernel]]:
     hook = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook, JITFunction.run = note, run_without_launch
     try:
-        yield found
+        yield kernels
     finally:
         knobs.runtime.jit_cache_hook, JITFunction.run = hook, run
 

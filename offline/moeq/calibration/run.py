@@ -115,12 +115,12 @@ def _calibrate(
             model.check_finite(index, hidden)
             if routed is not None:
                 layer = model.moe_layers[index]
-                found = _coverage(routed, layer.num_experts)
+                counts = _coverage(routed, layer.num_experts)
                 kept = mapped(folder / "shares.bin", (routed.ids.numel(), source.hidden_size))
-                shares = torch.split(kept[: sum(found.tokens)], found.tokens)
+                shares = torch.split(kept[: sum(counts.tokens)], counts.tokens)
                 torch.sub(original_sums, sums, out=lacks)
                 _take(expert_shares(model, layer, routed, own, workers), lacks, kept)
-                coverage[layer.container] = found
+                coverage[layer.container] = counts
                 rounded = round_layer(config, model, layer, routed, sums, lacks, shares, workers)
                 with closing(rounded):  # before workers are gone, whatever happens
                     for stored in rounded:

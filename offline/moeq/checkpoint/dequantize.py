@@ -47,16 +47,16 @@ def scaled(reader: CheckpointReader, block: Block | None) -> Readings:
     """
     for name, info in reader.tensors.items():
         module = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
-        found = [module + suffix for suffix in _SCALES if module + suffix in reader.tensors]
-        if info.dtype not in (*_FP8, *_FP4) or (info.dtype in _TWO_FP4_IN_A_BYTE and not found):
+        scales = [module + suffix for suffix in _SCALES if module + suffix in reader.tensors]
+        if info.dtype not in (*_FP8, *_FP4) or (info.dtype in _TWO_FP4_IN_A_BYTE and not scales):
             continue
-        if len(info.shape) not in (2, 3) or len(found) != 1:
+        if len(info.shape) not in (2, 3) or len(scales) != 1:
             raise MoeqError(
                 f"{reader.folder}: {name} is {info.dtype} {list(info.shape)}, and beside it stands "
-                f"{' and '.join(found) or 'nothing'} to say what its values mean; moeq reads "
+                f"{' and '.join(scales) or 'nothing'} to say what its values mean; moeq reads "
                 f"matrices with one tensor of scales, such as {module}{_SCALES[0]}"
             )
-        (scale,) = found
+        (scale,) = scales
         yield name, (_fp8 if info.dtype in _FP8 else _fp4)(reader, name, scale, block)
         yield scale, None
         yield from _dropped(reader, module, _OF_ACTIVATIONS)

@@ -100,14 +100,14 @@ def _router(model: Any, experts: _Experts) -> str | None:
     """Return the name in its layer of the one matrix beside the experts with a row for each."""
     beside = experts.layer + experts.path.rpartition("experts")[0]
     shape = (len(experts.module.down_proj), model.config.get_text_config().hidden_size)
-    found = [
+    candidates = [
         name.removeprefix(experts.layer)
         for name, parameter in model.named_parameters()
         # Shared experts may be as wide as there are others.
         if name.startswith(beside) and name.endswith(".weight") and ".shared" not in name
         if parameter.shape == shape
     ]
-    return found[0] if len(found) == 1 else None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _row(model_type: str, model: Any, experts: _Experts, router: str) -> Family | None:
@@ -157,8 +157,8 @@ def _of_one_expert(transforms: Sequence[Any], target: str) -> list[str] | None:
     for transform in transforms:
         if not transform.target_patterns[0].endswith(f"experts.{target}"):
             continue
-        found = [_OF_ONE_EXPERT.fullmatch(s.replace("\\", "")) for s in transform.source_patterns]
-        names = [match["matrix"] for match in found if match is not None]
+        matches = [_OF_ONE_EXPERT.fullmatch(s.replace("\\", "")) for s in transform.source_patterns]
+        names = [match["matrix"] for match in matches if match is not None]
         done = {type(operation).__name__ for operation in getattr(transform, "operations", ())}
         if not done <= (_TOGETHER if names else _TURNED):
             return None

@@ -142,7 +142,7 @@ def linear_groups(
     pattern = re.compile(rf"({re.escape(root[1])}(\d+)\.(?:.*\.)?)[^.]+\.weight")
     experts = tuple(f"{layer.container}." for layer in layers)
     linear_attention = linear_attention_layers(reader.config)
-    found: dict[tuple[str, tuple[str, ...]], LinearGroup] = {}
+    by_key: dict[tuple[str, tuple[str, ...]], LinearGroup] = {}
     refused = set()
     for name, info in reader.tensors.items():
         match = pattern.fullmatch(name)
@@ -157,8 +157,8 @@ def linear_groups(
         if len(info.shape) != 2 or info.shape[0] % _ROWS or info.dtype not in FLOATS:
             refused.add(key)
             continue
-        group = found.get(key, LinearGroup(index))
-        found[key] = LinearGroup(
+        group = by_key.get(key, LinearGroup(index))
+        by_key[key] = LinearGroup(
             index,
             (*group.weights, name),
             (*group.shapes, (info.shape[0], info.shape[1])),
@@ -166,7 +166,7 @@ def linear_groups(
         )
     groups = [
         _with_integers(reader, group)
-        for key, group in found.items()
+        for key, group in by_key.items()
         if key not in refused and not _shares_keys(group.weights)
     ]
     if embeddings and not layers[0].family.encodes:
@@ -266,15 +266,15 @@ def group_widths(plan: BitPlan, groups: Iterable[LinearGroup]) -> dict[LinearGro
     unknown = dict(plan.linear_bits)
     widths = {}
     for group in groups:
-        found = {
+        of_group = {
             weight: unknown.pop(weight.removesuffix(".weight"), FULL_WIDTH)
             for weight in group.weights
         }
-        width, *others = set(found.values())
+        width, *others = set(of_group.values())
         if others:
             raise MoeqError(
-                f"linear_bits: {' and '.join(found)} are one layer in vLLM and need one width, "
-                f"not {' and '.join(map(str, found.values()))}"
+                f"linear_bits: {' and '.join(of_group)} are one layer in vLLM and need one width, "
+                f"not {' and '.join(map(str, of_group.values()))}"
             )
         if width != FULL_WIDTH and not group.fits(plan.group_size):
             raise MoeqError(

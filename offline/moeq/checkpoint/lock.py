@@ -71,18 +71,18 @@ def _owned(path: Path, busy: str) -> Iterator[None]:
     with ExitStack() as stack:
         _take(owner, stack)
         if not _create(path, owner):
-            found = _read(path)
-            if found.get("machine") != owner["machine"]:
-                name = str((found.get("machine") or ["another machine"])[0])
+            other = _read(path)
+            if other.get("machine") != owner["machine"]:
+                name = str((other.get("machine") or ["another machine"])[0])
                 raise MoeqError(
                     f"{busy}, on {name}. The file system has no locks, so nobody can tell from "
                     f"here whether it still runs: if it does not, remove {path}"
                 )
             try:
-                _take(found, stack)
+                _take(other, stack)
             except OSError:
                 raise MoeqError(busy) from None
-            if _read(path) != found:  # it has just ended, and another one has begun
+            if _read(path) != other:  # it has just ended, and another one has begun
                 raise MoeqError(busy)
         stack.callback(path.unlink, missing_ok=True)
         yield
@@ -124,9 +124,9 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """Return what is in the file; nothing, if its owner was killed before it had written it."""
     with suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
+        owner = json.loads(path.read_text())
+        if isinstance(owner, dict):
+            return owner
     return {}
 
 

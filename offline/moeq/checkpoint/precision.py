@@ -102,25 +102,25 @@ def readings(reader: CheckpointReader, source: SourceFormat | None) -> dict[str,
         MoeqError: A weight lacks its scales, or they do not fit it, or nothing says in which way
             it is quantized; names it.
     """
-    found: dict[str, Reading | None] = {}
+    readings: dict[str, Reading | None] = {}
     if source is not None:
         if source.bits is not None:
-            found = dict(packed_integers(reader, source.bits))
+            readings = dict(packed_integers(reader, source.bits))
         elif source.name == "mxfp4":
-            found = dict(chain(mxfp4_blocks(reader), scaled(reader, None)))
+            readings = dict(chain(mxfp4_blocks(reader), scaled(reader, None)))
         else:
-            found = dict(scaled(reader, source.block))
+            readings = dict(scaled(reader, source.block))
         for name, info in reader.tensors.items():
             if name.endswith(_OF_CACHE) and torch.Size(info.shape).numel() == 1:
-                found.setdefault(name, None)
+                readings.setdefault(name, None)
     for name, info in reader.tensors.items():
-        if name not in found and info.dtype.startswith(_LOWER):
+        if name not in readings and info.dtype.startswith(_LOWER):
             raise MoeqError(
                 f"{reader.folder}: {name} is {info.dtype}, which quantization_config in "
                 "config.json does not explain. Start from a release whose config.json says how it "
                 "is quantized, or from the model in 16 bits"
             )
-    return found
+    return readings
 
 
 def in_16_bits(reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:

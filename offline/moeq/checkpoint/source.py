@@ -82,10 +82,10 @@ class SourceModel:
     @property
     def precision(self) -> str | None:
         """The format of a source in lower precision, which is read as bfloat16; else None."""
-        found = source_format(self.reader.config, self.folder)
-        if found is None:
+        stored = source_format(self.reader.config, self.folder)
+        if stored is None:
             return None
-        return found.name if found.bits is None else f"{found.name}, {found.bits} bits"
+        return stored.name if stored.bits is None else f"{stored.name}, {stored.bits} bits"
 
     @property
     def num_bytes(self) -> int:

@@ -189,28 +189,28 @@ def doctor(options: Namespace) -> int:
     from moeq.doctor import findings
 
     with _stdout_to_stderr():  # vLLM logs to the standard output
-        found = list(findings(options.model, options.folder))
+        results = list(findings(options.model, options.folder))
     if options.json:
-        print(json.dumps([finding._asdict() for finding in found]))
+        print(json.dumps([finding._asdict() for finding in results]))
     else:
-        width = max(len(finding.name) for finding in found)
-        for finding in found:
+        width = max(len(finding.name) for finding in results)
+        for finding in results:
             print(f"{finding.name:<{width}}  {finding.state:<7}  {finding.text}")
-    return 1 if any(finding.state == "problem" for finding in found) else 0
+    return 1 if any(finding.state == "problem" for finding in results) else 0
 
 
 def families(options: Namespace) -> int:
     """List the families."""
     from moeq.checkpoint.families import FAMILIES, FOUND_BY_TESTS
 
-    found = json.loads(FOUND_BY_TESTS.read_text())
+    tested = json.loads(FOUND_BY_TESTS.read_text())
     rows = [
         {
             "model_type": name,
             "experts": f"{family.example}{family.experts}",
             "router": f"{family.example}{family.router}",
             "projections": ", ".join(filter(None, (family.gate, family.up, family.down))),
-            "tested": found.get(name, {}),
+            "tested": tested.get(name, {}),
         }
         for family in FAMILIES
         for name in family.model_types

@@ -181,8 +181,10 @@ class Study:
         budget = plan_sizes(combined, self.source).expert_bytes
         for name, attribute in ALLOCATED.items():
             losses = bank.losses(attribute)
-            found = allocate({self.group_size: losses}, self.source.layers, self._widths(), budget)
-            yield self._plan(GLOBAL + name, bits, found.expert_bits)
+            allocation = allocate(
+                {self.group_size: losses}, self.source.layers, self._widths(), budget
+            )
+            yield self._plan(GLOBAL + name, bits, allocation.expert_bits)
         if len(levels) == 1:  # every plan by layers is the uniform one
             uniform = PlanOptions(bits, None, "uniform", self.group_size)
             yield make_plan(self.source, uniform)

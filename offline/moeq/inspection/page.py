@@ -175,8 +175,8 @@ def _linear(inspection: Inspection) -> Iterator[str]:
     yield "<h2>Dense layers</h2>"
     yield "<p>Bits of each; those that are not named here have 16.</p>"
     rows = [
-        [f"layer {layer}", *(str(found.get(name, "")) for name in names)]
-        for layer, found in sorted(widths.items(), key=lambda item: int(item[0] or -1))
+        [f"layer {layer}", *(str(bits_of.get(name, "")) for name in names)]
+        for layer, bits_of in sorted(widths.items(), key=lambda item: int(item[0] or -1))
     ]
     yield table(["layer", *names], rows)
 

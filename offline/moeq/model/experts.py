@@ -118,7 +118,7 @@ def run_layer(
         sums = torch.empty_like(hidden)
     count, first = len(hidden) // len(sources), 0
     parts: list[tuple[slice, Weights]] = []
-    found: list[Routed] = []
+    routings: list[Routed] = []
     for _, alike in groupby(sources, key=lambda source: source.linear):
         some = list(alike)  # those that share their dense layers, whose activations lie together
         part = slice(first, first := first + len(some) * count)
@@ -126,10 +126,10 @@ def run_layer(
         routed = model.run(index, hidden[part], x[part], sums[part], weights)
         if routed is not None:
             parts.append((part, weights))
-            found.append(routed)
-    if not found:
+            routings.append(routed)
+    if not routings:
         return None
-    ids, shares = (torch.cat([getattr(r, name) for r in found]) for name in ("ids", "weights"))
+    ids, shares = (torch.cat([getattr(r, name) for r in routings]) for name in ("ids", "weights"))
     together = Routed(x.view(-1, x.shape[-1]), ids, shares)
     add_experts(model, model.moe_layers[index], together, sums, sources, workers)
     for part, weights in parts:

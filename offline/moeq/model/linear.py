@@ -85,12 +85,12 @@ class LinearInputs:
                 for group_size in group_sizes:
                     for bits in widths:
                         if group.copies(bits, group_size):
-                            found = source.integers(name, group_size).to(self._model.device)
+                            rounded = source.integers(name, group_size).to(self._model.device)
                         elif hessian is None:
-                            found = round_linear(weight, bits, group_size)
+                            rounded = round_linear(weight, bits, group_size)
                         else:
-                            found = round_linear_by_inputs(weight, hessian, bits, group_size)
-                        yield name, bits, group_size, found
+                            rounded = round_linear_by_inputs(weight, hessian, bits, group_size)
+                        yield name, bits, group_size, rounded
         except ValueError as error:
             names = ", ".join(group.weights)
             raise MoeqError(f"{source.folder}: cannot quantize {names}: {error}") from error

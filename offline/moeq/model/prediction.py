@@ -157,7 +157,7 @@ def _blocks(
     """Return what is there of the decoder layers of predictions, by root and number."""
     root = re.escape(_root(layers)) if style.root is None else style.root
     number = re.escape(style.block).replace(re.escape("{n}"), r"(?P<n>\d+)")
-    found: dict[str, dict[int, Inside]] = {}
+    layers_of_root: dict[str, dict[int, Inside]] = {}
     for name, info in reader.tensors.items():
         match = re.match(rf"(?P<root>{root})(?P<block>{number})?(?P<inside>.*)", name)
         if match is None:
@@ -166,13 +166,13 @@ def _blocks(
             index = -1 if match["n"] is None else int(match["n"])
             if not drafts_tokens(reader.config, name, index):
                 continue
-        blocks = found.setdefault(match["root"], {})
+        blocks = layers_of_root.setdefault(match["root"], {})
         if style.root is not None:  # the rest of a prediction alone is not one
             for n in range(max(len(pattern), 1)):
                 blocks.setdefault(n, {})
         if match["n"] is not None:
             blocks.setdefault(int(match["n"]), {})[match["inside"]] = info.shape
-    return found
+    return layers_of_root
 
 
 def _pattern(reader: CheckpointReader) -> str:
@@ -227,16 +227,16 @@ def _shape_beside(name: str, reader: CheckpointReader, hidden_size: int) -> Shap
 
 def _differences(reader: CheckpointReader, shapes: Mapping[str, Shape]) -> Iterator[str]:
     for name, shape in sorted(shapes.items()):
-        found = reader.tensors.get(name)
-        if found is None:
+        info = reader.tensors.get(name)
+        if info is None:
             yield f"tensor {name} {list(shape)} of a prediction layer is missing"
-        elif found.shape != shape:
+        elif info.shape != shape:
             yield (
-                f"tensor {name} of a prediction layer in {found.file} is {list(found.shape)}, "
+                f"tensor {name} of a prediction layer in {info.file} is {list(info.shape)}, "
                 f"those of other layers are {list(shape)}"
             )
-        elif found.dtype not in FLOATS:
-            yield f"tensor {name} in {found.file} is {found.dtype}, not floating point"
+        elif info.dtype not in FLOATS:
+            yield f"tensor {name} in {info.file} is {info.dtype}, not floating point"
 
 
 def _superfluous(

@@ -131,14 +131,14 @@ def _problems(
         expected = list(wanted[name].shape)
         yield f"tensor {layers[0].family.canonical_name(on_disk[name])} {expected} is missing"
     for name in (name for name in wanted if name in stored):
-        found = reader.tensors[stored[name]]
-        if found.shape != tuple(wanted[name].shape):
+        info = reader.tensors[stored[name]]
+        if info.shape != tuple(wanted[name].shape):
             yield (
-                f"tensor {stored[name]} in {found.file} is {list(found.shape)}, config.json makes "
+                f"tensor {stored[name]} in {info.file} is {list(info.shape)}, config.json makes "
                 f"it {list(wanted[name].shape)}"
             )
-        elif wanted[name].is_floating_point() and found.dtype not in (*FLOATS, "F64"):
-            yield f"tensor {stored[name]} in {found.file} is {found.dtype}, not floating point"
+        elif wanted[name].is_floating_point() and info.dtype not in (*FLOATS, "F64"):
+            yield f"tensor {stored[name]} in {info.file} is {info.dtype}, not floating point"
     yield from _tied_problems(model, reader, stored)
 
 
@@ -199,11 +199,11 @@ def _expert_problems(
         elif shape is None:
             yield f"{layer.container} holds experts, but config.json gives the layer none"
         else:
-            found = layer.num_experts, layer.hidden_size, layer.intermediate_size
+            stored = layer.num_experts, layer.hidden_size, layer.intermediate_size
             # Some classes have these matrices transposed.
-            if (found[0], *sorted(found[1:])) != (shape[0], *sorted(shape[1:])):
+            if (stored[0], *sorted(stored[1:])) != (shape[0], *sorted(shape[1:])):
                 yield (
-                    f"{layer.container} holds {found[0]} experts of {found[1]} x {found[2]}, "
+                    f"{layer.container} holds {stored[0]} experts of {stored[1]} x {stored[2]}, "
                     f"config.json says {shape[0]} of {shape[1]} x {shape[2]}"
                 )
 

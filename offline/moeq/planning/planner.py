@@ -278,7 +278,9 @@ def _allocated(
 ) -> BitPlan:
     source, options = measurement.source, measurement.options
     tables = {group_size: bank.losses("loss") for group_size, bank in banks.items()}
-    found = allocate(tables, source.layers, measurement.widths, budget, options.constraints, linear)
+    allocation = allocate(
+        tables, source.layers, measurement.widths, budget, options.constraints, linear
+    )
     provenance = Provenance(
         strategy=strategy,
         requested_bits=options.bits,
@@ -288,11 +290,11 @@ def _allocated(
             "widths": list(measurement.widths),
             "group_sizes": list(measurement.group_sizes),
             "constraints": str(options.constraints),
-            "estimated_divergence": found.solution.loss,
-            "gap_to_the_best_plan": found.solution.gap,
+            "estimated_divergence": allocation.solution.loss,
+            "gap_to_the_best_plan": allocation.solution.gap,
         },
     )
     rest = [group for group in source.linear if group not in linear.groups]
-    dense = found.linear_bits | uniform_linear_bits(rest, FULL_WIDTH, found.group_size)
-    plan = BitPlan(found.group_size, found.expert_bits, provenance, dense)
+    dense = allocation.linear_bits | uniform_linear_bits(rest, FULL_WIDTH, allocation.group_size)
+    plan = BitPlan(allocation.group_size, allocation.expert_bits, provenance, dense)
     return with_sizes(plan, source)

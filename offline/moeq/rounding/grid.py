@@ -198,14 +198,14 @@ def round_groups(
             [n, 1].
     """
     rows = len(weight)
-    found = []
+    parts_of_rows = []
     for groups in in_groups(weight, group_size):
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
         scale, zero = torch.empty(2, len(groups), 1, device=weight.device)
         for part in chunks(groups):
             codes[part], scale[part], zero[part] = choose(groups[part].float())
-        found.append([values.view(rows, -1) for values in (codes, scale, zero)])
-    codes, scale, zero = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        parts_of_rows.append([values.view(rows, -1) for values in (codes, scale, zero)])
+    codes, scale, zero = (torch.cat(parts, 1) for parts in zip(*parts_of_rows, strict=True))
     return QuantizedWeight.of(codes, scale, zero, bits)
 
 

@@ -42,11 +42,11 @@ def search_grids(
     shares = torch.tensor(search_shares(bits))
     for parts in zip(weights, importance, scale, zero, strict=True):
         given = [part.contiguous() for part in parts]
-        found = library.load().moeq_search_grids(
+        possible = library.load().moeq_search_grids(
             rows, columns, group_size, largest_code(bits), zero_point_unit(bits),
             shares.data_ptr(), len(shares), *(part.data_ptr() for part in given),
         )  # fmt: skip
-        if not found:
+        if not possible:
             raise ValueError(IMPOSSIBLE)
     return scale, zero
 

@@ -112,11 +112,11 @@ def _scales(
     rows = len(weight)
     (groups,) = in_groups(weight, group_size)
     (squares,) = (None,) if importance is None else in_groups(importance, group_size)
-    found = [
+    scales = [
         _searched(groups[part], bits, None if squares is None else squares[part])
         for part in chunks(groups)
     ]
-    return torch.cat(found).view(rows, -1)
+    return torch.cat(scales).view(rows, -1)
 
 
 def _searched(groups: torch.Tensor, bits: int, importance: torch.Tensor | None) -> torch.Tensor:

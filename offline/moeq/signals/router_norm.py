@@ -106,9 +106,9 @@ def _find(names: set[str], layer: MoELayer, source: str) -> str:
         and int(match[1]) == layer.index
     ]
     if len(same_layer) != 1:
-        found = "several candidates" if same_layer else "nothing"
+        candidates = "several candidates" if same_layer else "nothing"
         raise MoeqError(
-            f"`base_router` {source}: found {found} for the router {layer.router} "
+            f"`base_router` {source}: found {candidates} for the router {layer.router} "
             f"(layer {layer.index})"
         )
     return same_layer[0]

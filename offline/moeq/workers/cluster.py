@@ -273,15 +273,15 @@ def _nodes(folder: Path) -> dict[str, "Node | str"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
             answers[name] = ask.options(scheduling_strategy=there).remote(__version__)
-    found = {}
+    nodes = {}
     for name, answer in answers.items():
         try:
-            found[name] = ray.get(answer, timeout=_SECONDS_TO_ANSWER)
+            nodes[name] = ray.get(answer, timeout=_SECONDS_TO_ANSWER)
         except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
             logger.warning("node %s of the Ray cluster was lost a moment ago", name)
         except ray.exceptions.RayError as error:
             raise MoeqError(f"node {name} of the Ray cluster does not answer: {error}") from error
-    return found
+    return nodes
 
 
 def check(here: Node, nodes: Mapping[str, Node | str]) -> None:

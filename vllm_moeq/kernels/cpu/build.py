@@ -150,10 +150,10 @@ def _cached(target: Target, folder: Path) -> Path:
     except BuildError:
         # One compiled while there was a compiler will do.
         names = folder.glob(_file_name(target.name, source_hash(), "*"))
-        found = next(filter(_is_whole, sorted(names)), None)
-        if found is None:
+        compiled = next(filter(_is_whole, sorted(names)), None)
+        if compiled is None:
             raise
-        return found
+        return compiled
     version = hashlib.sha256("\n".join(_version(compiler)).encode()).hexdigest()
     library = folder / _file_name(target.name, source_hash(), version)
     if _is_whole(library):

@@ -156,10 +156,10 @@ def _table(shape: str, rows: Any) -> Table:
     return tuple(table)
 
 
-def _check_fields(found: Any, names: tuple[str, ...], place: str) -> None:
-    if not isinstance(found, dict):
+def _check_fields(fields: Any, names: tuple[str, ...], place: str) -> None:
+    if not isinstance(fields, dict):
         raise ValueError(f"{place} is no object")
-    missing, unknown = set(names) - found.keys(), found.keys() - set(names)
+    missing, unknown = set(names) - fields.keys(), fields.keys() - set(names)
     if missing or unknown:
         raise ValueError(
             f"{place}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}"
