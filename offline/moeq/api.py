@@ -114,7 +114,7 @@ def quantize(
         dry_run: Estimate sizes, memory and time; write nothing.
         ray: Address of a Ray cluster whose machines do the work, as of ``ray.init``: ``"auto"`` is
             that of this machine; None works on this machine alone. The bytes are the same.
-        progress: Hears of what is done.
+        progress: Called after every step.
 
     Raises:
         MoeqError: Bad input, or a full disk; names the file, tensor or parameter.
@@ -213,7 +213,7 @@ def plan(
         seqlen: Tokens of each.
         seed: Of the draw of sequences.
         device: Where to measure.
-        progress: Hears of what is done.
+        progress: Called after every step.
 
     Raises:
         MoeqError: Bad input; names the file, tensor or parameter.
@@ -275,7 +275,7 @@ def evaluate(
         nsamples: Sequences of each text.
         seqlen: Tokens of each, at least 2.
         seed: Of the draw of sequences.
-        progress: Hears of every layer that runs from disk.
+        progress: Called after every layer that runs from disk.
 
     Returns:
         Losses and divergences in nats per token, and shares of routing that changed.
@@ -339,7 +339,7 @@ def compare(
         eval_nsamples: Held-out sequences of a text.
         seed: Of the draw of sequences.
         device: ``auto`` (a CUDA GPU where there is one), ``cpu`` or ``cuda``.
-        progress: Hears of what is done.
+        progress: Called after every step.
 
     Raises:
         MoeqError: Bad input; names the file, tensor or parameter.

@@ -1,4 +1,4 @@
-"""How far long work has come, told to whoever called."""
+"""How far long work has come, reported to whoever called."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class Progress(Protocol):
     """
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        """Hear of a step.
+        """Report a step.
 
         Args:
             stage: What is being done, in a word or two.

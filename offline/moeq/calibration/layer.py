@@ -22,7 +22,7 @@ def round_layer(
     layer: MoELayer,
     routed: Routed,
     sums: torch.Tensor,
-    lacks: torch.Tensor,
+    residual_error: torch.Tensor,
     shares: Sequence[torch.Tensor],
     workers: Workers,
 ) -> Generator[Tensors]:
@@ -34,8 +34,8 @@ def round_layer(
         layer: Where they are.
         routed: What they get.
         sums: float32 [n, L, hidden_size]: what their shares are added to, in place.
-        lacks: Of the same shape: what the sums would lack, compared with the original model, if
-            the experts were not rounded. Changed in place.
+        residual_error: Of the same shape: the original model's sums less those that unrounded
+            experts would give here. Changed in place.
         shares: What each expert would add then [n, hidden_size], for the tokens that it gets.
         workers: Each round some of the experts.
 
@@ -47,9 +47,11 @@ def round_layer(
     """
     # All experts of a token make up for its error: each by the same, times its router weight.
     totals = routed.weights.sum(1, keepdim=True)
-    missing = lacks.view(routed.x.shape).div_(totals.masked_fill(totals == 0, torch.inf))
+    corrections = residual_error.view(routed.x.shape).div_(
+        totals.masked_fill(totals == 0, torch.inf)
+    )
     flat = sums.view(routed.x.shape)
-    task = _Layer(config, model, layer, routed, missing)
+    task = _Layer(config, model, layer, routed, corrections)
     batches = ((experts, [shares[expert] for expert in experts]) for experts in _batches(task))
     for expert, stored, output in workers.flat_map(_round, task, batches):
         places, weights = routed.of_expert(expert)
@@ -65,14 +67,15 @@ class _Layer(NamedTuple):
         model: Runs the experts.
         layer: Where they are.
         routed: What they get.
-        missing: What the sums lack [T, hidden_size], divided by the router weights of a token.
+        corrections: Of each token [T, hidden_size], what all its experts are to give in addition:
+            the residual error, divided by the sum of their router weights.
     """
 
     config: CalibrationConfig
     model: LayerwiseModel
     layer: MoELayer
     routed: Routed
-    missing: torch.Tensor
+    corrections: torch.Tensor
 
 
 def _batches(task: _Layer) -> Iterator[list[int]]:
@@ -125,20 +128,24 @@ class _Batch(NamedTuple):
         cls, task: _Layer, device: torch.device, experts: list[int], shares: list[torch.Tensor]
     ) -> "_Batch":
         """Read experts and pick what they get."""
-        model, routed, missing = task.model.on(device), task.routed, task.missing
+        model, routed = task.model.on(device), task.routed
         originals = [model.matrices(task.layer, expert) for expert in experts]
         places, weights = map(list, zip(*map(routed.of_expert, experts), strict=True))
         if task.config.route_all:
-            x, lacks = [[every.to(device)] * len(experts) for every in (routed.x, missing)]
+            x, corrections = (
+                [every.to(device)] * len(experts) for every in (routed.x, task.corrections)
+            )
             weights = [torch.ones(len(routed.x), 1, device=device)] * len(experts)
             shares = [model.expert_output(*parts) for parts in zip(originals, x, strict=True)]
         else:
             x = [routed.x[some].to(device) for some in places]
-            lacks = [missing[some].to(device) for some in places]
+            corrections = [task.corrections[some].to(device) for some in places]
             weights, shares = ([part.to(device) for part in parts] for parts in (weights, shares))
         wanted = []
-        for original, share, weight, lack in zip(originals, shares, weights, lacks, strict=True):
-            beside_bias = lack if original.w2_bias is None else lack - original.w2_bias
+        for original, share, weight, correction in zip(
+            originals, shares, weights, corrections, strict=True
+        ):
+            beside_bias = correction if original.w2_bias is None else correction - original.w2_bias
             wanted.append(torch.addcmul(share, weight, beside_bias))
         return cls(task, model, experts, originals, places, x, weights, wanted)
 

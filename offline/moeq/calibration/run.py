@@ -45,7 +45,7 @@ def calibrate(
         config: What to round, and how.
         folder: Gets the finished layers, which the result reads.
         resume: Go on with what is there; otherwise it is removed.
-        progress: Hears of every expert.
+        progress: Called after every expert.
         workers: Run experts and round them; by default ``config.device`` does. It makes no
             difference to the result, as long as an expert gets as many cores.
 
@@ -76,15 +76,15 @@ def _calibrate(
     own = [ExpertSource.original(model)]
     shape = (*config.tokens.shape, source.hidden_size)
 
-    def memory(name: str) -> torch.Tensor:
+    def buffer(name: str) -> torch.Tensor:
         return mapped(folder / f"{name}.bin", shape)
 
-    streams = {name: memory(name) for name in ("hidden", "original")}
+    streams = {name: buffer(name) for name in ("hidden", "original")}
     hidden, original = streams.values()
-    lacks, x = memory("lacks"), memory("x")
+    residual_error, x = buffer("residual-error"), buffer("x")
     # What experts' shares are added to.
     sums, original_sums = (
-        stream if model.adds_up else memory(f"{name}-sums") for name, stream in streams.items()
+        stream if model.adds_up else buffer(f"{name}-sums") for name, stream in streams.items()
     )
     linear = config.linear
     done, saved = snapshots.restore(streams) if resume else (0, {})
@@ -115,13 +115,16 @@ def _calibrate(
             model.check_finite(index, hidden)
             if routed is not None:
                 layer = model.moe_layers[index]
-                counts = _coverage(routed, layer.num_experts)
+                of_layer = _coverage(routed, layer.num_experts)
                 kept = mapped(folder / "shares.bin", (routed.ids.numel(), source.hidden_size))
-                shares = torch.split(kept[: sum(counts.tokens)], counts.tokens)
-                torch.sub(original_sums, sums, out=lacks)
-                _take(expert_shares(model, layer, routed, own, workers), lacks, kept)
-                coverage[layer.container] = counts
-                rounded = round_layer(config, model, layer, routed, sums, lacks, shares, workers)
+                shares = torch.split(kept[: sum(of_layer.tokens)], of_layer.tokens)
+                torch.sub(original_sums, sums, out=residual_error)
+                added = expert_shares(model, layer, routed, own, workers)
+                _subtract(added, residual_error, kept)
+                coverage[layer.container] = of_layer
+                rounded = round_layer(
+                    config, model, layer, routed, sums, residual_error, shares, workers
+                )
                 with closing(rounded):  # before workers are gone, whatever happens
                     for stored in rounded:
                         tensors |= stored
@@ -136,10 +139,10 @@ def _calibrate(
     return CalibratedExperts(report, read)
 
 
-def _take(
+def _subtract(
     shares: Iterable[tuple[torch.Tensor, torch.Tensor]], sums: torch.Tensor, kept: torch.Tensor
 ) -> None:
-    """Take away what experts add, from sums of all; keep it, one expert's after another's."""
+    """Subtract what experts add from sums of all; keep it, one expert's after another's."""
     flat, first = sums.view(-1, sums.shape[-1]), 0
     for places, share in shares:
         flat.index_add_(0, places, share, alpha=-1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moeq.checkpoint.disk_errors import disk_errors, writing
+from moeq.checkpoint.disk_errors import disk_errors, named_in_errors
 from moeq.errors import MoeqError
 
 
@@ -80,7 +80,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write: Takes the path to write to.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing(unfinished):
+    with named_in_errors(unfinished):
         write(unfinished)
         sync_file(unfinished)
         unfinished.replace(path)
@@ -96,7 +96,7 @@ def sync_file(path: Path) -> None:
     """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with writing(path):
+        with named_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -36,8 +36,8 @@ def disk_errors(failure: str, then: str = "run the command again") -> Iterator[N
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file in errors of the system that do not: only opening it tells its name."""
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system that do not: only those of opening it do."""
     try:
         yield
     except (OSError, SafetensorError) as error:

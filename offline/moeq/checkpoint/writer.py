@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from safetensors.torch import save_file
 
-from moeq.checkpoint.disk_errors import writing
+from moeq.checkpoint.disk_errors import named_in_errors
 from moeq.checkpoint.families import expert_widths
 from moeq.checkpoint.fits import check_plan_fits
 from moeq.checkpoint.linear import copied_weights, linear_widths
@@ -166,7 +166,7 @@ class Conversion:
             folder: What is in it is not complete before this returns.
             weights: Packs those of experts, and of dense layers that the plan names.
             reports: What there is to know beside the weights: JSON by the name of a file.
-            progress: Hears of every tensor.
+            progress: Called after every tensor.
             workers: Read and pack tensors, all else is done here; by default the cores of this
                 machine do.
 
@@ -191,7 +191,7 @@ class Conversion:
                     for job, result in zip(shard, converted, strict=True):
                         tensors |= result
                         advance(reader.tensors[job.name].num_bytes)
-                with writing(folder / file):
+                with named_in_errors(folder / file):
                     save_file(tensors, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file)
         index = {
@@ -209,9 +209,9 @@ class Conversion:
             # safetensors makes files that only their owner may read.
             shutil.copymode(folder / "config.json", folder / file)
         encodes = self.source.layers[0].family.encodes
-        with writing(folder / "README.md"):
+        with named_in_errors(folder / "README.md"):
             write_model_card(folder, self.plan, self.source.name, encodes)
-        with writing(folder / MANIFEST_NAME):
+        with named_in_errors(folder / MANIFEST_NAME):
             write_manifest(folder)
 
 
@@ -242,5 +242,5 @@ def _converted(
 
 
 def _write_json(path: Path, data: object) -> None:
-    with writing(path):
+    with named_in_errors(path):
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -72,8 +72,8 @@ _COMMANDS = (
         "moeq quantize mistralai/Mixtral-8x7B-v0.1 -o mixtral-2.5 --bits 2.5",
         arguments.quantize_options,
         "Write a packed checkpoint for vLLM. By default the plan is measured with a built-in text\n"
-        "and experts are rounded with GPTQ, which takes a while: --dry-run says how long. Quick\n"
-        "ways out: --calib none (no text, seconds: the paper's rule and rounding to nearest).",
+        "and experts are rounded with GPTQ, which takes a while: --dry-run says how long. Much\n"
+        "faster: --calib none (no text, seconds: the paper's rule and rounding to nearest).",
     ),
     _Command(
         "plan",

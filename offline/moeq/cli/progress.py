@@ -51,7 +51,7 @@ class Bars:
         raise KeyboardInterrupt
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
-        """Hear of a step, see :class:`moeq.progress.Progress`."""
+        """Report a step, see :class:`moeq.progress.Progress`."""
         if self._interrupted:
             raise KeyboardInterrupt
         if self._terminal:

@@ -107,7 +107,7 @@ class Study:
         """Round, plan and judge.
 
         Args:
-            progress: Hears of what is done.
+            progress: Called after every step.
 
         Raises:
             MoeqError: Something does not fit the model, or is not finite; names it.

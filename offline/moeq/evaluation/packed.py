@@ -69,7 +69,7 @@ class PackedModel:
                 experts. ``vllm`` serves the packed checkpoint.
             device: Where models run, except under vLLM.
             dtype: Of vLLM.
-            progress: Hears of every layer that runs from disk.
+            progress: Called after every layer that runs from disk.
 
         Raises:
             MoeqError: A model gives values that are not finite, or the backend cannot run it.

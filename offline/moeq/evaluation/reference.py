@@ -25,7 +25,7 @@ def outputs(
         model: All but the experts.
         sources: Sets of experts.
         tokens: int64 [n, L].
-        progress: Hears of every layer.
+        progress: Called after every layer.
     """
     hidden = torch.empty(len(sources), *tokens.shape, model.hidden_size)
     heads: list[Weights] = []

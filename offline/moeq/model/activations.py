@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moeq.checkpoint.disk_errors import writing
+from moeq.checkpoint.disk_errors import named_in_errors
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
@@ -18,7 +18,7 @@ def mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     # All of it at once: a disk that filled up later would kill the process (SIGBUS).
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with writing(path):
+        with named_in_errors(path):
             os.posix_fallocate(descriptor, 0, 4 * size)
     finally:
         os.close(descriptor)

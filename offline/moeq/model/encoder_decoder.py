@@ -2,7 +2,7 @@
 
 The hidden states of a sequence [L, hidden_size] are those of the source, which the layers of the
 encoder change, and behind them those of the target, which the layers of the decoder change while
-they look at the others. What a layer does not change gets no experts there, nor does filling.
+they look at the others. What a layer does not change gets no experts there, nor does padding.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,8 @@ class EncoderDecoderModel(LayerwiseModel):
         device: Where layers run.
 
     Raises:
-        MoeqError: transformers does not know the model, or its ``config.json`` lacks tokens.
+        MoeqError: transformers does not know the model, or its ``config.json`` does not name
+            the start token of the decoder and the padding token.
     """
 
     def __init__(self, source: SourceModel, device: torch.device) -> None:
@@ -44,7 +45,7 @@ class EncoderDecoderModel(LayerwiseModel):
         self._sequences = parts
         self._encoder, self._decoder = self._bodies()
         self._layers_of_encoder = len(self._encoder.block)
-        self._kept = torch.empty(0)  # bool [n, L]: which tokens of all sequences are no filling
+        self._kept = torch.empty(0)  # bool [n, L]: which tokens of all sequences are no padding
         self._encoded = torch.empty(0)  # stands for the encoder's output among arguments
         self._running = slice(0), self._kept  # what the layer changes, and which of it is kept
 

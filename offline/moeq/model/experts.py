@@ -103,7 +103,7 @@ def run_layer(
         model: All but the experts.
         index: Which layer.
         hidden: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
-        x: Memory of the same shape.
+        x: Buffer of the same shape.
         sources: Sets of experts.
         sums: Likewise, for what the experts' shares are added to; not needed where the model adds
             up.

@@ -20,7 +20,7 @@ from moeq.model.ends import ModelEnds
 from moeq.model.expert_forward import activation_of, expert_hidden, expert_output
 from moeq.model.stand_ins import Experts, Routed
 from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
-from moeq.model.watch import NO_WATCH, AllSeen, Watch, ending
+from moeq.model.watch import NO_WATCH, AllSeen, Watch, ending_when_seen
 
 TOKENS_AT_ONCE = 2048
 """Of whole sequences, at least one: many calls of short ones cost more than their arithmetic."""
@@ -91,9 +91,9 @@ class LayerwiseModel(ModelEnds):
         Args:
             index: Which layer.
             hidden: float32 [n, L, hidden_size]: input, and the output of a layer without experts.
-            x: Memory of the same shape for the result.
+            x: Buffer of the same shape, of which the result is a view.
             sums: Becomes what the experts' shares have to be added to: ``hidden`` itself where the
-                model adds up, else other memory of the same shape.
+                model adds up, else another buffer of the same shape.
             weights: Of dense layers, for those of the checkpoint.
 
         Returns:
@@ -135,7 +135,7 @@ class LayerwiseModel(ModelEnds):
             for sequence in hidden:
                 self.logits(sequence, weights, watch)
             return
-        watch, start = ending(watch)
+        watch, start = ending_when_seen(watch)
         with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
             for sequences in torch.split(hidden, self._batch_size(hidden)):
                 start()
@@ -184,7 +184,7 @@ class LayerwiseModel(ModelEnds):
             gradient: Of the same shape.
             of_sums: Becomes the gradient of the sums of the experts' shares; without experts, that
                 of the output.
-            watch: Gets inputs and outputs of dense layers before the way back.
+            watch: Gets inputs and outputs of dense layers, before the backward pass.
         """
         moe = self.moe_layers.get(index)
         experts = [] if moe is None else [self.matrices(moe, i) for i in range(moe.num_experts)]

@@ -22,7 +22,7 @@ class LinearInputs:
     """Sums of the outer products of what groups of dense layers get.
 
     Attributes:
-        watch: What has to hear of the inputs, see :class:`LayerwiseModel`.
+        watch: Sees the inputs, see :meth:`LayerwiseModel.watch`.
 
     Args:
         model: Runs the layers.

@@ -75,7 +75,7 @@ class SourceAndTarget:
         return torch.cat([text[:, :places], start, text[:, places:]], 1)
 
     def kept(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return bool [n, L]: which of these tokens are no filling."""
+        """Return bool [n, L]: which of these tokens are no padding."""
         kept = tokens != self.pad
         kept[:, self.source_length(tokens.shape[1])] = True  # many models start with it
         return kept
@@ -86,7 +86,7 @@ def answered(config: Mapping[str, Any], tokens: torch.Tensor) -> slice:
 
     Args:
         config: ``config.json`` of the model.
-        tokens: int64 [L]: all of them, or the decoder's without filling.
+        tokens: int64 [L]: all of them, or the decoder's without padding.
     """
     parts = SourceAndTarget.of(config)
     if parts is None:

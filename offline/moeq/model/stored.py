@@ -12,7 +12,7 @@ from moeq.checkpoint.meta import auto_class
 from moeq.checkpoint.source import SourceModel
 from moeq.errors import MoeqError
 from moeq.model.architecture import parts_on_disk, stored_names
-from moeq.model.watch import Watch, telling
+from moeq.model.watch import Watch, forward_hook
 
 Weights = Mapping[str, torch.Tensor]
 """Name on disk to float32 weights that stand for those of the checkpoint."""
@@ -126,9 +126,9 @@ class StoredModel:
 
     @contextmanager
     def _watched(self, module: nn.Module, watch: Watch) -> Iterator[None]:
-        """Let linear layers in a module tell what they get and give."""
+        """Let a watch see the inputs and outputs of linear layers in a module."""
         hooks = [
-            part.register_forward_hook(telling([watch.get(stored) for stored in names]))
+            part.register_forward_hook(forward_hook([watch.get(stored) for stored in names]))
             for name, part in module.named_modules()
             if isinstance(part, nn.Linear)
             and not watch.keys().isdisjoint(

@@ -1,4 +1,4 @@
-"""What dense layers get and give, told to those who ask while a model runs."""
+"""Forward hooks that see the inputs and outputs of dense layers while a model runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Watch = Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]
 NO_WATCH: Watch = {}
 
 
-def telling(
+def forward_hook(
     watch: Sequence[Callable[[torch.Tensor, torch.Tensor], None] | None],
 ) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
     """Return a hook of a linear layer whose outputs have parts of equal size.
@@ -20,7 +20,7 @@ def telling(
         watch: Gets inputs and outputs of each part.
     """
 
-    def tell(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def hook(_: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         parts = output.chunk(len(watch), -1) if len(watch) > 1 else (output,)
         for see, part in zip(watch, parts, strict=True):
             if see is not None:
@@ -28,17 +28,17 @@ def telling(
         # Of what is seen, for gradients to come by.
         return torch.cat(parts, -1) if len(parts) > 1 else None
 
-    return tell
+    return hook
 
 
 class AllSeen(Exception):
-    """A run has nothing more to tell."""
+    """All that is watched has been seen: the rest of a run is not needed."""
 
 
-def ending(watch: Watch) -> tuple[Watch, Callable[[], None]]:
-    """Return the same watch, which ends a run as soon as all have been told once.
+def ending_when_seen(watch: Watch) -> tuple[Watch, Callable[[], None]]:
+    """Return the same watch, which ends a run as soon as all layers in it have been seen once.
 
-    No linear layer of a decoder layer runs twice; what a second time would tell is lost.
+    No linear layer of a decoder layer runs twice; a second time would not be seen.
 
     Returns:
         The watch, which raises :class:`AllSeen`; and what has to be called before each run.

@@ -67,7 +67,7 @@ def decide(
         measurement: What to measure for it; None for a strategy that needs no text.
         folder: Keeps what is finished of a measurement, so that it can be resumed; None keeps
             nothing.
-        progress: Hears of what is done.
+        progress: Called after every step.
         workers: Measure experts; by default the device of the measurement does.
 
     Raises:

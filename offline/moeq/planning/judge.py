@@ -26,7 +26,7 @@ def judge(
         model: The model.
         sources: Sets of experts.
         sequences: Text to its tokens, int64 [n, L], all of one length L.
-        progress: Hears of every layer.
+        progress: Called after every layer.
     """
     names = [name for name, tokens in sequences.items() for _ in tokens]
     tokens = torch.cat(list(sequences.values()))

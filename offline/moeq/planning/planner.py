@@ -99,7 +99,7 @@ def resumable_plan(
     Args:
         measurement: What is asked.
         folder: Gets what is finished, and at last only the plan; it is created.
-        progress: Hears of what is done.
+        progress: Called after every step.
         workers: As of :func:`measured_plan`.
 
     Raises:
