@@ -24,8 +24,8 @@ class Routed(NamedTuple):
 
     def of_expert(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens that an expert gets: their places [n] and router weights [n, 1]."""
-        places, turns = (self.ids == expert).nonzero(as_tuple=True)
-        return places, self.weights[places, turns].unsqueeze(1)
+        places, columns = (self.ids == expert).nonzero(as_tuple=True)
+        return places, self.weights[places, columns].unsqueeze(1)
 
 
 class Experts(nn.Module):
