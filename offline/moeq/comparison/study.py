@@ -126,14 +126,15 @@ class Study:
         at_width: dict[int, Signals] = {}
         with temporary_folder() as work:
             check_space(needed, work)
-            traffic = gradients(model, self.tokens, work, request.seed, progress)
             for method in request.methods:
                 folder = work / method
                 folder.mkdir()
+                # Anew for each, so that the bank of one at a time is on disk.
+                traffic = gradients(model, self.tokens, folder, request.seed, progress)
                 bank = build(
-                    model, traffic, widths, self.group_size, method, folder,
+                    model, traffic, widths, [self.group_size], method, folder,
                     progress, local_workers(self.source.layers, *all_devices(self.device)),
-                )  # fmt: skip
+                )[self.group_size]  # fmt: skip
                 for width in sorted({_floor(bits) for bits in request.bits}, reverse=True):
                     evidence = Evidence(model, base, bank, width)
                     signals = self._signals(evidence, signals, at_width.get(width, {}))

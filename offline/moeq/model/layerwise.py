@@ -18,7 +18,7 @@ from moeq.errors import MoeqError
 from moeq.model.architecture import model_config, not_layerwise
 from moeq.model.ends import ModelEnds
 from moeq.model.expert_forward import activation_of, expert_hidden, expert_output
-from moeq.model.stand_ins import Experts, Routed
+from moeq.model.stand_ins import Experts, Recorder, Routed
 from moeq.model.stored import NO_WEIGHTS, ExpertMatrices, Weights
 from moeq.model.watch import NO_WATCH, AllSeen, Watch, ending_when_seen
 
@@ -100,16 +100,13 @@ class LayerwiseModel(ModelEnds):
             What the experts get; None for a layer without experts.
         """
         moe, size = self.moe_layers.get(index), self._batch_size(hidden)
-        targets, ids, shares = iter(torch.split(x, size)), [], []
+        recorder = Recorder(x, size)
 
-        def record(routed: Routed) -> torch.Tensor:
-            target = next(targets)
-            target.copy_(routed.x.view(target.shape))
-            ids.append(routed.ids.cpu())
-            shares.append(routed.weights.float().cpu())
+        def give(routed: Routed) -> torch.Tensor:
+            recorder.add(routed)
             return torch.zeros_like(routed.x)
 
-        with self._loaded(index, record, weights) as layer:
+        with self._loaded(index, give, weights) as layer:
             for sequences in torch.split(hidden, size):
                 output = layer(sequences.to(self.device))
                 if moe is None or self.adds_up:
@@ -118,8 +115,7 @@ class LayerwiseModel(ModelEnds):
             return None
         if not self.adds_up:
             sums.zero_()
-        of_experts = torch.cat(shares) * self._residual_multiplier
-        return Routed(x.view(-1, x.shape[-1]), torch.cat(ids), of_experts)
+        return recorder.all(self._residual_multiplier)
 
     @torch.no_grad()
     def watch(self, index: int, hidden: torch.Tensor, weights: Weights, watch: Watch) -> None:
@@ -171,9 +167,10 @@ class LayerwiseModel(ModelEnds):
         index: int,
         hidden: torch.Tensor,
         gradient: torch.Tensor,
+        x: torch.Tensor,
         of_sums: torch.Tensor,
         watch: Watch = NO_WATCH,
-    ) -> None:
+    ) -> Routed | None:
         """Turn the gradient of a layer's output, in place, into that of its input.
 
         All experts of the layer are in memory at once.
@@ -182,15 +179,22 @@ class LayerwiseModel(ModelEnds):
             index: Which layer.
             hidden: float32 [n, L, hidden_size]: its input.
             gradient: Of the same shape.
+            x: Memory of the same shape for the result.
             of_sums: Becomes the gradient of the sums of the experts' shares; without experts, that
                 of the output.
             watch: Gets inputs and outputs of dense layers, before the backward pass.
+
+        Returns:
+            What the experts get, as of :meth:`run`; None for a layer without experts.
         """
         moe = self.moe_layers.get(index)
         experts = [] if moe is None else [self.matrices(moe, i) for i in range(moe.num_experts)]
         sums: list[torch.Tensor] = []
+        size = self._batch_size(hidden)
+        recorder = Recorder(x, size)
 
         def give(routed: Routed) -> torch.Tensor:
+            recorder.add(routed)
             result = torch.zeros_like(routed.x)
             for expert, matrices in enumerate(experts):
                 places, weights = routed.of_expert(expert)
@@ -200,7 +204,6 @@ class LayerwiseModel(ModelEnds):
             return result
 
         of_sums.copy_(gradient)
-        size = self._batch_size(hidden)
         parts = (torch.split(part, size) for part in (hidden, gradient, of_sums))
         with self._loaded(index, give, watch=watch) as layer, torch.enable_grad():
             for sequences, target, of_sum in zip(*parts, strict=True):
@@ -213,6 +216,7 @@ class LayerwiseModel(ModelEnds):
                     of_sum.copy_(rest[0].view(of_sum.shape) / self._residual_multiplier)
                     sums.clear()
                 target.copy_(of_input)
+        return None if moe is None else recorder.all(self._residual_multiplier)
 
     @contextmanager
     def _loaded(

@@ -28,6 +28,32 @@ class Routed(NamedTuple):
         return places, self.weights[places, columns].unsqueeze(1)
 
 
+class Recorder:
+    """Collects what the experts of a layer get, of some sequences after others.
+
+    Args:
+        x: float32 memory [n, L, hidden_size] for it.
+        count: Sequences that run at once.
+    """
+
+    def __init__(self, x: torch.Tensor, count: int) -> None:
+        self._x, self._targets = x, iter(torch.split(x, count))
+        self._ids: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+
+    def add(self, routed: Routed) -> None:
+        """Copy what they get of the next sequences."""
+        target = next(self._targets)
+        target.copy_(routed.x.detach().view(target.shape))
+        self._ids.append(routed.ids.cpu())
+        self._weights.append(routed.weights.detach().float().cpu())
+
+    def all(self, multiplier: float) -> Routed:
+        """Return what they got of all sequences; router weights times a number."""
+        weights = torch.cat(self._weights) * multiplier
+        return Routed(self._x.view(-1, self._x.shape[-1]), torch.cat(self._ids), weights)
+
+
 class Experts(nn.Module):
     """Stands for the experts of a layer.
 

@@ -11,8 +11,8 @@ def measuring_bytes(
 ) -> int:
     """Return the bytes of experts at every width, and of activations.
 
-    Those are what each layer gets, and of layers with experts what these get, and the gradient.
-    Gradients come while what layers get goes, the last first.
+    Those are what each layer gets, and what goes in and out of the experts of one. On the way back
+    activations go while experts come; but a run that goes on when all is measured has both.
 
     Raises:
         MoeqError: The number of layers in ``config.json`` is no number.
@@ -24,6 +24,6 @@ def measuring_bytes(
             f"{source.folder}: config.json has num_hidden_layers {stated!r}, no number of layers"
         )
     depth = max(stated, *(layer.index + 1 for layer in layers))
-    activations = 4 * tokens * source.hidden_size * (depth + len(layers) + 1)
+    activations = 4 * tokens * source.hidden_size * (depth + 2)
     experts = sum(int(option_sizes(layers, size, widths).sum()) for size in group_sizes)
     return experts + activations

@@ -189,7 +189,7 @@ class Measurement:
         }
 
     def cost(self) -> Cost:
-        """Estimate what measuring takes: experts at every width, activations of every layer."""
+        """Estimate what measuring takes: experts at every width, and activations."""
         count = self.measured.numel()
         disk = measuring_bytes(self.source, self.widths, self.group_sizes, count)
         disk += sum(

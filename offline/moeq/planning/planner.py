@@ -144,13 +144,10 @@ def _measure(
             tokens.numel(), folder,
         )  # fmt: skip
     traffic = gradients(model, tokens, folder, measurement.seed, progress, linear)
-    banks = {}
-    for group_size in group_sizes:
-        (part := folder / str(group_size)).mkdir(exist_ok=True)
-        banks[group_size] = build(
-            model, traffic, measurement.widths, group_size, measurement.method, part,
-            progress, workers,
-        )  # fmt: skip
+    banks = build(
+        model, traffic, measurement.widths, group_sizes, measurement.method, folder, progress,
+        workers,
+    )  # fmt: skip
     best = _least_loss(measurement, banks, linear)
     if not len(measurement.held_back):
         return Decision(best, _report(best, banks, linear, measurement))

@@ -1,7 +1,7 @@
 """Every expert at every width, rounded once: plans are put together from it without rounding."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,52 +86,65 @@ class Bank:
 @torch.no_grad()
 def build(
     model: LayerwiseModel,
-    traffic: Mapping[int, Traffic],
+    traffic: Iterable[Traffic],
     widths: Iterable[int],
-    group_size: int,
+    group_sizes: Sequence[int],
     method: str,
     folder: Path,
     progress: Progress = silent,
     workers: Workers | None = None,
-) -> Bank:
+) -> dict[int, Bank]:
     """Round every expert at every width, by what it gets in the ORIGINAL model.
 
     Layers that an earlier call with the same arguments has finished in the folder are kept.
 
     Args:
         model: Runs the checkpoint.
-        traffic: Of :func:`moeq.sensitivity.fisher.gradients`.
+        traffic: Of :func:`moeq.sensitivity.fisher.gradients`: each layer is done before the next
+            is asked for.
         widths: Of the format's.
-        group_size: Weights that share a scale.
+        group_sizes: Weights that share a scale, for a bank each.
         method: One of :data:`moeq.rounding.METHODS`.
-        folder: Gets the rounded experts: together the sum of ``widths`` / 16 of the experts' size.
+        folder: Gets the rounded experts: for each group size the sum of ``widths`` / 16 of the
+            experts' size.
         progress: Hears of every expert.
         workers: Run experts and round them; by default the model's device does.
+
+    Returns:
+        Banks by group size.
 
     Raises:
         MoeqError: A weight is not finite; names it.
     """
     widths = sorted(widths)
     workers = workers or local_workers(model.source.layers, model.device)
+    folders = {group_size: folder / str(group_size) for group_size in group_sizes}
+    for part in folders.values():
+        part.mkdir(exist_ok=True)
+    total = len(folders) * sum(layer.num_experts for layer in model.source.layers)
+    with stage(progress, f"round at {len(widths)} widths ({method})", total, "expert") as advance:
+        for index, routed, gradient in traffic:
+            layer, gradient = model.moe_layers[index], gradient.view(routed.x.shape)
+            for group_size, part in folders.items():
+                if _note(part, layer).exists():
+                    advance(layer.num_experts)
+                else:
+                    task = _Layer(model, layer, routed, gradient, widths, group_size, method)
+                    _measure(task, workers, part, advance)
+    layers = [model.moe_layers[index] for index in sorted(model.moe_layers)]
+    return {size: _bank(part, layers, size) for size, part in folders.items()}
+
+
+def _bank(folder: Path, layers: list[MoELayer], group_size: int) -> Bank:
+    """Return what is complete in a folder."""
     errors: dict[Choice, QuantizationError] = {}
     routing: dict[str, list[RoutingStatistics]] = {}
-    layers = [model.moe_layers[index] for index in sorted(model.moe_layers)]
-    total = sum(layer.num_experts for layer in layers)
-    with stage(progress, f"round at {len(widths)} widths ({method})", total, "expert") as advance:
-        for layer in layers:
-            measured = _file(folder, layer).with_suffix(".json")
-            if measured.exists():
-                advance(layer.num_experts)
-            else:
-                routed, gradient = traffic[layer.index]
-                gradient = gradient.view(routed.x.shape)
-                task = _Layer(model, layer, routed, gradient, widths, group_size, method)
-                _measure(task, workers, _file(folder, layer), advance)
-            stored = read_note(measured)
-            errors |= {
-                Choice(*choice): QuantizationError(*values) for choice, values in stored["errors"]
-            }
-            routing[layer.container] = [RoutingStatistics(*values) for values in stored["routing"]]
+    for layer in layers:
+        stored = read_note(_note(folder, layer))
+        errors |= {
+            Choice(*choice): QuantizationError(*values) for choice, values in stored["errors"]
+        }
+        routing[layer.container] = [RoutingStatistics(*values) for values in stored["routing"]]
     return Bank(folder, layers, group_size, errors, routing)
 
 
@@ -172,8 +185,8 @@ def _measured(device: torch.device, task: _Layer, expert: int) -> Iterator[_Meas
     yield _Measured(found.routing_statistics(), list(rounded))
 
 
-def _measure(task: _Layer, workers: Workers, file: Path, advance: Callable[[int], None]) -> None:
-    """Round the experts of a layer into a file; write what that does into a JSON file beside it."""
+def _measure(task: _Layer, workers: Workers, folder: Path, advance: Callable[[int], None]) -> None:
+    """Round the experts of a layer into a file; write a note of what that does beside it."""
     tensors: dict[str, torch.Tensor] = {}
     errors: list[tuple[Choice, QuantizationError]] = []
     routing: list[RoutingStatistics] = []
@@ -183,11 +196,15 @@ def _measure(task: _Layer, workers: Workers, file: Path, advance: Callable[[int]
             tensors |= {f"{choice.bits}.{name}": tensor for name, tensor in weights.items()}
             errors.append((choice, error))
         advance(1)
-    replace_file(file, lambda target: save_file(tensors, target))
+    replace_file(_file(folder, task.layer), lambda target: save_file(tensors, target))
     measured = json.dumps({"errors": errors, "routing": routing})
     # Comes last: where it is, the layer is complete.
-    replace_file(file.with_suffix(".json"), lambda target: target.write_text(measured))
+    replace_file(_note(folder, task.layer), lambda target: target.write_text(measured))
 
 
 def _file(folder: Path, layer: MoELayer) -> Path:
     return folder / f"layer-{layer.index:05}.safetensors"
+
+
+def _note(folder: Path, layer: MoELayer) -> Path:
+    return _file(folder, layer).with_suffix(".json")

@@ -7,6 +7,7 @@ Kullback-Leibler divergence from the model itself (Amari, "Natural gradient work
 learning", 1998). Terms between different tokens are left out.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,16 +23,20 @@ from moeq.sensitivity.linear import LinearBank
 
 _DRAWN_AT_ONCE = 64
 """Distributions [V] that are in memory in float64."""
+_EXPERTS, _GRADIENT = "experts.bin", "gradient.bin"
+"""What the experts of a layer get, and the gradient of what they give."""
 
 
 class Traffic(NamedTuple):
     """What goes in and out of the experts of a layer.
 
     Attributes:
+        layer: Which.
         routed: What they get.
         gradient: Of the loss, with respect to the sum of their shares: float32 [n, L, hidden_size].
     """
 
+    layer: int
     routed: Routed
     gradient: torch.Tensor
 
@@ -43,60 +48,73 @@ def gradients(
     seed: int,
     progress: Progress = silent,
     linear: LinearBank | None = None,
-) -> dict[int, Traffic]:
-    """Return what the experts of each layer get, and the gradient of their sums.
+) -> Iterator[Traffic]:
+    """Run forward, and return what runs back, a layer whenever it is asked for the next.
 
     Args:
         model: The model, with its own experts.
         tokens: int64 [n, L].
-        folder: Gets activations and gradients, which the system keeps in memory where it can.
+        folder: Gets activations, which the system keeps in memory where it can: what each layer
+            gets, until it has run back, and what goes in and out of the experts of one.
         seed: Of the drawn tokens.
-        progress: Hears of every layer, forward and back.
+        progress: Hears of every layer on the way forward.
         linear: Rounds dense layers on the way, and measures them on the way back.
+
+    Returns:
+        Traffic of each layer with experts, the last one first; in memory that the next one takes.
 
     Raises:
         MoeqError: Activations or weights that are not finite.
     """
     shape = (*tokens.shape, model.hidden_size)
-    paths = [folder / f"input-{index}.bin" for index in range(len(model))]
-    states = [mapped(path, shape) for path in paths]
-    hidden, unused = torch.empty(2, *shape)
+    states = [mapped(_input(folder, index), shape) for index in range(len(model))]
+    x, of_sums = (mapped(folder / name, shape) for name in (_EXPERTS, _GRADIENT))
+    hidden = torch.empty(shape)
     sources = [ExpertSource.original(model)]
-    routed: dict[int, Routed] = {}
-    with stage(progress, "gradients", 2 * len(model), "layer") as advance:
-        with torch.no_grad():
-            model.embed(tokens, hidden)
+    with stage(progress, "gradients", len(model), "layer") as advance, torch.no_grad():
+        model.embed(tokens, hidden)
+        if linear is not None:
+            linear.round(INPUT, hidden)
+        for index in range(len(model)):
+            states[index].copy_(hidden)
             if linear is not None:
-                linear.round(INPUT, hidden)
-            for index in range(len(model)):
-                states[index].copy_(hidden)
-                if linear is not None:
-                    linear.round(index, hidden)
-                has_experts = index in model.moe_layers
-                x = mapped(folder / f"experts-{index}.bin", shape) if has_experts else unused
-                found = run_layer(model, index, hidden, x, sources)
-                if found is not None:
-                    routed[index] = found
-                model.check_finite(index, hidden)
-                advance(1)
-            if linear is not None:
-                linear.round(len(model), hidden)
-        watch = {} if linear is None else linear.watch(len(model))
-        gradient = _of_head(model, tokens, hidden, seed, watch)
-        del watch  # it holds the errors of the head
-        traffic: dict[int, Traffic] = {}
-        for index in reversed(range(len(model))):
-            of_sums = unused
-            if index in routed:
-                of_sums = mapped(folder / f"gradient-{index}.bin", shape)
-                traffic[index] = Traffic(routed[index], of_sums)
-            watch = {} if linear is None else linear.watch(index)
-            model.backward(index, states.pop(), gradient, of_sums, watch)
-            paths[index].unlink()
+                linear.round(index, hidden)
+            run_layer(model, index, hidden, x, sources)
+            model.check_finite(index, hidden)
             advance(1)
         if linear is not None:
-            linear.measure_embeddings(tokens, gradient)
-    return traffic
+            linear.round(len(model), hidden)
+    watch = {} if linear is None else linear.watch(len(model))
+    gradient = _of_head(model, tokens, hidden, seed, watch)
+    return _back(model, tokens, folder, states, gradient, x, of_sums, linear)
+
+
+def _back(
+    model: LayerwiseModel,
+    tokens: torch.Tensor,
+    folder: Path,
+    states: list[torch.Tensor],
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    of_sums: torch.Tensor,
+    linear: LinearBank | None,
+) -> Iterator[Traffic]:
+    """Yield the traffic of each layer with experts; ``states`` and ``gradient`` are used up."""
+    for index in reversed(range(len(model))):
+        watch = {} if linear is None else linear.watch(index)
+        routed = model.backward(index, states.pop(), gradient, x, of_sums, watch)
+        del watch  # it holds the errors of dense layers
+        _input(folder, index).unlink()
+        if routed is not None:
+            yield Traffic(index, routed, of_sums)
+    for name in (_EXPERTS, _GRADIENT):
+        (folder / name).unlink()
+    if linear is not None:
+        linear.measure_embeddings(tokens, gradient)
+
+
+def _input(folder: Path, index: int) -> Path:
+    return folder / f"input-{index}.bin"
 
 
 def _of_head(

@@ -315,7 +315,7 @@ def test_the_disk_that_dry_run_states_is_enough_also_to_resume(
     needed = max(result + on_the_way, *measuring, 0)
     disk = small_disk(needed + 4096 * 20)  # room for the small files
     process = start_moeq(*command(disk / "out"))
-    finished = "measurement/32/layer-00000.json" if measuring else "activations-00001.safetensors"
+    finished = "measurement/32/layer-00001.json" if measuring else "activations-00001.safetensors"
     while process.poll() is None and not list(disk.glob(f".out.*/*/{finished}")):
         time.sleep(0.002)
     process.kill()

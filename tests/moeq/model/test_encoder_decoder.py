@@ -138,14 +138,18 @@ def test_gradients_are_those_of_transformers(folder: Path) -> None:
     expected = torch.autograd.grad(last[0], tuple(seen.sums.values()), gradient[:, SOURCE:].clone())
 
     model = layerwise_model(SourceModel.open(folder), torch.device("cpu"))
-    hidden, inputs = _embedded(model, tokens), []
+    hidden, inputs, routed = _embedded(model, tokens), [], []
     for index in range(len(model)):
         inputs.append(hidden.clone())
-        run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
+        x, sources = torch.empty_like(hidden), [ExpertSource.original(model)]
+        routed.append(run_layer(model, index, hidden, x, sources))
     of_sums = torch.empty_like(hidden)
     found = {}
     for index in reversed(range(len(model))):
-        model.backward(index, inputs[index], gradient, of_sums)
+        x = torch.empty_like(hidden)
+        again = model.backward(index, inputs[index], gradient, x, of_sums)
+        for theirs, ours in zip(routed[index] or (), again or (), strict=True):
+            assert torch.equal(ours, theirs)  # experts get the same on the way back
         if index in model.moe_layers:
             found[model.moe_layers[index].container] = of_sums.clone()
     assert found.keys() == seen.sums.keys()

@@ -240,13 +240,17 @@ def test_gradients_are_those_of_transformers(
     model = LayerwiseModel(source, CPU)
     hidden = torch.empty(embedded.shape)
     model.embed(tokens, hidden)
-    inputs = []
+    inputs, routed = [], []
     for index in range(len(model)):
         inputs.append(hidden.clone())
-        run_layer(model, index, hidden, torch.empty_like(hidden), [ExpertSource.original(model)])
+        x, sources = torch.empty_like(hidden), [ExpertSource.original(model)]
+        routed.append(run_layer(model, index, hidden, x, sources))
     of_sums = {index: torch.empty_like(hidden) for index in range(len(model))}
     for index in reversed(range(len(model))):
-        model.backward(index, inputs[index], gradient, of_sums[index])
+        x = torch.empty_like(hidden)
+        again = model.backward(index, inputs[index], gradient, x, of_sums[index])
+        for theirs, ours in zip(routed[index] or (), again or (), strict=True):
+            assert torch.equal(ours, theirs)  # experts get the same on the way back
     atol = ATOL.get(family, 1e-4)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=atol)
     for index, theirs in zip(seen.sums, of_experts, strict=True):

@@ -325,7 +325,7 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     assert run_moeq(*command).returncode == 0
     expected = _read(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00000.json"
+    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00001.json"
 
     def killed(*more: str) -> None:
         process = start_moeq(*command, *more)
@@ -353,7 +353,7 @@ def test_a_killed_measurement_goes_on_where_it_ended(
     done = run_moeq(*command, "--resume")
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    bits = config["quantization_config"]["expert_bits"][LAYER]
+    bits = config["quantization_config"]["expert_bits"][LAYER.replace("0", "1")]
     assert bits["w13"][5] == max(bits["w13"]) > min(bits["w13"])
     assert bits["w2"][5] == max(bits["w2"])
 
@@ -373,7 +373,7 @@ def test_a_measurement_is_not_resumed_with_another_initial_router(
         text, *CALIBRATION, "--base-router", router,
     )  # fmt: skip
     process = start_moeq(*command)
-    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00000.json"
+    measured = tmp_path / ".out.moeq" / "plan" / "measurement" / "32" / "layer-00001.json"
     while process.poll() is None and not measured.exists():
         time.sleep(0.002)
     process.kill()

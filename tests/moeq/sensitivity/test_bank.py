@@ -1,7 +1,7 @@
 """The bank of rounded experts against transformers with single projections exchanged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moeq.checkpoint import SourceModel
 from moeq.evaluation.reference import outputs
 from moeq.model.layerwise import LayerwiseModel
 from moeq.sensitivity import Bank, Choice, build
-from moeq.sensitivity.fisher import gradients
+from moeq.sensitivity.fisher import Traffic, gradients
 from support.cli import run_moeq
 from support.models import NUM_EXPERTS, VOCABULARY
 from support.reference import dequantize_checkpoint
@@ -31,8 +31,14 @@ class Built:
         self.model = LayerwiseModel(source, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(VOCABULARY, (12, 40), generator=generator)
-        self.traffic = gradients(self.model, self.tokens, work, 0)
-        self.bank: Bank = build(self.model, self.traffic, WIDTHS, GROUP, method, work)
+        self.gradient: dict[int, torch.Tensor] = {}
+        banks = build(self.model, self._traffic(work), WIDTHS, [GROUP], method, work)
+        self.bank: Bank = banks[GROUP]
+
+    def _traffic(self, work: Path) -> Iterator[Traffic]:
+        for found in gradients(self.model, self.tokens, work, 0):
+            self.gradient[found.layer] = found.gradient.clone()
+            yield found
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,7 @@ def test_the_error_is_what_the_experts_give_differently(
     with torch.no_grad():
         target[expert].copy_(new)
     difference = _moe_outputs(whole, layer, made.tokens) - before
-    increase = (difference * made.traffic[layer].gradient.view(difference.shape).double()).sum(-1)
+    increase = (difference * made.gradient[layer].view(difference.shape).double()).sum(-1)
 
     assert found.weight == pytest.approx(weight, rel=1e-4)
     assert found.output == pytest.approx(difference.square().sum().item(), rel=1e-3)

@@ -30,9 +30,13 @@ def test_gradients_predict_the_divergence(
     source = SourceModel.open(folder)
     model = LayerwiseModel(source, torch.device("cpu"))
     # The same sequence over and over: as many draws of the tokens that follow.
-    found = gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0)
     direction = torch.randn(model.hidden_size, generator=generator)
-    predicted = (found[layer].gradient[:, place] @ direction).square().mean().item() / 2 * STEP**2
+    (products,) = [
+        found.gradient[:, place] @ direction
+        for found in gradients(model, sequence.expand(DRAWS, -1), tmp_path, seed=0)
+        if found.layer == layer
+    ]
+    predicted = products.square().mean().item() / 2 * STEP**2
 
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
@@ -55,16 +59,21 @@ def test_gradients_predict_the_divergence(
 def test_activations_take_the_space_that_is_told(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Also with layers that have no experts."""
+    """What every layer gets, and what goes in and out of the experts of one: also if others are."""
     source = SourceModel.open(tiny_model(family))
     model = layerwise_model(source, torch.device("cpu"))
     tokens = torch.randint(3, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(0))
     used: list[int] = []
-    gradients(model, tokens, tmp_path, 0, lambda *_: used.append(used_bytes(tmp_path)))
-    told = measuring_bytes(source, (), (), tokens.numel())
-    streams = told // (4 * tokens.numel() * source.hidden_size)
-    assert len(source.layers) + len(model) + 1 == streams
-    assert told * (streams - 1) / streams == max(used)  # without the one that goes meanwhile
+    found = []
+    way = gradients(model, tokens, tmp_path, 0, lambda *_: used.append(used_bytes(tmp_path)))
+    for traffic in way:
+        used.append(used_bytes(tmp_path))
+        found.append(traffic.layer)
+    assert found == sorted(model.moe_layers, reverse=True)
+    stream = 4 * tokens.numel() * source.hidden_size
+    assert max(used) == measuring_bytes(source, (), (), tokens.numel()) == stream * (len(model) + 2)
+    assert used[-1] == stream * (found[-1] + 2)  # what layers get goes on the way
+    assert not any(tmp_path.iterdir())
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:

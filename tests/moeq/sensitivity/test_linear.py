@@ -46,7 +46,7 @@ def test_losses_foretell_the_divergence(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (64, 24), generator=generator)
     bank = LinearBank(model, source.linear, (4, 8), [GROUP], "gptq", tokens.numel(), tmp_path)
-    gradients(model, tokens, tmp_path, 0, linear=bank)
+    assert list(gradients(model, tokens, tmp_path, 0, linear=bank))
     (group,) = (g for g in source.linear if g.layer != 0 and part in " ".join(g.weights))
     names = [name.removesuffix(".weight") for name in group.weights]
     layer = source.layers[0]

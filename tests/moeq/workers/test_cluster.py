@@ -58,7 +58,7 @@ def test_bytes_are_those_of_a_single_process(
     assert alone.returncode == 0, alone.stderr
     process = start_moeq(*command, "-o", tmp_path / "cluster", "--ray", nodes.address)
     if name == "gptq":
-        measured = tmp_path / ".cluster.moeq" / "plan" / "measurement" / "32" / "layer-00000.json"
+        measured = tmp_path / ".cluster.moeq" / "plan" / "measurement" / "32" / "layer-00001.json"
         while process.poll() is None and not measured.exists():
             time.sleep(0.002)
         nodes.kill(nodes.mortal[0])
