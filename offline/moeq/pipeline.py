@@ -40,7 +40,7 @@ from moeq.planning import (
 from moeq.progress import Progress, silent
 from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, QuantizeRequest
 from moeq.result import Estimate, QuantizedModel
-from moeq.units import duration, parse_size, public_name
+from moeq.units import counted, duration, parse_size, public_name
 from moeq.workers import PROCESS_BYTES, Cluster, Workers, connected
 from vllm_moeq.format import GROUP_SIZES, BitPlan
 
@@ -87,40 +87,42 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     )
     conversion = _conversion(request, source, expected, text)
     estimate = _estimate(request, conversion, measurement, text)
-    if request.dry_run:
-        return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
     resumes = request.is_calibrated or measurement is not None
     then = "go on with `resume`" if resumes else "run the command again"
-    with (
-        connected(request.ray, source.folder),
-        Workspace.open(output, request.resume) as workspace,
-        disk_errors(f"cannot write {output}", then),
-    ):
-        workspace.check_space(estimate.disk_bytes)
+    with connected(request.ray, source.folder):
         workers = _workers(source, text, request.ray, estimate)
+        if workers is not None:
+            estimate = replace(estimate, workers=workers.count)
+        if request.dry_run:
+            return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
         by_cluster = request.ray is not None and not request.is_calibrated
         writers = Cluster("cpu") if by_cluster else None
-        _announce(request, text, estimate.measuring, estimate.rounding)
-        reports: dict[str, Any] = {}
-        if measurement is not None:
-            plan, reports[MEASUREMENT_NAME] = decide(
-                source, request, measurement, workspace.plan, progress, workers
-            )
-            conversion = _conversion(request, source, plan, text)
-        logger.info("%s", _in_short(conversion.plan))
-        calibration = _calibration(request, conversion, text)
-        report = None
-        experts: PackedSource
-        if calibration is None:
-            experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
-        else:
-            experts = calibrated = calibrate(
-                calibration, workspace.calibration, request.resume, progress, workers
-            )
-            report = calibrated.report
-            reports[REPORT_NAME] = report.to_dict()
-        conversion.write(workspace.partial, experts, reports, progress, writers)
-        workspace.publish()
+        with (
+            Workspace.open(output, request.resume) as workspace,
+            disk_errors(f"cannot write {output}", then),
+        ):
+            workspace.check_space(estimate.disk_bytes)
+            _announce(request, text, workers, estimate.measuring, estimate.rounding)
+            reports: dict[str, Any] = {}
+            if measurement is not None:
+                plan, reports[MEASUREMENT_NAME] = decide(
+                    source, request, measurement, workspace.plan, progress, workers
+                )
+                conversion = _conversion(request, source, plan, text)
+            logger.info("%s", _in_short(conversion.plan))
+            calibration = _calibration(request, conversion, text)
+            report = None
+            experts: PackedSource
+            if calibration is None:
+                experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
+            else:
+                experts = calibrated = calibrate(
+                    calibration, workspace.calibration, request.resume, progress, workers
+                )
+                report = calibrated.report
+                reports[REPORT_NAME] = report.to_dict()
+            conversion.write(workspace.partial, experts, reports, progress, writers)
+            workspace.publish()
     return QuantizedModel(request.output, True, conversion.plan, estimate, report, in_vllm)
 
 
@@ -137,8 +139,9 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     request = _with_group_size(request, source)
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
-    _announce(request, text, None if measurement is None else measurement.cost(), None)
-    result = decide(source, request, measurement, None, progress, _workers(source, text)).plan
+    workers = _workers(source, text)
+    _announce(request, text, workers, None if measurement is None else measurement.cost(), None)
+    result = decide(source, request, measurement, None, progress, workers).plan
     if request.output is not None:
         write_plan(result, request.output)
     return result
@@ -311,21 +314,25 @@ def _measurement(
 
 
 def _announce(
-    request: PlanRequest, text: _Text | None, measuring: Cost | None, rounding: Cost | None
+    request: PlanRequest,
+    text: _Text | None,
+    workers: Workers | None,
+    measuring: Cost | None,
+    rounding: Cost | None,
 ) -> None:
     """Say which text is used and how long it takes, since nobody may have asked for either."""
-    if text is None:
+    if text is None or workers is None:
         return
     count, length = text.tokens.shape
     name = "the manual of Python" if request.text == "default" else public_name(str(request.text))
     logger.info("calibration text: %d x %d tokens of %s", count, length, name)
     parts = {"measuring the plan": measuring, "rounding": rounding}
-    seconds = {word: cost.seconds(text.device) for word, cost in parts.items() if cost}
+    costs = {word: cost for word, cost in parts.items() if cost}
+    seconds = sum(cost.seconds(text.device, workers.count) for cost in costs.values())
     logger.info(
-        "%s takes about %s; without text it is much faster: `calib` none",
-        " and ".join(seconds),
-        duration(sum(seconds.values())),
-    )
+        "%s takes about %s with %s; without text it is much faster: `calib` none",
+        " and ".join(costs), duration(seconds), counted(workers.count, "worker"),
+    )  # fmt: skip
 
 
 def _in_short(plan: BitPlan) -> str:

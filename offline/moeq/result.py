@@ -22,6 +22,7 @@ class Estimate:
         memory_bytes: Peak beyond Python and torch themselves.
         measuring: What making the plan takes; None if nothing is measured for it.
         rounding: What calibrated rounding takes; None without calibration.
+        workers: That share the experts in both: of all devices, or of a cluster; None without text.
     """
 
     source_bytes: int
@@ -30,6 +31,7 @@ class Estimate:
     memory_bytes: int
     measuring: Cost | None
     rounding: Cost | None
+    workers: int | None = None
 
     @property
     def disk_bytes(self) -> int:

@@ -52,6 +52,11 @@ def duration(seconds: float) -> str:
     return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def public_name(source: str) -> str:
     """Return what others may know of a model or text: a hub id as it is, of a path its last part.
 

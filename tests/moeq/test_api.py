@@ -1,5 +1,6 @@
 """The Python API: equal to the command line, silent, and its progress told to a callback."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import moeq
+from moeq import pipeline
 from support.checkpoints import write_checkpoint
 from support.cli import environment, run_moeq
 
@@ -115,6 +118,27 @@ def test_dry_run_writes_nothing_and_estimates(
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt"}
     without = moeq.quantize(model, tmp_path / "out", bits=2.5, calib=None, dry_run=True)
     assert without.estimate.measuring is None and without.estimate.rounding is None
+
+
+def test_the_time_told_is_that_of_all_devices(
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--bits", 2.5, "--group-size",
+        32, "--calib", text, "--dry-run",
+    )  # fmt: skip
+    told = {}
+    for devices in (["cpu"], ["cpu", "cpu:0"]):
+        found = [*map(torch.device, devices)]
+        monkeypatch.setattr(pipeline, "all_devices", lambda device, found=found: found)
+        done = run_moeq(*command, "--json")
+        assert done.returncode == 0, done.stderr
+        told[len(devices)] = json.loads(done.stdout)["estimate"]
+    one, two = told[1], told[2]
+    assert two["workers"] == 2 * one["workers"] == 2 * one["measuring"]["at_once"]
+    for stage in ("measuring", "rounding"):
+        assert one[stage]["seconds"] > two[stage]["seconds"] > one[stage]["seconds"] / 2
+    assert f"s with {two['workers']} workers, " in run_moeq(*command).stdout
 
 
 @pytest.mark.slow

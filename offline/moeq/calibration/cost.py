@@ -38,21 +38,25 @@ def calibration_cost(config: CalibrationConfig) -> Cost:
     memory = _stream_bytes(config) + max(
         _worker_bytes(config, workers), linear_working_bytes(config.linear)
     )
+    items = math.ceil(largest.num_experts / config.batch_size(largest))
+    alone = _alone(config)
     return Cost(
-        _operations(config),
+        alone + _shared(config),
+        alone,
         steps,
         memory,
         _worker_bytes(config, 1),
         _disk_bytes(config),
         workers,
+        items,
         (largest.hidden_size, largest.intermediate_size),
     )
 
 
-def _operations(config: CalibrationConfig) -> float:
-    source, (_, length) = config.source, config.tokens.shape
-    layers, tokens = source.layers, config.tokens.numel()
-    routed = experts_of_a_token(source, layers[0])
+def _shared(config: CalibrationConfig) -> float:
+    """Return the operations of experts, which workers share."""
+    layers, tokens = config.source.layers, config.tokens.numel()
+    routed = experts_of_a_token(config.source, layers[0])
     choices = layers[0].num_experts if config.route_all else routed
     forward = forward_operations(layers[0])
     # By router: the original model, and its experts in the rounded one. By choice: rounded
@@ -61,15 +65,19 @@ def _operations(config: CalibrationConfig) -> float:
     if config.route_all:
         passes += len(layers) * choices * forward
     passes += len(layers) * choices * hessian_operations(layers[0])
-    passes += 2 * other_operations(source, length)[0]
     samples = tokens * choices / layers[0].num_experts
     fits = sum(layer.num_experts * fit_operations(layer, samples) for layer in layers)
+    return gptq_operations(layers) + tokens * passes + fits
+
+
+def _alone(config: CalibrationConfig) -> float:
+    """Return the operations of all other layers."""
+    tokens = config.tokens.numel()
     # Dense layers are watched once for each stage of a layer, which runs as far as that.
     stages = len({group.stage for group in config.linear})
     watched = (stages + 1) / 2 if stages else 0
-    passes += watched * other_operations(source, length)[0]
-    dense = linear_operations(config.linear, 1, tokens)
-    return gptq_operations(layers) + tokens * passes + fits + dense
+    passes = (2 + watched) * other_operations(config.source, config.tokens.shape[1])[0]
+    return tokens * passes + linear_operations(config.linear, 1, tokens)
 
 
 def _largest(config: CalibrationConfig) -> MoELayer:

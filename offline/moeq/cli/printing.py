@@ -14,7 +14,7 @@ from moeq.checkpoint.wording import linear_summary, size_of_tried
 from moeq.evaluation import Evaluation, Scores
 from moeq.model.cost import Cost
 from moeq.result import Estimate, QuantizedModel
-from moeq.units import duration
+from moeq.units import counted, duration
 from vllm_moeq.format import BitPlan
 
 _HIDDEN = ("tried", "digest", "method")
@@ -79,20 +79,25 @@ def describe_estimate(estimate: Estimate, device: torch.device) -> str:
     ]
     for name, cost in (("measuring", estimate.measuring), ("calibrating", estimate.rounding)):
         if cost is not None:
-            rows.append((name, _cost(cost, device)))
+            rows.append((name, _cost(cost, device, estimate.workers)))
     rows.append(("peak memory", f"about {_bytes(estimate.memory_bytes)} beyond Python and torch"))
     return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 
-def _cost(cost: Cost, device: torch.device) -> str:
-    return f"about {duration(cost.seconds(device))}, {_bytes(cost.disk_bytes)} of temporary files"
+def _cost(cost: Cost, device: torch.device, workers: int | None) -> str:
+    time = duration(cost.seconds(device, workers))
+    who = "" if workers is None else f" with {counted(workers, 'worker')}"
+    return f"about {time}{who}, {_bytes(cost.disk_bytes)} of temporary files"
 
 
 def estimate_summary(estimate: Estimate, device: torch.device) -> dict[str, Any]:
     """Return an estimate as JSON for programs."""
+    workers = estimate.workers
 
     def summary(cost: Cost | None) -> dict[str, float] | None:
-        return None if cost is None else {**cost._asdict(), "seconds": cost.seconds(device)}
+        if cost is None:
+            return None
+        return {**cost._asdict(), "seconds": cost.seconds(device, workers)}
 
     return {
         "source_bytes": estimate.source_bytes,
@@ -101,6 +106,7 @@ def estimate_summary(estimate: Estimate, device: torch.device) -> dict[str, Any]
         "memory_bytes": estimate.memory_bytes,
         "measuring": summary(estimate.measuring),
         "rounding": summary(estimate.rounding),
+        "workers": workers,
     }
 
 

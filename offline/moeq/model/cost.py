@@ -30,26 +30,39 @@ class Cost(NamedTuple):
 
     Attributes:
         operations: Floating-point operations, about.
+        alone: Of them, those that workers do not share.
         steps: Columns that GPTQ and its refinement visit one after another, whatever their length.
         memory_bytes: Peak of the memory in use.
         worker_bytes: Peak of it for running and rounding an expert, or a batch of them.
         disk_bytes: Of temporary files, which go at the end.
         at_once: Experts that are worked on beside each other, on a device.
+        items: Experts of a layer, or batches of them, which workers share.
         sizes: hidden_size and intermediate_size of an expert.
     """
 
     operations: float
+    alone: float
     steps: float
     memory_bytes: int
     worker_bytes: int
     disk_bytes: int
     at_once: int
+    items: int
     sizes: tuple[int, int]
 
-    def seconds(self, device: torch.device) -> float:
-        """Estimate the time from how fast the device is right now."""
+    def seconds(self, device: torch.device, workers: int | None = None) -> float:
+        """Estimate the time from how fast the device is right now.
+
+        Args:
+            device: Which.
+            workers: That share the experts of a layer, all as fast as here; None for those of the
+                device, which work on as many experts as are worked on beside each other.
+        """
         speed = _measured_speed(str(device), self.at_once, self.sizes)
-        return self.operations / speed.operations_per_second + self.steps * speed.step_seconds
+        turns = -(-self.items // (workers or self.at_once))
+        shared = turns / -(-self.items // self.at_once)
+        operations = self.alone + shared * (self.operations - self.alone)
+        return operations / speed.operations_per_second + shared * self.steps * speed.step_seconds
 
 
 class _Speed(NamedTuple):

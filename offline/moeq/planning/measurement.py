@@ -200,7 +200,11 @@ class Measurement:
         )
         memory, worker = self._memory_bytes(), self._worker_bytes()
         sizes = self._largest.hidden_size, self._largest.intermediate_size
-        return Cost(self._operations(), self._steps(), memory, worker, disk, self._at_once, sizes)
+        alone, items = self._alone(), max(layer.num_experts for layer in self.source.layers)
+        return Cost(
+            alone + self._shared(), alone, self._steps(), memory, worker, disk, self._at_once,
+            items, sizes,
+        )  # fmt: skip
 
     def _steps(self) -> float:
         if self.method in DATA_FREE:
@@ -241,24 +245,31 @@ class Measurement:
         alone = max(alone, linear_working_bytes(self.linear))
         return max(4 * count * size + max(together, alone), judged)
 
-    def _operations(self) -> float:
+    def _shared(self) -> float:
+        """Return the operations of the bank, which workers share."""
         layers, widths = self.source.layers, len(self.widths)
-        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
         groups, measuring = len(self.group_sizes), self.measured.numel()
+        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
+        # Each expert, and each of its projections at each width.
+        runs = measuring * groups * (1 + 4 / 3 * widths) * routed * forward_operations(layers[0])
+        if self.method in DATA_FREE:
+            return runs
+        hessians = measuring * routed * hessian_operations(layers[0])
+        return runs + groups * (hessians + gptq_operations(layers, widths))
+
+    def _alone(self) -> float:
+        """Return the operations on the way forward and back, of dense layers and judging."""
+        layers, measuring = self.source.layers, self.measured.numel()
+        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
         experts = routed * forward_operations(layers[0])
         other, head = other_operations(self.source, self.tokens.shape[1])
         # Forward for the gradients, forward and back.
         total = measuring * (4 * (experts + other) + 3 * head)
-        # In the bank each expert, too, and each of its projections at each width.
-        total += measuring * groups * (1 + 4 / 3 * widths) * experts
         plans = 1 + PLANS_AT_ONCE
         total += plans * self.held_back.numel() * (experts + other + head)
-        if self.method in DATA_FREE:
-            return total
-        hessians = measuring * routed * hessian_operations(layers[0])
-        total += groups * (hessians + gptq_operations(layers, widths))
-        if self.linear:  # once more forward, rounded, and on the way back with each error
-            options = groups * len(self.linear_widths)
+        # Dense layers: once more forward, rounded, and on the way back with each error.
+        if self.linear and self.method not in DATA_FREE:
+            options = len(self.group_sizes) * len(self.linear_widths)
             errors = sum(2 * group.rows * group.columns for group in self.linear)
             total += linear_operations(self.linear, options, measuring)
             total += measuring * (other + options * errors)

@@ -237,7 +237,8 @@ class QuantizeRequest(PlanRequest):
             to it.
         max_shard_size: Largest file of the result, which is also held in memory.
         resume: Go on with what an interrupted run has finished.
-        dry_run: Estimate sizes, memory and time; write nothing.
+        dry_run: Estimate sizes, memory and time, with the workers of ``ray`` if it is given; write
+            nothing.
         ray: Address of a Ray cluster whose machines do the work, as of ``ray.init``; ``auto`` is
             that of this machine. None works on this machine alone.
 
@@ -286,7 +287,7 @@ class QuantizeRequest(PlanRequest):
         if not self.is_calibrated:
             refuse(self, ("route_all_experts",), why)
         if self.dry_run:
-            refuse(self, ("resume", "ray"), "has no effect with `dry_run`")
+            refuse(self, ("resume",), "has no effect with `dry_run`")
         if self.uses_text:
             return
         refuse(self, _TEXT, why if self.text else "has no effect without `calib`")

@@ -113,11 +113,24 @@ class Cluster:
     memory: int = 0
 
     def __post_init__(self) -> None:
-        if self._workers() == 0:
+        if self.count == 0:
             needed = "a GPU" if self.kind == "cuda" else f"{self.cores} cores (OMP_NUM_THREADS)"
             if self.memory:
                 needed += f" and {self.memory:,} bytes of memory"
             raise MoeqError(f"no node of the Ray cluster has {needed} for a worker")
+
+    @property
+    def count(self) -> int:
+        """See :class:`moeq.workers.Workers`; nodes may come and go."""
+        import ray
+
+        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        wanted = {names[name]: amount for name, amount in self._resources.items()}
+        return sum(
+            min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted.items())
+            for node in ray.nodes()
+            if node["Alive"]
+        )
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
@@ -133,7 +146,7 @@ class Cluster:
         )(_results)
         reference, remaining = ray.put(shared), iter(items)
         pending: deque[Any] = deque()
-        most = max(1, _AHEAD * self._workers())
+        most = max(1, _AHEAD * self.count)
         try:
             while True:
                 for item in islice(remaining, most - len(pending)):
@@ -155,25 +168,13 @@ class Cluster:
             return {"num_cpus": 1, "num_gpus": 1}
         return {"num_cpus": self.cores} | ({"memory": self.memory} if self.memory else {})
 
-    def _workers(self) -> int:
-        """Return how many tasks can run at once."""
-        import ray
-
-        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-        wanted = {names[name]: amount for name, amount in self._resources.items()}
-        return sum(
-            min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted.items())
-            for node in ray.nodes()
-            if node["Alive"]
-        )
-
     def _wait(self, reference: Any) -> list[Any]:
         """Return the results of a task."""
         import ray
 
         try:
             while not ray.wait([reference], timeout=_PATIENCE)[0]:
-                if self._workers() == 0:
+                if self.count == 0:
                     raise MoeqError(
                         "the Ray cluster has lost all nodes that could work. Start others, and run "
                         "the command again, with `resume` where it rounds by text"

@@ -24,6 +24,10 @@ on the CPU. It changes nothing that it gets, since others may read it."""
 class Workers(Protocol):
     """Who does work whose parts do not need each other."""
 
+    @property
+    def count(self) -> int:
+        """How many items are worked on beside each other."""
+
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
     ) -> Generator[Result]:
@@ -52,6 +56,11 @@ class OneByOne:
 
     device: torch.device
 
+    @property
+    def count(self) -> int:
+        """See :class:`Workers`."""
+        return 1
+
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]
     ) -> Generator[Result]:
@@ -71,6 +80,11 @@ class Threads:
 
     devices: Sequence[torch.device]
     cores: int | None = None
+
+    @property
+    def count(self) -> int:
+        """See :class:`Workers`."""
+        return len(self.devices)
 
     def flat_map(
         self, work: Work[Shared, Item, Result], shared: Shared, items: Iterable[Item]

@@ -1,15 +1,20 @@
 """What the estimates read off a configuration."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moeq.allocation import PlanOptions
+from moeq.calibration import CalibrationConfig
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, family_of
 from moeq.model.cost import at_once, experts_of_a_token, tokens_of_experts
+from moeq.planning import Measurement
 from support.checkpoints import NUM_EXPERTS, write_checkpoint
+from vllm_moeq.format import BitPlan, LayerBits
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,26 @@ def test_experts_beside_each_other_cannot_all_have_all_tokens() -> None:
     assert tokens_of_experts(8, 2, 8) == 2  # all experts have two for each token
     assert tokens_of_experts(3, 8, 8) == 3
     assert tokens_of_experts(1, 1, 1) == 1
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_the_experts_of_a_layer_are_shared_among_workers(
+    rounding: bool, tiny_model: Callable[[str], Path]
+) -> None:
+    """The time of workers that each take so many of eight experts, and of what is done alone."""
+    source, cpu = SourceModel.open(tiny_model("mixtral")), torch.device("cpu")
+    tokens = torch.zeros(8, 64, dtype=torch.int64)
+    bits = LayerBits((2,) * 8, (2,) * 8)
+    plan = BitPlan(32, {layer.container: bits for layer in source.layers})
+    options = PlanOptions(2.5, strategy="auto", group_size=32)
+    work: CalibrationConfig | Measurement = Measurement(source, options, tokens, "gptq", cpu)
+    if rounding:
+        work = CalibrationConfig(source, plan, tokens)
+    cost = work.cost()._replace(at_once=1)
+    seconds = {workers: cost.seconds(cpu, workers) for workers in (1, 2, 3, 4, 5, 7, 8, 99)}
+    assert seconds[1] == cost.seconds(cpu)
+    one_expert = (seconds[1] - seconds[2]) / 4
+    alone = seconds[1] - 8 * one_expert
+    assert one_expert > 0 and alone > 0
+    for workers, turns in {3: 3, 4: 2, 5: 2, 7: 2, 8: 1, 99: 1}.items():
+        assert seconds[workers] == pytest.approx(alone + turns * one_expert)

@@ -1,5 +1,6 @@
 """Work on a Ray cluster of several nodes, of which some are killed."""
 
+import json
 import logging
 import sys
 import time
@@ -37,6 +38,26 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+def test_the_time_told_is_that_of_the_cluster(
+    nodes: "Nodes", tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command = (
+        "quantize", tiny_model("mixtral"), "-o", tmp_path / "out", "--group-size", 32, "--dry-run",
+        "--json",
+    )  # fmt: skip
+    told = {}
+    for options in ((), ("--ray", nodes.address)):
+        done = run_moeq(*command, *options)
+        assert done.returncode == 0, done.stderr
+        estimate = json.loads(done.stdout)["estimate"]
+        told[estimate["workers"]] = estimate["measuring"]["seconds"]
+    here, cluster = told
+    assert cluster == 3
+    assert here < cluster and told[cluster] < told[here]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [("rtn", "--strategy", "random:0"), ("gptq", "--strategy", "sensitivity", "--dense-bits", 8)],
@@ -51,12 +72,12 @@ def test_bytes_are_those_of_a_single_process(
     """Also if a node is killed on the way."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    name = method[0]
+    name, ray = method[0], ("--ray", nodes.address)
     calibration = ("--calib", text, *OPTIONS[4:]) if name == "gptq" else ("--calib", "none")
     command = ("quantize", tiny_model("qwen2_moe"), *OPTIONS[:4], "--method", *method, *calibration)
     alone = run_moeq(*command, "-o", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    process = start_moeq(*command, "-o", tmp_path / "cluster", "--ray", nodes.address)
+    process = start_moeq(*command, "-o", tmp_path / "cluster", *ray)
     if name == "gptq":
         measured = tmp_path / ".cluster.moeq" / "plan" / "measurement" / "32" / "layer-00001.json"
         while process.poll() is None and not measured.exists():
@@ -64,6 +85,8 @@ def test_bytes_are_those_of_a_single_process(
         nodes.kill(nodes.mortal[0])
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    if name == "gptq":
+        assert " with 3 workers; " in errors
     assert _files(tmp_path / "cluster") == _files(tmp_path / "alone")
 
 

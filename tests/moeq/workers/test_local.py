@@ -80,6 +80,8 @@ def test_cuda_stands_for_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all_devices(CPU) == [CPU]
     assert on_devices([CPU]) == OneByOne(CPU)
     assert on_devices([CPU, CPU]) == Threads([CPU, CPU])
+    counts = [workers.count for workers in (OneByOne(CPU), Threads([CPU] * 3))]
+    assert counts == [1, 3]
 
 
 def test_workers_on_a_device_share_its_cores() -> None:
