@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeq.checkpoint.atomic import check_output_is_free, sync_file, sync_folder
-from moeq.checkpoint.atomic import replace_file as replace_file
 from moeq.checkpoint.disk_errors import disk_errors
 from moeq.checkpoint.lock import locked
 from moeq.checkpoint.resume import REMOVED, remove
-from moeq.checkpoint.resume import fingerprint as fingerprint
-from moeq.checkpoint.resume import read_note as read_note
 from moeq.checkpoint.temporary import used_bytes
 from moeq.errors import MoeqError
 

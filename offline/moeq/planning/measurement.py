@@ -10,7 +10,7 @@ import torch
 from moeq.allocation import PlanOptions, average_bits, bits_budget
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.linear import LinearGroup
-from moeq.checkpoint.workspace import fingerprint
+from moeq.checkpoint.resume import fingerprint
 from moeq.errors import MoeqError
 from moeq.model.cost import (
     Cost,

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from moeq.checkpoint import MoELayer
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.workspace import read_note, replace_file
+from moeq.checkpoint.resume import read_note
+from moeq.checkpoint.atomic import replace_file
 from moeq.model import (
     ExpertMatrices,
     ExpertSource,

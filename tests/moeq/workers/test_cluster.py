@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -55,6 +56,32 @@ def test_the_time_told_is_that_of_the_cluster(
     assert cluster == 3
     assert here < cluster and told[cluster] < told[here]
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_with_the_same_cluster(
+    nodes: "Nodes", tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed while workers measure, and again while they round."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = (
+        "quantize", tiny_model("qwen2_moe"), *OPTIONS, "--strategy", "sensitivity", "--calib", text,
+    )  # fmt: skip
+    alone = run_moeq(*command, "-o", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    command += ("-o", tmp_path / "cluster", "--ray", nodes.address, "--resume")
+    work = tmp_path / ".cluster.moeq"
+    for begun in ("plan/measurement/32/layer-00001.json", "calibration/activations-00001"):
+        process = start_moeq(*command)
+        while process.poll() is None and not list(work.glob(f"{begun}*")):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (tmp_path / "cluster").exists()
+    done = run_moeq(*command)
+    assert done.returncode == 0, done.stderr
+    assert _files(tmp_path / "cluster") == _files(tmp_path / "alone")
 
 
 @pytest.mark.slow
