@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from moeq.checkpoint import MoELayer
+from moeq.checkpoint.atomic import replace_file
 from moeq.checkpoint.mapped import MappedFiles
 from moeq.checkpoint.resume import read_note
-from moeq.checkpoint.atomic import replace_file
 from moeq.model import (
     ExpertMatrices,
     ExpertSource,

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from moeq.checkpoint.atomic import replace_file
 from moeq.checkpoint.linear import FULL_WIDTH, INPUT, LinearGroup, linear_widths
 from moeq.checkpoint.mapped import MappedFiles
-from moeq.checkpoint.atomic import replace_file
 from moeq.model import NO_WEIGHTS, LayerwiseModel, LinearInputs, Watch, Weights
 from moeq.rounding import DATA_FREE, LinearWeight
 from vllm_moeq.format import BitPlan

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeq.allocation import PlanOptions
-from moeq.calibration import CalibrationConfig
+from moeq.calibration import CalibrationConfig, calibration_cost
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, family_of
 from moeq.model.cost import at_once, experts_of_a_token, tokens_of_experts
@@ -73,10 +73,11 @@ def test_the_experts_of_a_layer_are_shared_among_workers(
     bits = LayerBits((2,) * 8, (2,) * 8)
     plan = BitPlan(32, {layer.container: bits for layer in source.layers})
     options = PlanOptions(2.5, strategy="auto", group_size=32)
-    work: CalibrationConfig | Measurement = Measurement(source, options, tokens, "gptq", cpu)
     if rounding:
-        work = CalibrationConfig(source, plan, tokens)
-    cost = work.cost()._replace(at_once=1)
+        cost = calibration_cost(CalibrationConfig(source, plan, tokens))
+    else:
+        cost = Measurement(source, options, tokens, "gptq", cpu).cost()
+    cost = cost._replace(at_once=1)
     seconds = {workers: cost.seconds(cpu, workers) for workers in (1, 2, 3, 4, 5, 7, 8, 99)}
     assert seconds[1] == cost.seconds(cpu)
     one_expert = (seconds[1] - seconds[2]) / 4

@@ -70,16 +70,16 @@ def test_a_command_that_is_killed_goes_on_with_the_same_cluster(
     )  # fmt: skip
     alone = run_moeq(*command, "-o", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    command += ("-o", tmp_path / "cluster", "--ray", nodes.address, "--resume")
+    on_cluster = *command, "-o", tmp_path / "cluster", "--ray", nodes.address, "--resume"
     work = tmp_path / ".cluster.moeq"
     for begun in ("plan/measurement/32/layer-00001.json", "calibration/activations-00001"):
-        process = start_moeq(*command)
+        process = start_moeq(*on_cluster)
         while process.poll() is None and not list(work.glob(f"{begun}*")):
             time.sleep(0.01)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "cluster").exists()
-    done = run_moeq(*command)
+    done = run_moeq(*on_cluster)
     assert done.returncode == 0, done.stderr
     assert _files(tmp_path / "cluster") == _files(tmp_path / "alone")
 
