@@ -26,7 +26,7 @@ def test_seconds_and_errors_of_each_width(tmp_path: Path) -> None:
     rows = re.findall(r"^\| ([24]) \|" + r" ([\d.]+) \|" * 6 + "$", text, re.M)
     assert [row[0] for row in rows] == ["2", "4"]
     for _, total, w13, w2, cpu_seconds, *errors in rows:
-        assert 0 < float(cpu_seconds) < 60
+        assert 0 <= float(cpu_seconds) < 60  # to a tenth: a fast machine needs less
         assert abs(float(total) - float(w13) - float(w2)) < 0.11
         assert all(0.02 < float(error) < 0.9 for error in errors)  # better than to the nearest
     assert "intermediate size 384, 512 tokens" in text
