@@ -124,7 +124,9 @@ def test_equals_the_dequantized_model(
 
     run = run_engine(packed, **options)
 
-    assert_same(run.completions[0], run_transformers(plain), _tolerance(family))
+    # One token of Gemma-4's has two experts that are equally good to 1e-6: rounding decides.
+    ties = int(family == "gemma4_text")
+    assert_same(run.completions[0], run_transformers(plain), _tolerance(family), ties)
 
 
 def _assert_two_ranks_equal_the_dequantized_model(
