@@ -33,7 +33,7 @@ KERNEL = Variable(
 )
 CPU_ISA = Variable(
     "MOEQ_CPU_ISA",
-    ("avx512_vnni", "avx2", "portable"),
+    ("amx_int8", "avx512_vnni", "avx2", "portable"),
     "the best that the CPU has",
     "instruction set of the CPU kernel; portable is slow, for tests",
 )

@@ -177,6 +177,9 @@ def launch(
         "enable_prefix_caching": False,
         **llm_options,
     }
+    if "kv_lora_rank" in json.loads(Path(model, "config.json").read_text()):
+        # vLLM's multi-head latent attention for AMX takes nothing but bfloat16.
+        options.setdefault("attention_backend", "CPU_MLA")
     job = {
         "model": str(model),
         "llm": options,

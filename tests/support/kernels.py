@@ -15,7 +15,7 @@ from vllm_moeq.kernels.cpu import library
 from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE
 
 CPU_ISAS = [isa.name for isa in (*INSTRUCTION_SETS, PORTABLE) if isa.runs_here()]
-"""``portable`` is the AVX-512 kernel made of smaller vectors: its code is tested on any x86-64."""
+"""``portable`` is AMX's and AVX-512's kernel made of smaller vectors: tested on any x86-64."""
 
 
 def slow_where_portable(name: str) -> object:

@@ -3,6 +3,7 @@
 Imports nothing but the standard library, so that the build of a wheel can use it too.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -53,12 +54,17 @@ _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS = tuple(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))
 
 INSTRUCTION_SETS = (
+    InstructionSet(
+        "amx_int8",
+        _AVX512 | {"amx_tile", "amx_int8"},
+        (*_AVX2_FLAGS, *_AVX512_FLAGS, "-DMOEQ_ISA_AMX"),
+    ),
     InstructionSet("avx512_vnni", _AVX512, (*_AVX2_FLAGS, *_AVX512_FLAGS)),
     InstructionSet("avx2", _AVX2, (*_AVX2_FLAGS, "-DMOEQ_ISA_AVX2")),
 )
 """What the kernel is made for, the fastest first."""
 PORTABLE = InstructionSet("portable", _AVX2, (*_AVX2_FLAGS, "-O1"))
-"""The AVX-512 kernel made of smaller vectors: slow, to test it on CPUs without AVX-512."""
+"""The AMX kernel, and with it AVX-512's, made of smaller vectors: slow, to test them anywhere."""
 
 _LIBRARY_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
 _KERNEL_FLAGS = (
@@ -108,8 +114,19 @@ def _cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), ":")
-    return frozenset(flags.partition(":")[2].split())
+    line = next((line for line in lines if line.startswith("flags")), ":")
+    flags = frozenset(line.partition(":")[2].split())
+    return flags if "amx_tile" in flags and _amx_allowed() else flags - {"amx_tile"}
+
+
+def _amx_allowed() -> bool:
+    """Ask Linux for AMX's registers, which it gives to processes that ask, for good.
+
+    vLLM's own kernels count on somebody having asked: oneDNN does with its first product, which a
+    model may lack whose layers are all packed.
+    """
+    call, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, its register set
+    return ctypes.CDLL(None).syscall(call, request, tile_data) == 0
 
 
 def packaged_library(isa: InstructionSet) -> Path | None:

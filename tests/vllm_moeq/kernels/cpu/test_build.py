@@ -363,3 +363,43 @@ print(functions.moeq_isa().decode(), at_first, started_threads(), len(runtimes))
     assert compiler.compilations == 1
     [library] = (tmp_path / "cache").glob("*.so")
     assert b"gomp" not in library.read_bytes()
+
+
+PERMITTED = """
+import ctypes
+from vllm_moeq.kernels.cpu import library
+features = ctypes.c_uint64()
+library.load()
+assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(features)) == 0
+print(features.value >> 18 & 1)
+"""
+
+
+@pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"), reason="needs AMX"
+)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_process_that_loads_the_kernel_may_use_amx(isa: build.InstructionSet) -> None:
+    """So do vLLM's kernels, which otherwise may be the first to and end the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PERMITTED],
+        env={**CLEAN, "MOEQ_CPU_ISA": isa.name},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_amx_runs_where_the_system_allows_it(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has = "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    monkeypatch.setattr(build, "_amx_allowed", lambda: allowed)
+    build._cpu_flags.cache_clear()
+    try:
+        runs = {isa.name: isa.runs_here() for isa in INSTRUCTION_SETS}
+    finally:
+        build._cpu_flags.cache_clear()
+    assert runs["amx_int8"] == (has and allowed)
+    assert runs["avx512_vnni"] or not runs["amx_int8"]

@@ -49,7 +49,7 @@ def test_every_width_and_group_size(
         runner = replace(runner, errors={torch.float32: INT8_ERROR})
     experts = random_experts([bits] * 2, [bits] * 2, group_size, HIDDEN, INTERMEDIATE)
     # All numbers of tokens that a micro-kernel handles at once, and their remainders.
-    for count in (1, 2, 3, 4, 5, 6, 7, 8, 13):
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 19, 20, 50):
         runner.check(experts, random_tokens(count), *random_routing(count, experts=2))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moeq.kernels.cpu.build import PORTABLE
+from vllm_moeq.kernels.cpu.build import INSTRUCTION_SETS, PORTABLE
 
 SCRIPT = Path(__file__).parents[3] / "sanitize.sh"
 
@@ -15,4 +15,5 @@ SCRIPT = Path(__file__).parents[3] / "sanitize.sh"
 def test_random_layers_are_right_and_clean() -> None:
     done = subprocess.run([SCRIPT, "60"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("60 cases, 0 failed") == 2
+    avx512 = any(isa.name == "avx512_vnni" and isa.runs_here() for isa in INSTRUCTION_SETS)
+    assert done.stdout.count("60 cases, 0 failed") == 2 + avx512

@@ -232,8 +232,10 @@ void multiply_direct_or_unpacked(const uint8_t* header, const Tokens<typename Ke
 // kDirectTokens are worth unpacking weights first, into kUnpacked values of type Unpacked each.
 struct Avx2 {
   using Code = int16_t;
+  using Thread = NoThreadState;
   using Unpacked = int16_t;
   static constexpr int kPlanes = 1;
+  static constexpr int kConsecutiveFrom = kAnyTokens;
   static constexpr int kMicroTokens = 6;
   template <int bits>
   static constexpr int kDirectTokens = 4;

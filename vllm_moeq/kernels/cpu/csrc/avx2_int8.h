@@ -135,8 +135,10 @@ MOEQ_INLINE void dot_unpacked(const uint8_t* unpacked, const int8_t* const* x, i
 
 struct Avx2Int8 {
   using Code = int8_t;
+  using Thread = NoThreadState;
   using Unpacked = uint8_t;
   static constexpr int kPlanes = 1;
+  static constexpr int kConsecutiveFrom = kAnyTokens;
   static constexpr int kMicroTokens = 6;
   template <int bits>
   static constexpr int kDirectTokens = bits == 8 ? 2 : 4;

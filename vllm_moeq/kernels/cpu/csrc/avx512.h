@@ -100,13 +100,73 @@ inline void quantize_int16(const float* x, const Tokens<int8_t>& tokens, int gro
   tokens.sum[place] = scale * static_cast<float>(sum);
 }
 
+// What turns the integer sums of a block of rows into their shares of y.
+struct RowScales {
+  Floats scale, zeros;
+
+  template <int bits>
+  static __attribute__((always_inline)) RowScales load(const uint8_t* header, int row) {
+    return {half_to_float(header + 2 * row),
+            multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>))};
+  }
+  // y += scale * (token scale * sums - zero * token sum)
+  __attribute__((always_inline)) void add(float* y, Ints sums, Floats token_scale,
+                                          Floats token_sum) const {
+    const Floats scaled = multiply(to_float(sums), token_scale);
+    const Floats centred = multiply_add(zeros, token_sum, scaled);
+    store_floats(y, multiply_add(scale, centred, load_floats(y)));
+  }
+};
+
+// One group times a few tokens.
+template <int bits, int planes, int tokens>
+MOEQ_NOINLINE void multiply_tokens(const uint8_t* header, const Tokens<int8_t>& x, int group,
+                                   const int* which, float* y) {
+  const int8_t* codes[tokens * planes];
+  for (int t = 0; t < tokens; ++t)
+    for (int plane = 0; plane < planes; ++plane)
+      codes[t * planes + plane] = x.of(group, which[t]) + plane * x.group_size;
+  for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
+  Ints sums[tokens * planes][kBlocks];
+  repeat<tokens * planes * kBlocks>(
+      MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
+  dot<bits, tokens * planes>(header + kHeaderBytes, codes, x.group_size, sums);
+  float scales[tokens], token_sums[tokens];
+  for (int t = 0; t < tokens; ++t) {
+    const size_t place = x.place(group, which[t]);
+    scales[t] = x.scale[place];
+    token_sums[t] = x.sum[place];
+  }
+  repeat<kBlocks>([&](auto block) __attribute__((always_inline)) {
+    const int row = block * kBlockRows;
+    const RowScales of_rows = RowScales::load<bits>(header, row);
+    repeat<tokens>([&](auto t) __attribute__((always_inline)) {
+      Ints sum = sums[t * planes][block];
+      if constexpr (planes == 2) sum = high_and_low(sum, sums[t * planes + 1][block]);
+      of_rows.add(y + t * kTileRows + row, sum, all(scales[t]), all(token_sums[t]));
+    });
+  });
+}
+
+// One group times any number of tokens, at most a few at a time. Codes are unpacked for every few
+// tokens anew: dot products hide it.
+template <int bits, int planes, int few>
+void multiply_few(const uint8_t* header, const Tokens<int8_t>& x, int group, const int* which,
+                  int count, float* y) {
+  pieces<few>(count, [&](auto tokens, int first) __attribute__((always_inline)) {
+    multiply_tokens<bits, planes, tokens>(header, x, group, which + first, y + first * kTileRows);
+  });
+}
+
 }  // namespace avx512
 
 // With one plane of 8-bit activations, or with two that make 16-bit ones.
 template <int planes>
 struct Avx512Kernel {
   using Code = int8_t;
+  using Thread = NoThreadState;
   static constexpr int kPlanes = planes;
+  static constexpr int kConsecutiveFrom = kAnyTokens;
 
   static void quantize(const float* x, const Tokens<Code>& tokens, int group, int token) {
     if constexpr (planes == 1)
@@ -115,51 +175,11 @@ struct Avx512Kernel {
       avx512::quantize_int16(x, tokens, group, token);
   }
 
-  // Codes are unpacked for every few tokens anew: dot products hide it.
   template <int bits>
   static void multiply_group(const uint8_t* header, const Tokens<Code>& x, int group,
                              const int* which, int count, float* y) {
-    pieces<6 / planes>(  // their sums take 24 of 32 registers
-        count, [&](auto tokens, int first) __attribute__((always_inline)) {
-          multiply_few<bits, tokens>(header, x, group, which + first, y + first * kTileRows);
-        });
-  }
-
- private:
-  template <int bits, int tokens>
-  MOEQ_NOINLINE void multiply_few(const uint8_t* header, const Tokens<Code>& x, int group,
-                                  const int* which, float* y) {
-    using namespace avx512;
-    const Code* codes[tokens * planes];
-    for (int t = 0; t < tokens; ++t)
-      for (int plane = 0; plane < planes; ++plane)
-        codes[t * planes + plane] = x.of(group, which[t]) + plane * x.group_size;
-    for (int i = 0; i < kHeaderBytes; i += 64) prefetch<bits>(header + i);
-    Ints sums[tokens * planes][kBlocks];
-    repeat<tokens * planes * kBlocks>(
-        MOEQ_LAMBDA { sums[index / kBlocks][index % kBlocks] = zero(); });
-    dot<bits, tokens * planes>(header + kHeaderBytes, codes, x.group_size, sums);
-    float scales[tokens], token_sums[tokens];
-    for (int t = 0; t < tokens; ++t) {
-      const size_t place = x.place(group, which[t]);
-      scales[t] = x.scale[place];
-      token_sums[t] = x.sum[place];
-    }
-    // y += scale * (token scale * sums - zero * token sum)
-    repeat<kBlocks>([&](auto block) __attribute__((always_inline)) {
-      const int row = block * kBlockRows;
-      const Floats scale = half_to_float(header + 2 * row);
-      const Floats zeros =
-          multiply(bytes_to_float(header + kZeroOffset + row), all(-kZeroUnit<bits>));
-      repeat<tokens>([&](auto t) __attribute__((always_inline)) {
-        Ints sum = sums[t * planes][block];
-        if constexpr (planes == 2) sum = high_and_low(sum, sums[t * planes + 1][block]);
-        float* out = y + t * kTileRows + row;
-        const Floats scaled = multiply(to_float(sum), all(scales[t]));
-        const Floats centred = multiply_add(zeros, all(token_sums[t]), scaled);
-        store_floats(out, multiply_add(scale, centred, load_floats(out)));
-      });
-    });
+    constexpr int few = 6 / planes;  // whose sums take 24 of 32 registers
+    avx512::multiply_few<bits, planes, few>(header, x, group, which, count, y);
   }
 };
 

@@ -65,6 +65,7 @@ struct Layer {
 struct Routing {
   std::vector<int> begin;   // of each expert, and the end of the last
   std::vector<int> active;  // experts with tokens
+  int most;                 // tokens of an expert
   std::vector<int> choice;  // position to index into expert_ids
   std::vector<int> token;   // position to token
 
@@ -84,6 +85,7 @@ struct Routing {
       if (slot >= 0) ++begin[slot + 1];
     }
     active.clear();
+    most = *std::max_element(begin.begin(), begin.end());
     for (int64_t slot = 0; slot < call.experts; ++slot) {
       if (begin[slot + 1]) active.push_back(static_cast<int>(slot));
       begin[slot + 1] += begin[slot];
@@ -114,9 +116,11 @@ class Pass {
         token_count_(tokens),
         unit_tiles_(std::max(1, layer.group_size / kTileRows)),
         sums_per_thread_(static_cast<size_t>(2 * unit_tiles_ * kTokensPerTile) * kTileRows),
+        gathers_(routing.most >= Kernel::kConsecutiveFrom),
         x_(scratch.tokens<Kernel>(tokens, layer.hidden, layer.group_size)),
-        hidden_(scratch.tokens<Kernel>(static_cast<int>(routing.token.size()), layer.intermediate,
-                                       layer.group_size)),
+        gathered_(gathers_ ? scratch.tokens<Kernel>(positions(), layer.hidden, layer.group_size)
+                           : x_),
+        hidden_(scratch.tokens<Kernel>(positions(), layer.intermediate, layer.group_size)),
         sums_(scratch.take<float>(sums_per_thread_ * omp_get_max_threads())),
         outputs_(
             scratch.take<float>(static_cast<size_t>(tokens) * kTileRows * omp_get_max_threads())),
@@ -130,11 +134,18 @@ class Pass {
     const int active = static_cast<int>(routing_.active.size());
 #pragma omp parallel
     {
+      [[maybe_unused]] const typename Kernel::Thread state(layer_.group_size);
       const size_t thread = omp_get_thread_num();
       float* sums = sums_ + thread * sums_per_thread_;
       float* output = outputs_ + thread * token_count_ * kTileRows;
 #pragma omp for schedule(static)
       for (int i = 0; i < token_count_ * groups; ++i) quantize_input(i / groups, i % groups);
+      if (gathers_) {
+#pragma omp for schedule(static)
+        for (int group = 0; group < groups; ++group)
+          for (int position = 0; position < positions(); ++position)
+            gathered_.copy(group, position, x_, routing_.token[position]);
+      }
 #pragma omp for schedule(dynamic, 1)
       for (int task = 0; task < active * units; ++task)
         intermediate_unit(routing_.active[task / units], task % units, sums);
@@ -144,6 +155,8 @@ class Pass {
   }
 
  private:
+  int positions() const { return static_cast<int>(routing_.token.size()); }
+
   void quantize_input(int token, int group) {
     const size_t offset = static_cast<size_t>(first_token_ + token) * layer_.hidden +
                           static_cast<size_t>(group) * layer_.group_size;
@@ -173,7 +186,7 @@ class Pass {
     for (int first = routing_.begin[expert]; first < end; first += kTokensPerTile) {
       const int last = std::min(first + kTokensPerTile, end);
       for (int tile = first_tile * streams; tile < last_tile * streams; ++tile)
-        run_tile(w13, tile, x_, routing_.token, first, last,
+        run_tile(w13, tile, gathered_, gathers_ ? positions_ : routing_.token, first, last,
                  sums + (tile - first_tile * streams) * tile_sums);
       for (int position = first; position < last; ++position) {
         alignas(64) float gate[kMaxGroup], up[kMaxGroup];
@@ -255,7 +268,10 @@ class Pass {
   const int token_count_;
   const int unit_tiles_;  // of 64 columns, a whole number of groups
   const size_t sums_per_thread_;
-  Acts x_, hidden_;
+  const bool gathers_;
+  Acts x_;         // of each token
+  Acts gathered_;  // of each position, if the kernel wants those of an expert one after another
+  Acts hidden_;    // of each position
   float* const sums_;
   float* const outputs_;
   std::vector<int> positions_;  // all of them: those of hidden_

@@ -36,6 +36,7 @@ class LinearPass {
     const int chunks = (token_count_ + kTokensPerTile - 1) / kTokensPerTile;
 #pragma omp parallel
     {
+      [[maybe_unused]] const typename Kernel::Thread state(call_.group_size);
       float* sums = sums_ + static_cast<size_t>(omp_get_thread_num()) * kTokensPerTile * kTileRows;
 #pragma omp for schedule(static)
       for (int i = 0; i < token_count_ * matrix_.groups; ++i)

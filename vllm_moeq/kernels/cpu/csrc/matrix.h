@@ -15,7 +15,7 @@
 #include "avx2.h"
 #include "avx2_int8.h"
 #else
-#include "avx512.h"
+#include "amx.h"
 #endif
 
 namespace moeq {
@@ -30,14 +30,21 @@ namespace isa = avx2;
 using Int16Kernel = Avx2;
 using Int8Kernel = Avx2Int8;
 #else
-#ifdef __AVX512VNNI__
+namespace isa = avx512;
+#if defined(MOEQ_ISA_AMX)
+constexpr const char* kIsaName = "amx_int8";
+#elif defined(__AVX512VNNI__)
 constexpr const char* kIsaName = "avx512_vnni";
 #else
 constexpr const char* kIsaName = "portable";
 #endif
-namespace isa = avx512;
+#if defined(__AVX512VNNI__) && !defined(MOEQ_ISA_AMX)
 using Int16Kernel = Avx512;
 using Int8Kernel = Avx512Int8;
+#else
+using Int16Kernel = Amx;
+using Int8Kernel = AmxInt8;
+#endif
 #endif
 
 // The weights of a linear layer, of one projection of one expert for example.
@@ -106,7 +113,8 @@ class Scratch {
   Tokens<typename Kernel::Code> tokens(int count, int columns, int group_size) {
     constexpr int planes = Kernel::kPlanes;
     const size_t groups = static_cast<size_t>(count) * (columns / group_size);
-    return {take<typename Kernel::Code>(groups * group_size * planes),
+    constexpr int spare = 16;  // tokens: a kernel may read as many at once, and ignore some
+    return {take<typename Kernel::Code>((groups + spare) * group_size * planes),
             take<float>(groups),
             take<float>(groups),
             count,
@@ -122,7 +130,7 @@ class Scratch {
   void reset() { next_ = 0; }
 
  private:
-  std::array<std::vector<char>, 8> buffers_;
+  std::array<std::vector<char>, 11> buffers_;
   size_t next_ = 0;
 };
 

@@ -18,6 +18,8 @@ using Floats = __m512;
 
 MOEQ_INLINE Ints zero() { return _mm512_setzero_si512(); }
 MOEQ_INLINE Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+MOEQ_INLINE void store(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+MOEQ_INLINE Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(bits)));
 }
@@ -78,6 +80,8 @@ MOEQ_INLINE Vector load_vector(const void* p) {
 }
 MOEQ_INLINE Ints zero() { return Ints{}; }
 MOEQ_INLINE Bytes load(const uint8_t* p) { return load_vector<Bytes>(p); }
+MOEQ_INLINE void store(uint8_t* p, Bytes v) { std::memcpy(p, &v, sizeof v); }
+MOEQ_INLINE Ints load_ints(const int32_t* p) { return load_vector<Ints>(p); }
 MOEQ_INLINE Bytes mask(Bytes v, uint8_t bits) { return v & bits; }
 template <int count>
 MOEQ_INLINE Bytes shift(Bytes v) {

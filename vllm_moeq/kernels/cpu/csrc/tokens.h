@@ -26,6 +26,13 @@ struct Tokens {
   // Index into scale and sum.
   size_t place(int group, int token) const { return static_cast<size_t>(group) * count + token; }
   Code* of(int group, int token) const { return codes + place(group, token) * planes * group_size; }
+
+  void copy(int group, int token, const Tokens& from, int from_token) const {
+    std::copy_n(from.of(group, from_token), static_cast<size_t>(planes) * group_size,
+                of(group, token));
+    scale[place(group, token)] = from.scale[from.place(group, from_token)];
+    sum[place(group, token)] = from.sum[from.place(group, from_token)];
+  }
 };
 
 // Round x to integers of at most `largest` and return the scale. A group with a NaN or an infinity
