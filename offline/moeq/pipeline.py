@@ -34,6 +34,7 @@ from moeq.planning import (
     check,
     decide,
     measurement_of,
+    measuring_cost,
     stand_in,
     without_stale_claims,
 )
@@ -140,7 +141,9 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     text = _calibration_text(request, source)
     measurement = _measurement(request, source, text)
     workers = _workers(source, text)
-    _announce(request, text, workers, None if measurement is None else measurement.cost(), None)
+    _announce(
+        request, text, workers, None if measurement is None else measuring_cost(measurement), None
+    )
     result = decide(source, request, measurement, None, progress, workers).plan
     if request.output is not None:
         write_plan(result, request.output)
@@ -384,7 +387,7 @@ def _estimate(
     text: _Text | None,
 ) -> Estimate:
     calibration = _calibration(request, conversion, text)
-    measuring = None if measurement is None else measurement.cost()
+    measuring = None if measurement is None else measuring_cost(measurement)
     rounding = None if calibration is None else calibration_cost(calibration)
     memory = [conversion.memory_bytes]
     memory += [cost.memory_bytes for cost in (measuring, rounding) if cost is not None]

@@ -14,7 +14,7 @@ from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, family_of
 from moeq.errors import MoeqError
 from moeq.model.cost import at_once, experts_of_a_token, tokens_of_experts
-from moeq.planning import Measurement
+from moeq.planning import Measurement, measuring_cost
 from support.checkpoints import NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import BitPlan, LayerBits
 
@@ -87,7 +87,7 @@ def test_the_experts_of_a_layer_are_shared_among_workers(
     if rounding:
         cost = calibration_cost(CalibrationConfig(source, plan, tokens))
     else:
-        cost = Measurement(source, options, tokens, "gptq", cpu).cost()
+        cost = measuring_cost(Measurement(source, options, tokens, "gptq", cpu))
     cost = cost._replace(at_once=1)
     seconds = {workers: cost.seconds(cpu, workers) for workers in (1, 2, 3, 4, 5, 7, 8, 99)}
     assert seconds[1] == cost.seconds(cpu)
