@@ -1,32 +1,44 @@
 """The ways from a request to its result: what ``moeq quantize`` and its kin do, step by step."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 
-from moeq.calibration import REPORT_NAME, CalibrationConfig, calibrate, calibration_cost
+from moeq.calibration import (
+    REPORT_NAME,
+    CalibrationConfig,
+    CalibrationReport,
+    calibrate,
+    calibration_cost,
+)
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.atomic import check_output_is_free, new_folder
 from moeq.checkpoint.data_free import DataFree
 from moeq.checkpoint.disk_errors import disk_errors
-from moeq.checkpoint.fits import check_group_size, check_plan_fits, fitting_group_size
-from moeq.checkpoint.linear import FULL_WIDTH, group_widths, linear_groups, lost_integers
+from moeq.checkpoint.fits import check_plan_fits
+from moeq.checkpoint.linear import FULL_WIDTH, group_widths, linear_groups
 from moeq.checkpoint.packed import PackedReader
 from moeq.checkpoint.plan_file import load_plan, write_plan
-from moeq.checkpoint.servable import not_added
 from moeq.checkpoint.verify import packed_layers, verify_checkpoint
 from moeq.checkpoint.workspace import Workspace
 from moeq.checkpoint.writer import Conversion, PackedSource
 from moeq.comparison import Findings, Study, check_strategies, write_comparison
 from moeq.errors import MoeqError
 from moeq.evaluation import Evaluation, PackedModel
+from moeq.inputs import (
+    CalibrationText,
+    calibration_text,
+    open_model,
+    open_to_plan,
+    with_group_size,
+)
 from moeq.model.cost import Cost, at_once
 from moeq.model.device import all_devices, local_workers, torch_device
-from moeq.model.structure import check_structure, structure_problems
+from moeq.model.structure import structure_problems
 from moeq.model.text import calibration_sequences, evaluation_sequences
 from moeq.planning import (
     MEASUREMENT_NAME,
@@ -34,6 +46,7 @@ from moeq.planning import (
     check,
     decide,
     measurement_of,
+    measuring_cost,
     stand_in,
     without_stale_claims,
 )
@@ -42,18 +55,9 @@ from moeq.requests import CompareRequest, EvaluateRequest, PlanRequest, Quantize
 from moeq.result import Estimate, QuantizedModel
 from moeq.units import counted, duration, parse_size, public_name
 from moeq.workers import PROCESS_BYTES, Cluster, Workers, connected
-from vllm_moeq.format import GROUP_SIZES, BitPlan
+from vllm_moeq.format import BitPlan
 
 logger = logging.getLogger(__name__)
-
-AnyPlanRequest = TypeVar("AnyPlanRequest", bound=PlanRequest)
-
-
-class _Text(NamedTuple):
-    """Calibration text as tokens int64 [n, L], and where to run them."""
-
-    tokens: torch.Tensor
-    device: torch.device
 
 
 def quantize(request: QuantizeRequest, progress: Progress = silent) -> QuantizedModel:
@@ -62,68 +66,114 @@ def quantize(request: QuantizeRequest, progress: Progress = silent) -> Quantized
     Raises:
         MoeqError: Something does not fit the model, or the disk is full; names it.
     """
-    output = request.output.absolute()
-    check_output_is_free(output)
+    check_output_is_free(request.output.absolute())
+    job = _prepare(request)
+    with connected(request.ray, job.source.folder):
+        workers = _workers(job.source, job.text, request.ray, job.estimate)
+        if workers is not None:
+            job = replace(job, estimate=replace(job.estimate, workers=workers.count))
+        if request.dry_run:
+            return job.result(job.conversion.plan, written=False)
+        return _write(job, workers, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A quantization that can start: what is asked fits the model.
+
+    Attributes:
+        request: What is asked, with a group size.
+        text: To measure the plan and to round with; None if neither needs any.
+        measurement: What to measure for the plan; None if it is known.
+        conversion: To that plan; or to another one of the same size, before it is measured.
+        estimate: What it takes.
+    """
+
+    request: QuantizeRequest
+    text: CalibrationText | None
+    measurement: Measurement | None
+    conversion: Conversion
+    estimate: Estimate
+
+    @property
+    def source(self) -> SourceModel:
+        """The model."""
+        return self.conversion.source
+
+    def result(
+        self, plan: BitPlan, written: bool, coverage: CalibrationReport | None = None
+    ) -> QuantizedModel:
+        """Return what :func:`quantize` does."""
+        in_vllm = not self.source.layers[0].family.encodes
+        return QuantizedModel(self.request.output, written, plan, self.estimate, coverage, in_vllm)
+
+
+def _prepare(request: QuantizeRequest) -> _Job:
+    """Open the model, and check that it can become what is asked before anything is written."""
     given = _given_plan(request)
-    embeddings = request.quantize_embeddings or given is not None
-    source = _opened(request.model, embeddings).asked_for(_copied_bits(request))
-    _check_embeddings(request, source)
-    in_vllm = not source.layers[0].family.encodes
-    if not in_vllm:
+    source = open_to_plan(request, embeddings=request.quantize_embeddings or given is not None)
+    if source.layers[0].family.encodes:
         logger.warning(
             "vLLM has no %s: the result runs in transformers, after `import vllm_moeq.hf`",
             source.reader.config["model_type"],
         )
     if given is None:
-        request = _with_group_size(request, source)
+        request = with_group_size(request, source)
     else:
         check_plan_fits(given, source.layers)
         group_widths(given, source.linear)
-    text = _calibration_text(request, source)
+    text = calibration_text(request, source)
     measurement = _measurement(request, source, text)
-    # Of the right size, before a measured plan is known.
-    expected = given or (
-        decide(source, request, None).plan if measurement is None else stand_in(source, measurement)
-    )
-    conversion = _conversion(request, source, expected, text)
+    if given is not None:
+        plan = given
+    elif measurement is not None:
+        plan = stand_in(source, measurement)
+    else:
+        plan = decide(source, request, None).plan
+    conversion = _conversion(request, source, plan, text)
     estimate = _estimate(request, conversion, measurement, text)
-    resumes = request.is_calibrated or measurement is not None
+    return _Job(request, text, measurement, conversion, estimate)
+
+
+def _write(job: _Job, workers: Workers | None, progress: Progress) -> QuantizedModel:
+    """Measure the plan if needed, round, and write, in a workspace beside the output."""
+    request, output = job.request, job.request.output.absolute()
+    by_cluster = request.ray is not None and not request.is_calibrated
+    writers = Cluster("cpu") if by_cluster else None
+    resumes = request.is_calibrated or job.measurement is not None
     then = "go on with `resume`" if resumes else "run the command again"
-    with connected(request.ray, source.folder):
-        workers = _workers(source, text, request.ray, estimate)
-        if workers is not None:
-            estimate = replace(estimate, workers=workers.count)
-        if request.dry_run:
-            return QuantizedModel(request.output, False, conversion.plan, estimate, in_vllm=in_vllm)
-        by_cluster = request.ray is not None and not request.is_calibrated
-        writers = Cluster("cpu") if by_cluster else None
-        with (
-            Workspace.open(output, request.resume) as workspace,
-            disk_errors(f"cannot write {output}", then),
-        ):
-            workspace.check_space(estimate.disk_bytes)
-            _announce(request, text, workers, estimate.measuring, estimate.rounding)
-            reports: dict[str, Any] = {}
-            if measurement is not None:
-                plan, reports[MEASUREMENT_NAME] = decide(
-                    source, request, measurement, workspace.plan, progress, workers
-                )
-                conversion = _conversion(request, source, plan, text)
-            logger.info("%s", _in_short(conversion.plan))
-            calibration = _calibration(request, conversion, text)
-            report = None
-            experts: PackedSource
-            if calibration is None:
-                experts = DataFree(source, request.chosen_method, conversion.plan.group_size)
-            else:
-                experts = calibrated = calibrate(
-                    calibration, workspace.calibration, request.resume, progress, workers
-                )
-                report = calibrated.report
-                reports[REPORT_NAME] = report.to_dict()
-            conversion.write(workspace.partial, experts, reports, progress, writers)
-            workspace.publish()
-    return QuantizedModel(request.output, True, conversion.plan, estimate, report, in_vllm)
+    with (
+        Workspace.open(output, request.resume) as workspace,
+        disk_errors(f"cannot write {output}", then),
+    ):
+        workspace.check_space(job.estimate.disk_bytes)
+        _announce(request, job.text, workers, job.estimate.measuring, job.estimate.rounding)
+        reports: dict[str, Any] = {}
+        conversion = job.conversion
+        if job.measurement is not None:
+            plan, reports[MEASUREMENT_NAME] = decide(
+                job.source, request, job.measurement, workspace.plan, progress, workers
+            )
+            conversion = _conversion(request, job.source, plan, job.text)
+        logger.info("%s", _in_short(conversion.plan))
+        weights, coverage = _round(job, conversion, workspace.calibration, workers, progress)
+        if coverage is not None:
+            reports[REPORT_NAME] = coverage.to_dict()
+        conversion.write(workspace.partial, weights, reports, progress, writers)
+        workspace.publish()
+    return job.result(conversion.plan, written=True, coverage=coverage)
+
+
+def _round(
+    job: _Job, conversion: Conversion, folder: Path, workers: Workers | None, progress: Progress
+) -> tuple[PackedSource, CalibrationReport | None]:
+    """Round with text, into a folder that outlives a kill; or leave it to when it is written."""
+    calibration = _calibration(job.request, conversion, job.text)
+    if calibration is None:
+        group_size = conversion.plan.group_size
+        return DataFree(job.source, job.request.chosen_method, group_size), None
+    calibrated = calibrate(calibration, folder, job.request.resume, progress, workers)
+    return calibrated, calibrated.report
 
 
 def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
@@ -134,13 +184,13 @@ def plan(request: PlanRequest, progress: Progress = silent) -> BitPlan:
     """
     if request.output is not None:
         check_output_is_free(request.output)
-    source = _opened(request.model, request.quantize_embeddings).asked_for(_copied_bits(request))
-    _check_embeddings(request, source)
-    request = _with_group_size(request, source)
-    text = _calibration_text(request, source)
+    source = open_to_plan(request, request.quantize_embeddings)
+    request = with_group_size(request, source)
+    text = calibration_text(request, source)
     measurement = _measurement(request, source, text)
     workers = _workers(source, text)
-    _announce(request, text, workers, None if measurement is None else measurement.cost(), None)
+    cost = None if measurement is None else measuring_cost(measurement)
+    _announce(request, text, workers, cost, None)
     result = decide(source, request, measurement, None, progress, workers).plan
     if request.output is not None:
         write_plan(result, request.output)
@@ -153,7 +203,7 @@ def evaluate(request: EvaluateRequest, progress: Progress = silent) -> Evaluatio
     Raises:
         MoeqError: It does not come from the original, or the backend cannot run it.
     """
-    original = _opened(request.against, embeddings=True)
+    original = open_model(request.against, embeddings=True)
     device = torch_device(request.device)
     packed = PackedModel.open(request.packed, original)
     sequences = evaluation_sequences(
@@ -173,7 +223,7 @@ def compare(request: CompareRequest, progress: Progress = silent) -> Findings:
         raise MoeqError("the page needs matplotlib: pip install 'vllm-moeq[report]'")
     device = torch_device(request.device)
     with new_folder(request.output.absolute()) as folder:
-        source = _opened(request.model).asked_for(FULL_WIDTH)
+        source = open_model(request.model).asked_for(FULL_WIDTH)
         tokens = calibration_sequences(
             source.folder, request.calib, request.nsamples, request.seqlen, request.seed
         )
@@ -209,85 +259,9 @@ def verify(folder: Path) -> list[str]:
     return structure_problems(reader, layers)
 
 
-def _opened(model: str, embeddings: bool = False) -> SourceModel:
-    """Open a source and check that it is whole; see :meth:`SourceModel.open`."""
-    source = SourceModel.open(model, embeddings)
-    check_structure(source.reader, source.layers)
-    if source.left_out:
-        logger.warning(
-            "%s: %d tensors of prediction layers are left out, the first is %s: %s",
-            source.folder,
-            len(source.left_out),
-            source.left_out[0],
-            "it is not known where vLLM looks for them, and it might not start"
-            if source.layers[0].family.derived
-            else "vLLM has none for this model and would not start",
-        )
-    bias = not_added(source.reader.config)
-    if bias is not None and source.reader.tensor(bias).any():
-        logger.warning(
-            "%s: vLLM does not add %s, packed or not: its answers are not those of transformers",
-            source.folder,
-            bias,
-        )
-    return source
-
-
-def _copied_bits(request: PlanRequest) -> str | int:
-    """Return with which width dense layers of the source may be copied."""
-    # What they take would depend on the group size that a plan chooses.
-    return FULL_WIDTH if len(request.group_sizes) > 1 else request.dense_bits
-
-
-def _check_embeddings(request: PlanRequest, source: SourceModel) -> None:
-    if request.quantize_embeddings and not any(group.embeds for group in source.linear):
-        raise MoeqError(
-            f"{source.folder}: embeddings of this model stay in 16 bits: tokens and the output "
-            "head share one matrix, prediction layers use them, too, their rows are no multiple "
-            "of 32, or they have other names. Leave `quantize_embeddings` out"
-        )
-
-
-def _with_group_size(request: AnyPlanRequest, source: SourceModel) -> AnyPlanRequest:
-    """Take a group size if none is asked for; refuse what cannot be packed before text is read."""
-    if request.group_size is None:
-        group_size = fitting_group_size(source.layers)
-        request = replace(request, group_size=group_size)
-        if group_size != max(GROUP_SIZES):
-            logger.info("group size: %d, which fits the sizes of the experts best", group_size)
-    for group_size in request.group_sizes:
-        check_group_size(group_size, source.layers)
-        layer = max(source.layers, key=lambda layer: layer.added_columns(group_size))
-        added = layer.added_columns(group_size)
-        if added:
-            logger.info(
-                "group size %d does not divide the intermediate_size %d: serving takes the memory "
-                "of %d",
-                group_size, layer.intermediate_size, layer.intermediate_size + added,
-            )  # fmt: skip
-    largest = max(request.group_sizes)
-    for group in lost_integers(source.linear, largest)[:1]:
-        logger.info(
-            "group size %d does not divide that of dense layers of %d bits in the source, %d: they "
-            "are dequantized",
-            largest, group.stored_bits, group.stored_group_size,
-        )  # fmt: skip
-    return request
-
-
-def _calibration_text(request: PlanRequest, source: SourceModel) -> _Text | None:
-    if not request.uses_text or request.text is None:
-        return None
-    device = torch_device(request.device)
-    tokens = calibration_sequences(
-        source.folder, request.text, request.nsamples, request.seqlen, request.seed
-    )
-    return _Text(tokens, device)
-
-
 def _workers(
     source: SourceModel,
-    text: _Text | None,
+    text: CalibrationText | None,
     ray: str | None = None,
     estimate: Estimate | None = None,
 ) -> Workers | None:
@@ -303,7 +277,7 @@ def _workers(
 
 
 def _measurement(
-    request: PlanRequest, source: SourceModel, text: _Text | None
+    request: PlanRequest, source: SourceModel, text: CalibrationText | None
 ) -> Measurement | None:
     """Return what has to be measured for the plan, checked."""
     if text is None or not request.is_measured:
@@ -315,7 +289,7 @@ def _measurement(
 
 def _announce(
     request: PlanRequest,
-    text: _Text | None,
+    text: CalibrationText | None,
     workers: Workers | None,
     measuring: Cost | None,
     rounding: Cost | None,
@@ -353,7 +327,7 @@ def _given_plan(request: QuantizeRequest) -> BitPlan | None:
 
 
 def _conversion(
-    request: QuantizeRequest, source: SourceModel, plan: BitPlan, text: _Text | None
+    request: QuantizeRequest, source: SourceModel, plan: BitPlan, text: CalibrationText | None
 ) -> Conversion:
     shard_bytes = parse_size(request.max_shard_size, "max_shard_size")
     note = request.chosen_method
@@ -367,7 +341,7 @@ def _conversion(
 
 
 def _calibration(
-    request: QuantizeRequest, conversion: Conversion, text: _Text | None
+    request: QuantizeRequest, conversion: Conversion, text: CalibrationText | None
 ) -> CalibrationConfig | None:
     if not request.is_calibrated or text is None:
         return None
@@ -381,10 +355,10 @@ def _estimate(
     request: QuantizeRequest,
     conversion: Conversion,
     measurement: Measurement | None,
-    text: _Text | None,
+    text: CalibrationText | None,
 ) -> Estimate:
     calibration = _calibration(request, conversion, text)
-    measuring = None if measurement is None else measurement.cost()
+    measuring = None if measurement is None else measuring_cost(measurement)
     rounding = None if calibration is None else calibration_cost(calibration)
     memory = [conversion.memory_bytes]
     memory += [cost.memory_bytes for cost in (measuring, rounding) if cost is not None]

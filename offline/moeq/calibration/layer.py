@@ -16,7 +16,7 @@ from moeq.workers import Workers
 from vllm_moeq.format import Projection
 
 
-def round_layer(
+def round_experts(
     config: CalibrationConfig,
     model: LayerwiseModel,
     layer: MoELayer,

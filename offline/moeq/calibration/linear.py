@@ -1,13 +1,11 @@
 """Rounds the dense layers of a decoder layer, in the order in which they run."""
 
-from collections.abc import Mapping
 from itertools import groupby
 
 import torch
 
 from moeq.calibration.config import CalibrationConfig
 from moeq.calibration.snapshots import Tensors
-from moeq.checkpoint.linear import LinearGroup
 from moeq.model import LayerwiseModel, LinearInputs
 
 
@@ -15,7 +13,6 @@ def round_linear_layers(
     config: CalibrationConfig,
     model: LayerwiseModel,
     index: int,
-    widths: Mapping[LinearGroup, int],
     hidden: torch.Tensor,
 ) -> tuple[Tensors, Tensors]:
     """Round the dense layers that the plan names, each by what it gets behind rounded ones.
@@ -24,7 +21,6 @@ def round_linear_layers(
         config: What to round, and how.
         model: Runs the layer.
         index: Which decoder layer; or what a group of embeddings has in its place.
-        widths: Of the dense layers of all decoder layers that are to be rounded.
         hidden: float32 [n, L, hidden_size]: its input, which stays as it is.
 
     Returns:
@@ -33,6 +29,7 @@ def round_linear_layers(
     Raises:
         MoeqError: A weight cannot be quantized; names it.
     """
+    widths = config.linear
     planned = [group for group in widths if group.layer == index]
     weights: Tensors = {}
     stored: Tensors = {}

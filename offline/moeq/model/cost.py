@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from moeq.checkpoint import MoELayer, SourceModel
 from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.servable import text_config
+from moeq.errors import MoeqError
 from moeq.rounding import REFINEMENT, Hessian, block_size, gram, gram_block, quantize_gptq
 from moeq.workers import on_devices
 from moeq.workers.local import Shared, Work
@@ -160,11 +161,23 @@ def working_bytes(layer: MoELayer) -> int:
 
 
 def experts_of_a_token(source: SourceModel, layer: MoELayer) -> int:
-    """Return how many experts of a layer get each token."""
+    """Return how many experts of a layer get each token: all, if ``config.json`` does not say.
+
+    Raises:
+        MoeqError: It says something that is no number of experts.
+    """
+    if layer.family.top_k:
+        return layer.family.top_k
     config = text_config(source.reader.config)
-    stated = (config[name] for name in _TOP_K if name in config)
-    top_k = layer.family.top_k or next(stated, layer.num_experts)
-    return int(max(top_k) if isinstance(top_k, list) else top_k)  # one for each layer
+    stated = {name: config[name] for name in _TOP_K if name in config}
+    if not stated:
+        return layer.num_experts
+    for value in stated.values():
+        numbers = value if isinstance(value, list) else [value]  # one for each layer
+        if numbers and all(isinstance(number, int) for number in numbers) and max(numbers) > 0:
+            return int(max(numbers))
+    name, value = next(iter(stated.items()))
+    raise MoeqError(f"{source.folder}: config.json has {name} {value!r}, no number of experts")
 
 
 def tokens_of_experts(count: int, top_k: int, num_experts: int) -> float:

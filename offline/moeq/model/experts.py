@@ -107,7 +107,7 @@ def run_layer(
         sources: Sets of experts.
         sums: Likewise, for what the experts' shares are added to; not needed where the model adds
             up.
-        workers: See :func:`add_experts`.
+        workers: Run the experts; by default the model's device does.
 
     Returns:
         What the experts got; None for a layer without experts.
@@ -116,48 +116,47 @@ def run_layer(
         sums = hidden
     elif sums is None:
         sums = torch.empty_like(hidden)
-    count, first = len(hidden) // len(sources), 0
     parts: list[tuple[slice, Weights]] = []
     routings: list[Routed] = []
-    for _, alike in groupby(sources, key=lambda source: source.linear):
-        some = list(alike)  # those that share their dense layers, whose activations lie together
-        part = slice(first, first := first + len(some) * count)
-        weights = some[0].linear_weights(index)
-        routed = model.run(index, hidden[part], x[part], sums[part], weights)
+    for part, weights in _dense_layers(sources, index, len(hidden) // len(sources)):
+        routed = model.run_without_experts(index, hidden[part], x[part], sums[part], weights)
         if routed is not None:
             parts.append((part, weights))
             routings.append(routed)
     if not routings:
         return None
-    ids, shares = (torch.cat([getattr(r, name) for r in routings]) for name in ("ids", "weights"))
-    together = Routed(x.view(-1, x.shape[-1]), ids, shares)
-    add_experts(model, model.moe_layers[index], together, sums, sources, workers)
+    together = Routed(
+        x.view(-1, x.shape[-1]),
+        torch.cat([routed.ids for routed in routings]),
+        torch.cat([routed.weights for routed in routings]),
+    )
+    flat = sums.view(-1, sums.shape[-1])
+    for places, share in expert_shares(model, model.moe_layers[index], together, sources, workers):
+        flat.index_add_(0, places, share)
     for part, weights in parts:
-        model.complete(index, hidden[part], sums[part], weights)
+        model.finish(index, hidden[part], sums[part], weights)
     return together
 
 
-def add_experts(
-    model: LayerwiseModel,
-    layer: MoELayer,
-    routed: Routed,
-    sums: torch.Tensor,
-    sources: Sequence[ExpertSource],
-    workers: Workers | None = None,
-) -> None:
-    """Add, in place, the shares of a layer's experts.
+def _dense_layers(
+    sources: Sequence[ExpertSource], index: int, count: int
+) -> Iterator[tuple[slice, Weights]]:
+    """Yield the dense layers of sources: those of neighbours that share them are run together.
 
     Args:
-        model: Runs them.
-        layer: Where they are.
-        routed: What they get.
-        sums: float32 [sources * n, L, hidden_size]: n sequences for each source of experts.
         sources: Sets of experts.
-        workers: Run the experts; by default the model's device does.
+        index: Which layer.
+        count: Sequences for each source.
+
+    Yields:
+        Places of the sequences among those for all sources, and the weights that they run with.
     """
-    flat = sums.view(-1, sums.shape[-1])
-    for places, share in expert_shares(model, layer, routed, sources, workers):
-        flat.index_add_(0, places, share)
+    first = 0
+    for _, neighbours in groupby(sources, key=lambda source: source.linear):
+        alike = list(neighbours)
+        last = first + len(alike) * count
+        yield slice(first, last), alike[0].linear_weights(index)
+        first = last
 
 
 def expert_shares(
@@ -167,7 +166,14 @@ def expert_shares(
     sources: Sequence[ExpertSource],
     workers: Workers | None = None,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what a layer's experts add, expert by expert; arguments are those of adding it.
+    """Yield what a layer's experts add, expert by expert.
+
+    Args:
+        model: Runs them.
+        layer: Where they are.
+        routed: What they get: as many tokens for each source, one source after another.
+        sources: Sets of experts.
+        workers: Run the experts; by default the model's device does.
 
     Yields:
         Places [n] of an expert's tokens, and what it adds there [n, hidden_size]; nothing for an

@@ -29,13 +29,18 @@ TOKENS_AT_ONCE = 2048
 class LayerwiseModel(ModelEnds):
     """The layers of a checkpoint, to be run in order on the same sequences.
 
+    A layer with experts is run in three steps, all of which :func:`moeq.model.run_layer` does:
+    :meth:`run_without_experts` returns what the experts get, the caller adds what they give, their
+    shares, to ``sums``, and :meth:`finish` makes the output of the layer of it.
+
     Args:
         source: The checkpoint.
         device: Where layers run.
 
     Attributes:
-        adds_up: Whether a layer gives what it would without experts, and their sum. Else it does
-            more with their sum, and runs a second time once that is known.
+        adds_up: Whether a layer gives what it would without experts, plus their shares: these are
+            added straight to its output then. Else, where a norm follows the experts, their sum is
+            kept apart, and the layer runs a second time once that is known.
 
     Raises:
         MoeqError: transformers does not know the model, or its layers get more than what the one
@@ -78,7 +83,7 @@ class LayerwiseModel(ModelEnds):
         return result
 
     @torch.no_grad()
-    def run(
+    def run_without_experts(
         self,
         index: int,
         hidden: torch.Tensor,
@@ -86,7 +91,7 @@ class LayerwiseModel(ModelEnds):
         sums: torch.Tensor,
         weights: Weights = NO_WEIGHTS,
     ) -> Routed | None:
-        """Run one layer, all but its routed experts; if it has any, :meth:`complete` has to follow.
+        """Run one layer, all but its routed experts; if it has any, :meth:`finish` has to follow.
 
         Args:
             index: Which layer.
@@ -99,7 +104,7 @@ class LayerwiseModel(ModelEnds):
         Returns:
             What the experts get; None for a layer without experts.
         """
-        moe, size = self.moe_layers.get(index), self._batch_size(hidden)
+        has_experts, size = index in self.moe_layers, self._batch_size(hidden)
         recorder = Recorder(x, size)
 
         def give(routed: Routed) -> torch.Tensor:
@@ -109,46 +114,25 @@ class LayerwiseModel(ModelEnds):
         with self._loaded(index, give, weights) as layer:
             for sequences in torch.split(hidden, size):
                 output = layer(sequences.to(self.device))
-                if moe is None or self.adds_up:
+                if self.adds_up or not has_experts:
                     sequences.copy_(output)
-        if moe is None:
+        if not has_experts:
             return None
         if not self.adds_up:
             sums.zero_()
         return recorder.all(self._residual_multiplier)
 
     @torch.no_grad()
-    def watch(self, index: int, hidden: torch.Tensor, weights: Weights, watch: Watch) -> None:
-        """Run one layer without its routed experts, as far as it takes to see dense layers' inputs.
-
-        Args:
-            index: Which layer; their number is the end of the model, with its head.
-            hidden: float32 [n, L, hidden_size]: input, which stays as it is.
-            weights: As in :meth:`run`.
-            watch: Gets inputs and outputs, of some sequences at a time.
-        """
-        if index == len(self):
-            for sequence in hidden:
-                self.logits(sequence, weights, watch)
-            return
-        watch, start = ending_when_seen(watch)
-        with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
-            for sequences in torch.split(hidden, self._batch_size(hidden)):
-                start()
-                with suppress(AllSeen):
-                    run(sequences.to(self.device))
-
-    @torch.no_grad()
-    def complete(
+    def finish(
         self, index: int, hidden: torch.Tensor, sums: torch.Tensor, weights: Weights = NO_WEIGHTS
     ) -> None:
         """Turn ``hidden``, in place, into the output of a layer with experts.
 
         Args:
-            index: Which layer; :meth:`run` has just run it.
-            hidden: float32 [n, L, hidden_size], as run has left it.
-            sums: As run has left it, and the experts' shares.
-            weights: As run got them.
+            index: Which layer; :meth:`run_without_experts` has just run it.
+            hidden: float32 [n, L, hidden_size], as it has left that.
+            sums: As it has left them, and the experts' shares.
+            weights: As it got them.
         """
         if self.adds_up:
             return
@@ -161,6 +145,27 @@ class LayerwiseModel(ModelEnds):
         with self._loaded(index, give, weights) as layer:
             for sequences in torch.split(hidden, size):
                 sequences.copy_(layer(sequences.to(self.device)))
+
+    @torch.no_grad()
+    def watch(self, index: int, hidden: torch.Tensor, weights: Weights, watch: Watch) -> None:
+        """Run one layer without its routed experts, as far as it takes to see dense layers' inputs.
+
+        Args:
+            index: Which layer; their number is the end of the model, with its head.
+            hidden: float32 [n, L, hidden_size]: input, which stays as it is.
+            weights: As in :meth:`run_without_experts`.
+            watch: Gets inputs and outputs, of some sequences at a time.
+        """
+        if index == len(self):
+            for sequence in hidden:
+                self.logits(sequence, weights, watch)
+            return
+        watch, start = ending_when_seen(watch)
+        with self._loaded(index, lambda routed: torch.zeros_like(routed.x), weights, watch) as run:
+            for sequences in torch.split(hidden, self._batch_size(hidden)):
+                start()
+                with suppress(AllSeen):
+                    run(sequences.to(self.device))
 
     def backward(
         self,
@@ -185,7 +190,7 @@ class LayerwiseModel(ModelEnds):
             watch: Gets inputs and outputs of dense layers, before the backward pass.
 
         Returns:
-            What the experts get, as of :meth:`run`; None for a layer without experts.
+            What the experts get; None for a layer without experts.
         """
         moe = self.moe_layers.get(index)
         experts = [] if moe is None else [self.matrices(moe, i) for i in range(moe.num_experts)]

@@ -1,6 +1,7 @@
 """Bit plans: the paper's rule, or measured on the model itself and judged on text held back."""
 
 from moeq.planning.candidates import Candidate
+from moeq.planning.cost import measuring_cost
 from moeq.planning.decide import decide, measurement_of, stand_in
 from moeq.planning.judge import judge
 from moeq.planning.measurement import MEASUREMENT_NAME, Measurement
@@ -17,6 +18,7 @@ __all__ = [
     "judge",
     "measured_plan",
     "measurement_of",
+    "measuring_cost",
     "stand_in",
     "without_stale_claims",
 ]

@@ -1,35 +1,17 @@
-"""What a measured plan is asked to be, and what measuring it takes."""
+"""What a measured plan is asked to be."""
 
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from moeq.allocation import PlanOptions, average_bits, bits_budget
-from moeq.checkpoint import MoELayer, SourceModel
+from moeq.allocation import PlanOptions, average_bits, bits_budget, possible_group_sizes
+from moeq.checkpoint import SourceModel
 from moeq.checkpoint.linear import LinearGroup
 from moeq.checkpoint.resume import fingerprint
 from moeq.errors import MoeqError
-from moeq.model.cost import (
-    Cost,
-    at_once,
-    experts_of_a_token,
-    forward_operations,
-    gptq_operations,
-    gptq_steps,
-    hessian_operations,
-    linear_operations,
-    linear_working_bytes,
-    other_operations,
-    tokens_of_experts,
-    working_bytes,
-)
-from moeq.model.layerwise import TOKENS_AT_ONCE
-from moeq.planning.cost import measuring_bytes
-from moeq.planning.judge import PLANS_AT_ONCE
-from moeq.rounding import DATA_FREE
+from moeq.model.cost import experts_of_a_token
 from moeq.signals import load_base_routers, router_norms
 from vllm_moeq.format import LINEAR_WIDTHS, WIDTHS
 
@@ -153,6 +135,16 @@ class Measurement:
         first = max(0, WIDTHS.index(min(levels)) - 1)
         return WIDTHS[first : WIDTHS.index(max(levels)) + 2]
 
+    def possible_group_sizes(self) -> list[int]:
+        """Return the group sizes with which there is a plan.
+
+        Raises:
+            MoeqError: There is none; says why.
+        """
+        return possible_group_sizes(
+            self.group_sizes, self.source.layers, self.widths, self.budget, self.options.constraints
+        )
+
     def check_text(self) -> None:
         """Check that there are sequences to judge plans by.
 
@@ -187,90 +179,3 @@ class Measurement:
             layer.container: router_norms(self.source, layer, base).values.tolist()
             for layer in self.source.layers
         }
-
-    def cost(self) -> Cost:
-        """Estimate what measuring takes: experts at every width, and activations."""
-        count = self.measured.numel()
-        disk = measuring_bytes(self.source, self.widths, self.group_sizes, count)
-        disk += sum(
-            group.num_bytes(bits, group_size)
-            for group in self.linear
-            for bits in self.linear_widths
-            for group_size in self.group_sizes
-        )
-        memory, worker = self._memory_bytes(), self._worker_bytes()
-        sizes = self._largest.hidden_size, self._largest.intermediate_size
-        alone, items = self._alone(), max(layer.num_experts for layer in self.source.layers)
-        return Cost(
-            alone + self._shared(), alone, self._steps(), memory, worker, disk, self._at_once,
-            items, sizes,
-        )  # fmt: skip
-
-    def _steps(self) -> float:
-        if self.method in DATA_FREE:
-            return 0
-        times = len(self.widths) * len(self.group_sizes)
-        return times * sum(layer.num_experts * gptq_steps(layer) for layer in self.source.layers)
-
-    @property
-    def _largest(self) -> MoELayer:
-        return max(self.source.layers, key=lambda layer: layer.expert_weights)
-
-    @property
-    def _at_once(self) -> int:
-        return at_once(self.source.layers, self.device)
-
-    def _worker_bytes(self, workers: int = 1) -> int:
-        """Return what so many workers take together."""
-        layer, count = self._largest, self.measured.numel()
-        inputs = count * (16 * layer.hidden_size + 12 * layer.intermediate_size)
-        top_k = experts_of_a_token(self.source, layer)
-        times = tokens_of_experts(workers, top_k, layer.num_experts)
-        return workers * working_bytes(layer) + round(times * inputs)
-
-    def _memory_bytes(self) -> int:
-        layer, alone = self._largest, self._worker_bytes(self._at_once)
-        count, size = self.measured.numel(), 4 * layer.hidden_size
-        # For gradients, in float32; and what experts of some tokens compute, for the way back.
-        together = 4 * layer.num_experts * layer.expert_weights
-        some = max(TOKENS_AT_ONCE, self.measured.shape[1]) * experts_of_a_token(self.source, layer)
-        together += 4 * some * (2 * layer.hidden_size + 4 * layer.intermediate_size)
-        judged = 2 * (1 + PLANS_AT_ONCE) * self.held_back.numel() * size
-        # Of dense layers: rounded forward; on the way back, beside the experts, all their errors.
-        weights = Counter[int]()
-        for group in self.linear:
-            weights[group.layer] += group.rows * group.columns
-        options = len(self.group_sizes) * len(self.linear_widths)
-        together += 4 * (1 + options) * max(weights.values(), default=0)
-        alone = max(alone, linear_working_bytes(self.linear))
-        return max(4 * count * size + max(together, alone), judged)
-
-    def _shared(self) -> float:
-        """Return the operations of the bank, which workers share."""
-        layers, widths = self.source.layers, len(self.widths)
-        groups, measuring = len(self.group_sizes), self.measured.numel()
-        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
-        # Each expert, and each of its projections at each width.
-        runs = measuring * groups * (1 + 4 / 3 * widths) * routed * forward_operations(layers[0])
-        if self.method in DATA_FREE:
-            return runs
-        hessians = measuring * routed * hessian_operations(layers[0])
-        return runs + groups * (hessians + gptq_operations(layers, widths))
-
-    def _alone(self) -> float:
-        """Return the operations on the way forward and back, of dense layers and judging."""
-        layers, measuring = self.source.layers, self.measured.numel()
-        routed = experts_of_a_token(self.source, layers[0]) * len(layers)
-        experts = routed * forward_operations(layers[0])
-        other, head = other_operations(self.source, self.tokens.shape[1])
-        # Forward for the gradients, forward and back.
-        total = measuring * (4 * (experts + other) + 3 * head)
-        plans = 1 + PLANS_AT_ONCE
-        total += plans * self.held_back.numel() * (experts + other + head)
-        # Dense layers: once more forward, rounded, and on the way back with each error.
-        if self.linear and self.method not in DATA_FREE:
-            options = len(self.group_sizes) * len(self.linear_widths)
-            errors = sum(2 * group.rows * group.columns for group in self.linear)
-            total += linear_operations(self.linear, options, measuring)
-            total += measuring * (other + options * errors)
-        return total

@@ -1,5 +1,6 @@
 """What the estimates read off a configuration."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from moeq.allocation import PlanOptions
 from moeq.calibration import CalibrationConfig, calibration_cost
 from moeq.checkpoint import SourceModel
 from moeq.checkpoint.families import MoELayer, family_of
+from moeq.errors import MoeqError
 from moeq.model.cost import at_once, experts_of_a_token, tokens_of_experts
-from moeq.planning import Measurement
+from moeq.planning import Measurement, measuring_cost
 from support.checkpoints import NUM_EXPERTS, write_checkpoint
 from vllm_moeq.format import BitPlan, LayerBits
 
@@ -27,6 +29,7 @@ from vllm_moeq.format import BitPlan, LayerBits
         ({"moe_topk": [1, 2]}, 2),  # Hunyuan, for each layer
         ({"top_k_experts": 3}, 3),  # Gemma-4
         ({"text_config": {"num_experts_per_tok": 3}}, 3),  # inside a vision model
+        ({"num_experts_per_tok": None, "top_k_experts": 3}, 3),
         ({}, NUM_EXPERTS),
     ],
 )
@@ -35,6 +38,14 @@ def test_the_experts_of_a_token_are_known_by_all_their_names(
 ) -> None:
     source = SourceModel.open(write_checkpoint(tmp_path, **config))
     assert experts_of_a_token(source, source.layers[0]) == top_k
+
+
+@pytest.mark.parametrize("value", [None, 0, "two", 2.5, [], [None]])
+def test_what_is_no_number_of_experts_is_named(value: object, tmp_path: Path) -> None:
+    source = SourceModel.open(write_checkpoint(tmp_path, moe_k=value))
+    message = f"{source.folder}: config.json has moe_k {value!r}, no number of experts"
+    with pytest.raises(MoeqError, match=re.escape(message)):
+        experts_of_a_token(source, source.layers[0])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +87,7 @@ def test_the_experts_of_a_layer_are_shared_among_workers(
     if rounding:
         cost = calibration_cost(CalibrationConfig(source, plan, tokens))
     else:
-        cost = Measurement(source, options, tokens, "gptq", cpu).cost()
+        cost = measuring_cost(Measurement(source, options, tokens, "gptq", cpu))
     cost = cost._replace(at_once=1)
     seconds = {workers: cost.seconds(cpu, workers) for workers in (1, 2, 3, 4, 5, 7, 8, 99)}
     assert seconds[1] == cost.seconds(cpu)
