@@ -126,7 +126,7 @@ def _amx_allowed() -> bool:
     model may lack whose layers are all packed.
     """
     call, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, its register set
-    return ctypes.CDLL(None).syscall(call, request, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(call, request, tile_data) == 0)
 
 
 def packaged_library(isa: InstructionSet) -> Path | None:
