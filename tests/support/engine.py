@@ -179,7 +179,9 @@ def launch(
     }
     if "kv_lora_rank" in json.loads(Path(model, "config.json").read_text()):
         # vLLM's multi-head latent attention for AMX takes nothing but bfloat16.
-        options.setdefault("attention_backend", "CPU_MLA")
+        of_drafts = options.get("speculative_config")
+        for of_model in filter(None, (options, of_drafts)):
+            of_model.setdefault("attention_backend", "CPU_MLA")
     job = {
         "model": str(model),
         "llm": options,
