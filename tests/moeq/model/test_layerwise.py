@@ -24,8 +24,8 @@ from support.models import (
 from support.sources import load, rewrite
 
 ROUNDING = 2.5e-6
-"""Of a gradient, relative to the largest: where that is 900, transformers' own, in float32, are 0.0015
-and 0.025 from float64's."""
+"""Of a gradient, relative to the largest: where that is 900, transformers' own, in float32, are
+0.0015 and 0.025 from float64's."""
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize(
     "family", [family for family in FAMILIES if family not in NOT_LAYERWISE]
