@@ -23,9 +23,11 @@ from support.models import (
 )
 from support.sources import load, rewrite
 
-ROUNDING = 2.5e-6
-"""Of a gradient, relative to the largest: where that is 900, transformers' own, in float32, are
-0.0015 and 0.025 from float64's."""
+ATOL = {
+    "deepseek_v3": 5e-4, "deepseek_v32": 5e-4, "kimi_k2": 5e-4, "qwen3_next": 5e-4,
+    "granitemoeshared": 2e-3,
+}  # fmt: skip
+"""Where gradients reach 900: transformers' own, in float32, are 0.0015 and 0.025 from float64's."""
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize(
     "family", [family for family in FAMILIES if family not in NOT_LAYERWISE]
@@ -252,7 +254,7 @@ def test_gradients_are_those_of_transformers(
         again = model.backward(index, inputs[index], gradient, x, of_sums[index])
         for theirs, ours in zip(routed[index] or (), again or (), strict=True):
             assert torch.equal(ours, theirs)  # experts get the same on the way back
-    atol = ROUNDING * expected.abs().max().item()
+    atol = ATOL.get(family, 1e-4)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=atol)
     for index, theirs in zip(seen.sums, of_experts, strict=True):
         ours = of_sums[index].flatten(0, 1)

@@ -110,6 +110,7 @@ class Target:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
+    """Return what the CPU has and this process may use; asks Linux for what it has to allow."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -3,6 +3,7 @@
 //
 // Not the compiler's intrinsics: gcc's do not say that they read memory.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -16,7 +17,7 @@ constexpr int kDepth = 64;   // k of a product, or a group where that is smaller
 #ifdef MOEQ_ISA_AMX
 
 // Tiles for groups of a size, in the calling thread. The operating system must have allowed AMX
-// (library.py).
+// (build.py).
 class Configured {
  public:
   explicit Configured(int group_size) {

@@ -1,7 +1,7 @@
 // One tile of weights times some tokens: what the kernels of all instruction sets have in common.
 //
 // A kernel is a struct with
-//   Code            type of an activation
+//   Code              type of an activation
 //   kPlanes           planes of codes that a token has in Tokens
 //   kConsecutiveFrom  so many tokens, or more, have to be consecutive ones
 //   Thread            made from the group size; alive in a thread while it calls multiply_group
